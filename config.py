@@ -1,0 +1,167 @@
+"""Everything a user sets. Edit this page and run the scripts, or give the flag of the same name, which wins.
+
+None means the recommended value for the data set; the script says which value that is when it uses it.
+"""
+
+# The CIFAR-100 classes in alphabetical order, as groups to choose from below.
+select_classes_2_1 = ["apple", "aquarium_fish"]
+select_classes_2_2 = ["baby", "bear"]
+select_classes_0_10 = [
+    "apple",
+    "aquarium_fish",
+    "baby",
+    "bear",
+    "beaver",
+    "bed",
+    "bee",
+    "beetle",
+    "bicycle",
+    "bottle",
+]
+select_classes_10_20 = [
+    "bowl",
+    "boy",
+    "bridge",
+    "bus",
+    "butterfly",
+    "camel",
+    "can",
+    "castle",
+    "caterpillar",
+    "cattle",
+]
+select_classes_20_30 = [
+    "chair",
+    "chimpanzee",
+    "clock",
+    "cloud",
+    "cockroach",
+    "couch",
+    "crab",
+    "crocodile",
+    "cup",
+    "dinosaur",
+]
+select_classes_30_40 = [
+    "dolphin",
+    "elephant",
+    "flatfish",
+    "forest",
+    "fox",
+    "girl",
+    "hamster",
+    "house",
+    "kangaroo",
+    "keyboard",
+]
+select_classes_40_50 = [
+    "lamp",
+    "lawn_mower",
+    "leopard",
+    "lion",
+    "lizard",
+    "lobster",
+    "man",
+    "maple_tree",
+    "motorcycle",
+    "mountain",
+]
+select_classes_50_60 = [
+    "mouse",
+    "mushroom",
+    "oak_tree",
+    "orange",
+    "orchid",
+    "otter",
+    "palm_tree",
+    "pear",
+    "pickup_truck",
+    "pine_tree",
+]
+select_classes_60_70 = [
+    "plain",
+    "plate",
+    "poppy",
+    "porcupine",
+    "possum",
+    "rabbit",
+    "raccoon",
+    "ray",
+    "road",
+    "rocket",
+]
+select_classes_70_80 = [
+    "rose",
+    "sea",
+    "seal",
+    "shark",
+    "shrew",
+    "skunk",
+    "skyscraper",
+    "snail",
+    "snake",
+    "spider",
+]
+select_classes_80_90 = [
+    "squirrel",
+    "streetcar",
+    "sunflower",
+    "sweet_pepper",
+    "table",
+    "tank",
+    "telephone",
+    "television",
+    "tiger",
+    "tractor",
+]
+select_classes_90_100 = [
+    "train",
+    "trout",
+    "tulip",
+    "turtle",
+    "wardrobe",
+    "whale",
+    "willow_tree",
+    "wolf",
+    "woman",
+    "worm",
+]
+
+# What is learned. Every count follows from these two lists.
+DATASET = "digits"  # digits (embedded), cifar10, cifar100 (downloaded), or folder (DATA_DIR/{train,test}/<class>/*)
+DATA_DIR = "data"  # where the images lie, or are downloaded to; digits need none
+OLD_CLASSES = ["0", "1"]  # names of the classes that the teacher learns
+NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top
+
+# The network.
+MODEL = None  # resnet18, resnet32 or resnet110
+IMAGE_SIZE = None  # px; images are scaled and cut to this square
+
+# The method: L = L_C + BETA * L_D + GAMMA * L_AD.
+METHOD = "lwm"  # finetune, lwf, lwf-mc or lwm
+LOSS_FORM = None  # binary, softmax or softmax-all; None: the form that belongs to METHOD
+BETA = None  # weight of the logits' distillation, L_D
+GAMMA = None  # weight of the attention distillation, L_AD
+TEMPERATURE = 2.0  # of softmax distillation
+ATTENTION_CLASS = "student"  # whose top old class the two maps explain: student (the paper) or teacher
+BATCH_NORM = "train"  # in the student's step: train, or frozen at the old running statistics
+
+# The training.
+EPOCHS = None
+BATCH_SIZE = None
+LR = None  # learning rate of the teacher, the peak of a cosine schedule
+INCREMENTAL_LR = None  # likewise of the student
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits
+PRECISION = "fp32"  # fp32, or bf16 for the networks' forward and backward passes (losses stay fp32)
+SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
+HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
+SEED = 0
+DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
+
+# The run.
+SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each save
+RESUME = False  # go on from the checkpoint of an earlier run
+OVERWRITE = False  # replace the model of an earlier run
+OUTPUT_DIR = "runs/first"

@@ -1,0 +1,415 @@
+"""Images by class name, as uint8 tensors; splits, batches and augmentation.
+
+A ``Source`` is one place of images: the embedded digits, CIFAR-10 or -100, or a folder. It hands out the training
+or the test images of the classes it is asked for, labelled by their position in the network's outputs. Classes
+whose training images are gone by the rules of the game are sealed: a request for them is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from errors import InputError, import_opencv, warn
+
+FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
+DIGITS_TEST_SHARE = 0.25
+OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
+
+
+class Images(NamedTuple):
+    """``pixels`` uint8 (n, 3, H, W) and ``labels`` int64 (n,), positions in the network's outputs."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class Place(NamedTuple):
+    """Where images are: the name of a data set and the folder it lies in."""
+
+    dataset: str
+    data_dir: str
+
+
+@dataclass
+class Source:
+    """The images of one place.
+
+    ``listing(split, class)`` names the images of a class without reading them; ``decode(names)`` reads those it is
+    given as uint8 (n, 3, H, W). ``hold_back`` is the share of the training images that stands in for the test
+    images, so that settings can be chosen without looking at the test images.
+    """
+
+    place: Place
+    classes: dict[str, Sequence[str]]  # split -> class names
+    listing: Callable[[str, str], Sequence]
+    decode: Callable[[Sequence], np.ndarray]
+    hold_back: float = 0.0
+    sealed: set[str] = field(default_factory=set)
+
+    def seal(self, class_names: Sequence[str]) -> None:
+        """From now on the training images of these classes do not exist."""
+        self.sealed.update(class_names)
+
+    def train(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
+        """The training images of the classes ``wanted``, labelled by position in ``outputs``.
+
+        Raises InputError for a sealed or unknown class, and for one with fewer than two training images.
+        """
+        for name in wanted:
+            if name in self.sealed:
+                raise InputError(f"class {name!r} is an old class: its training images are not to be read")
+            if name not in self.classes["train"]:
+                near = difflib.get_close_matches(name, self.classes["train"], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_some(self.classes['train'])}"
+                raise InputError(f"{_say(self.place)} has no class {name!r}{hint}")
+        return self._read("train", wanted, outputs)
+
+    def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
+        """The test images (or those held back) of the classes ``wanted``. Raises InputError where one has none."""
+        for name in wanted:
+            if not self.has_test(name):
+                raise InputError(
+                    f"{_say(self.place)} has training images of class {name!r} but no test images: "
+                    "add some, or remove the folder test, and a fifth of the training images is set apart"
+                )
+        return self._read("test", wanted, outputs)
+
+    def has_test(self, name: str) -> bool:
+        return name in self.classes["train" if self.hold_back else "test"]
+
+    def _read(self, split: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
+        pixels, labels = [], []
+        for name in wanted:
+            names = self._chosen(split, name)
+            if split == "train" and len(names) < 2:
+                count = "no image" if not len(names) else "one image"
+                raise InputError(
+                    f"class {name!r} in {_say(self.place)} has {count} to train on; two are the least that works"
+                )
+            decoded = self.decode(names)
+            pixels.append(torch.from_numpy(np.ascontiguousarray(decoded)))
+            labels.append(torch.full((len(decoded),), list(outputs).index(name)))
+        return Images(torch.cat(pixels), torch.cat(labels))
+
+    def _chosen(self, split: str, name: str) -> Sequence:
+        if not self.hold_back:
+            return self.listing(split, name)
+        names = self.listing("train", name)
+        every = round(1 / self.hold_back)
+        held = set(range(0, len(names), every))
+        return [item for i, item in enumerate(names) if (i in held) == (split == "test")]
+
+
+def open_source(place: Place, image_size: int, hold_back: float = 0.0, skip_bad_images: bool = False) -> Source:
+    """The images of a place at ``image_size`` px, square. Raises InputError where there are none."""
+    if place.dataset == "digits":
+        return _digits(place, image_size, hold_back)
+    if place.dataset in ("cifar10", "cifar100"):
+        return _cifar(place, image_size, hold_back)
+    if place.dataset == "folder":
+        return _folder(place, image_size, hold_back, skip_bad_images)
+    raise InputError(f"no data set {place.dataset!r}: digits, cifar10, cifar100 and folder are known")
+
+
+def find_test_images(
+    places: dict[str, Sequence[Place]], image_size: int, hold_back: float, skip_bad_images: bool
+) -> tuple[Images, list[str]]:
+    """Test images of each class of ``places`` from the first of its places that still has them.
+
+    Labels are positions in ``places``. Returns the images and the names of the classes that have none left.
+    """
+    opened: dict[Place, Source | None] = {}
+    parts: list[Images] = []
+    gone: list[str] = []
+    outputs = list(places)
+    for name, candidates in places.items():
+        for place in candidates:
+            if place not in opened:
+                try:
+                    opened[place] = open_source(place, image_size, hold_back, skip_bad_images)
+                except InputError:
+                    opened[place] = None
+            source = opened[place]
+            if source is not None and source.has_test(name):
+                parts.append(source.test([name], outputs))
+                break
+        else:
+            gone.append(name)
+    if not parts:
+        return Images(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0).long()), gone
+    return Images(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts])), gone
+
+
+def read_own_images(
+    folder: Path, class_names: Sequence[str], image_size: int, skip_bad_images: bool
+) -> tuple[Images, list[str], list[str]]:
+    """A user's own images: ``folder/<class>/*`` labelled by class, or ``folder/*`` with the label -1.
+
+    Returns the images, a caption for each, and the classes that have no image. Raises InputError where there are no
+    images, or where no subfolder is named like a class.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--images {folder}: no such folder")
+    flat = _image_files(folder)
+    if flat:
+        kept, pixels = _decode_files(flat, image_size, skip_bad_images)
+        labels = torch.full((len(kept),), -1)
+        return Images(torch.from_numpy(pixels), labels), [path.name for path in kept], list(class_names)
+    parts, labels, gone = [], [], []
+    for label, name in enumerate(class_names):
+        files = _image_files(folder / name) if (folder / name).is_dir() else []
+        if not files:
+            gone.append(name)
+            continue
+        parts.append(torch.from_numpy(_decode_files(files, image_size, skip_bad_images)[1]))
+        labels += [label] * len(parts[-1])
+    if not parts:
+        raise InputError(
+            f"--images {folder}: holds no images, and no subfolder with images of a class that the student knows "
+            f"({_some(class_names)})"
+        )
+    return Images(torch.cat(parts), torch.tensor(labels)), [f"true: {class_names[i]}" for i in labels], gone
+
+
+def _say(place: Place) -> str:
+    return place.dataset if place.dataset == "digits" else f"{place.dataset} in {place.data_dir}"
+
+
+def _some(names: Sequence[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+# The data sets ----------------------------------------------------------------------------------------------------
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    if pixels.shape[-1] == size:
+        return pixels
+    grown = F.interpolate(torch.from_numpy(pixels).float(), size=(size, size), mode="bilinear", antialias=True)
+    return grown.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _rows(targets: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: np.flatnonzero(targets == index) for index, name in enumerate(names)}
+
+
+def _digits(place: Place, image_size: int, hold_back: float) -> Source:
+    """scikit-learn's digits: 1,797 images of 8x8, the last quarter of each class for testing.
+
+    The file goes writer by writer (scikit-learn's user guide, "Recognizing hand-written digits" and its notes on
+    cross-validation), so its end holds mostly other hands than its beginning: harder, and more honest, than a
+    shuffled split.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = (digits.images * (255 / 16)).round().astype(np.uint8)
+    pixels = _resize(np.repeat(grey[:, None], 3, axis=1), image_size)
+    names = [str(digit) for digit in range(10)]
+    rows = _rows(digits.target, names)
+
+    def listing(split: str, name: str) -> np.ndarray:
+        first_test = len(rows[name]) - round(len(rows[name]) * DIGITS_TEST_SHARE)
+        return rows[name][:first_test] if split == "train" else rows[name][first_test:]
+
+    return Source(place, {"train": names, "test": names}, listing, lambda chosen: pixels[chosen], hold_back)
+
+
+def _cifar(place: Place, image_size: int, hold_back: float) -> Source:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR100 if place.dataset == "cifar100" else datasets.CIFAR10
+
+    @functools.cache
+    def split_of(split: str):
+        try:
+            return kind(place.data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{place.dataset}: not in {place.data_dir} and the download failed ({error}); "
+                f"put {kind.filename} there and run again"
+            ) from error
+
+    names = split_of("train").classes
+
+    def listing(split: str, name: str) -> list[tuple[str, int]]:
+        targets = np.asarray(split_of(split).targets)
+        return [(split, row) for row in np.flatnonzero(targets == names.index(name))]
+
+    def decode(chosen: Sequence[tuple[str, int]]) -> np.ndarray:
+        pixels = np.stack([split_of(split).data[row] for split, row in chosen])
+        return _resize(pixels.transpose(0, 3, 1, 2), image_size)
+
+    return Source(place, {"train": names, "test": names}, listing, decode, hold_back)
+
+
+def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bool) -> Source:
+    """``DATA_DIR/{train,test}/<class>/*``; without test, a fixed share of the training images by hash of the name."""
+    root = Path(place.data_dir)
+    if not (root / "train").is_dir():
+        raise InputError(f"{root}: no folder train in it; images belong in {root / 'train'}/<class>/")
+    has_test = (root / "test").is_dir()
+
+    def class_names(split: str) -> list[str]:
+        return sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir())
+
+    def listing(split: str, name: str) -> list[Path]:
+        if has_test:
+            found = _image_files(root / split / name)
+            if not found:
+                raise InputError(f"class {name!r}: no images in {root / split / name}")
+            return found
+        return _hash_split(_image_files(root / "train" / name), name, root)[split]
+
+    def decode(paths: Sequence[Path]) -> np.ndarray:
+        return _decode_files(paths, image_size, skip_bad_images)[1]
+
+    train = class_names("train")
+    return Source(
+        place, {"train": train, "test": class_names("test") if has_test else train}, listing, decode, hold_back
+    )
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The files in a folder that have an image's suffix, in the order of their names."""
+    suffixes = set(Image.registered_extensions()) | OPENCV_ONLY_SUFFIXES
+    return sorted(e for e in folder.iterdir() if e.suffix.lower() in suffixes and not e.name.startswith("."))
+
+
+def _decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
+    """The files that could be read, and their pixels, uint8 (n, 3, size, size)."""
+    pixels, kept = [], []
+    for path in tqdm(paths, desc=f"reading {paths[0].parent.name}", disable=None, leave=False):
+        try:
+            pixels.append(decode_image(path, image_size))
+            kept.append(path)
+        except InputError:
+            if not skip_bad_images:
+                raise
+    if len(kept) < len(paths):
+        skipped = len(paths) - len(kept)
+        warn(f"{skipped} of {len(paths)} images in {paths[0].parent} cannot be read and are skipped")
+    if not kept:
+        raise InputError(f"{paths[0].parent}: none of its {len(paths)} images can be read")
+    return kept, np.stack(pixels)
+
+
+def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:
+    """The same split for every seed, machine and order of the files, and for every file that is added later."""
+    if len(paths) < 2:
+        count = "no image" if not paths else "one image"
+        raise InputError(
+            f"class {name!r} has {count} in {root / 'train' / name}; without a folder test two are needed, "
+            "one to train on and one to judge by"
+        )
+
+    def share(path: Path) -> float:
+        return int.from_bytes(hashlib.sha256(f"{name}/{path.name}".encode()).digest()[:8], "big") / 2**64
+
+    ranked = sorted(paths, key=share)
+    tests = sum(share(path) < FOLDER_TEST_SHARE for path in ranked)
+    tests = min(max(tests, 1), len(ranked) - 1)
+    return {"test": sorted(ranked[:tests]), "train": sorted(ranked[tests:])}
+
+
+def decode_image(path: str | Path, size: int) -> np.ndarray:
+    """One image file as uint8 (3, size, size): upright, RGB, its shorter side scaled to ``size``, its centre cut out.
+
+    Pillow reads it, or OpenCV where Pillow does not know the format. Raises InputError for a file neither can read.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = _to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError:
+        image = _decode_with_opencv(path)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: the image cannot be read ({error}); repair or remove it") from error
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits a pixel
+        values = np.asarray(image).astype(np.float64)
+        if values.max(initial=0) > 255:
+            values = values / 256
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _decode_with_opencv(path: str | Path) -> Image.Image:
+    content = np.fromfile(path, np.uint8)
+    cv2 = import_opencv()
+    pixels = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    if pixels is None:
+        raise InputError(f"{path}: is not an image that Pillow or OpenCV reads; repair or remove it")
+    return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 (n, 3, H, W), in units of 0..1."""
+    mean, std = [], []
+    for channel in range(3):
+        values = torch.bincount(pixels[:, channel].flatten(), minlength=256).double()
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        centre = (values * levels).sum() / values.sum()
+        spread = ((values * (levels - centre).square()).sum() / values.sum()).sqrt()
+        mean.append(float(centre))
+        std.append(float(spread.clamp(min=1e-3)))
+    return mean, std
+
+
+def to_input(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 of the same shape, (pixel / 255 - mean) / std for each channel."""
+    centre = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    spread = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - centre) / spread
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A random order of ``count`` images in equal parts of at most ``batch_size``.
+
+    Equal parts, so that no batch of one or two images upsets the batch-norm statistics at the end of an epoch.
+    """
+    return torch.randperm(count, generator=generator).tensor_split(-(-count // batch_size))
+
+
+def augment(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    """Random crops after padding by an eighth with black, and random mirror images; uint8 (B, 3, H, W) to the same."""
+    count, _, height, width = pixels.shape
+    padding = width // 8
+    offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5 if flip else torch.zeros(count, 1, dtype=torch.bool)
+    rows = offsets[0] + torch.arange(height)
+    columns = torch.arange(width).expand(count, width)
+    columns = offsets[1] + torch.where(mirrored, width - 1 - columns, columns)
+    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
+    padded = F.pad(pixels, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
+    which = torch.arange(count, device=pixels.device).view(-1, 1, 1)
+    # Read out as (B, H, W, 3): seen as (B, 3, H, W) that is the channels-last layout, which convolutions like.
+    return padded[which, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)

@@ -1,0 +1,181 @@
+"""Judge teacher and student side by side on test images that no step has trained on, and show what they look at.
+
+    python3 demo.py --teacher runs/first/teacher_model.pth --student runs/first/student_model.pth
+
+Writes metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale) and demo_confusion.png.
+``--images folder/`` judges your own images instead: with a subfolder for each class they count as test images,
+flat they get answers and maps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from errors import InputError, one_line_errors
+from settings import read_settings
+
+SHOWN = 8  # images in demo.png
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    settings = read_settings("demo", argv)
+
+    import torch
+
+    import evaluation
+    import plots
+    import training
+    from checkpoint import load, restore_model, write_atomically
+
+    device = training.pick_device(settings.device)
+    before, after = load(settings.teacher), load(settings.student)
+    names, old = after["class_names"], len(before["class_names"])
+    if names[:old] != before["class_names"] or len(names) == old:
+        raise InputError(f"{settings.student} is no student of {settings.teacher}: it does not continue its classes")
+    teacher = training.to_device(restore_model(before), device)
+    student = training.to_device(restore_model(after), device)
+    images, captions, gone = images_to_judge(settings, after)
+    if not len(images.pixels):
+        raise InputError("no test images of any class are left; name some with --data-dir or --images")
+    teacher_logits = evaluation.predict(teacher, images.pixels, before["mean"], before["std"])
+    student_logits = evaluation.predict(student, images.pixels, after["mean"], after["std"])
+    output = Path(settings.output_dir)
+    judged = images.labels >= 0
+
+    if judged.any():
+        if gone:
+            print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
+        is_old = images.labels < old
+        metrics = {
+            "teacher": evaluation.accuracies(teacher_logits[is_old], images.labels[is_old], old),
+            "student": evaluation.accuracies(student_logits, images.labels, old),
+            "steps": history(after, student_logits, images.labels),
+            "classes": {
+                "names": names,
+                "teacher": evaluation.class_accuracies(teacher_logits[is_old], images.labels[is_old]),
+                "student": evaluation.class_accuracies(student_logits, images.labels),
+            },
+            "confusion": evaluation.confusion(student_logits, images.labels).tolist(),
+        }
+        report(metrics, before["class_names"])
+        write_atomically(output / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+        counts = evaluation.confusion(student_logits, images.labels)
+        plots.confusion(counts.numpy(), names, output / "demo_confusion.png")
+    else:
+        for caption, logits in zip(captions, student_logits, strict=True):
+            print(f"{caption}: {say(logits, names, after['loss_form'])}")
+
+    chosen = pick_images(images.labels, old)
+    pixels = images.pixels[chosen]
+    # One class for both maps: the true one, or for an image without a label the teacher's answer.
+    explained = torch.where(judged[chosen], images.labels[chosen], teacher_logits[chosen].argmax(1))
+    explained = torch.where(explained < old, explained, teacher_logits[chosen].argmax(1))
+    maps = torch.stack(
+        [
+            explain(teacher, pixels.to(device), explained.to(device), before),
+            explain(student, pixels.to(device), explained.to(device), after),
+        ],
+        dim=1,
+    )
+    rows = [
+        (
+            f"{captions[index]}\nmap of {names[explained[row]]}",
+            f"teacher: {say(teacher_logits[index], names, before['loss_form'])}",
+            f"student: {say(student_logits[index], names, after['loss_form'])}",
+        )
+        for row, index in enumerate(chosen)
+    ]
+    title = "What the teacher and the student answer, and where they look"
+    plots.side_by_side(pixels.numpy(), rows, maps.cpu().numpy(), title, output / "demo.png")
+    print(f"the pictures{' and metrics.json' if judged.any() else ''} are in {output}")
+
+
+def images_to_judge(settings, after: dict):
+    """The images, a caption for each, and the classes that have none; label -1 where the true class is unknown."""
+    from data import Place, find_test_images, read_own_images
+
+    if settings.images:
+        return read_own_images(
+            Path(settings.images), after["class_names"], after["image_size"], settings.skip_bad_images
+        )
+    here = Place(settings.dataset, settings.data_dir)
+    asked = bool(settings.given & {"dataset", "data_dir"})
+    places = {}
+    for step in after["steps"]:
+        recorded = Place(step["dataset"], step["data_dir"])
+        for name in step["classes"]:
+            places[name] = [here, recorded] if asked else [recorded, here]
+    hold_back = max(step["hold_back"] for step in after["steps"])
+    images, gone = find_test_images(places, after["image_size"], hold_back, settings.skip_bad_images)
+    return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone
+
+
+def history(after: dict, logits, labels) -> list[dict]:
+    """For each step's classes: the accuracy now, and what has been forgotten of it since its best."""
+    import evaluation
+
+    now = evaluation.group_accuracies(logits, labels, [len(step["classes"]) for step in after["steps"]])
+    forgotten = evaluation.forgetting([step["group_accuracy"] for step in after["steps"][:-1]], now)
+    return [
+        {"classes": step["classes"], "accuracy": accuracy, "forgetting": lost}
+        for step, accuracy, lost in zip(after["steps"], now, forgotten, strict=True)
+    ]
+
+
+def explain(model, pixels, classes, checkpoint: dict):
+    """Grad-CAM (n, h, w) at the last feature map."""
+    import torch
+
+    from data import to_input
+    from gradcam import closed_form_map
+
+    with torch.inference_mode():
+        features = model.eval()(to_input(pixels, checkpoint["mean"], checkpoint["std"])).features
+        return closed_form_map(features, model.fc.weight, classes)
+
+
+def say(logits, names: list[str], form: str) -> str:
+    """The answer and its probability, by the form of the loss that the network was trained with."""
+    probabilities = logits.sigmoid() if form == "binary" else logits.softmax(0)
+    best = int(logits.argmax())
+    return f"{names[best]} {100 * probabilities[best]:.0f} %"
+
+
+def pick_images(labels, old: int) -> list[int]:
+    """Indices of images to show, old classes first and in turn; where no label is known, the first ones."""
+    by_class = [[i for i, label in enumerate(labels.tolist()) if label == name] for name in range(old)]
+    by_class = [indices for indices in by_class if indices]
+    chosen = [indices[turn] for turn in range(SHOWN) for indices in by_class if turn < len(indices)]
+    return (chosen or list(range(len(labels))))[:SHOWN]
+
+
+def report(metrics: dict, old_names: list[str]) -> None:
+    """The accuracies as a table: without a hint first, task-aware beside it."""
+
+    def cell(value: float | None) -> str:
+        return "     -" if value is None else f"{value:6.1f}"
+
+    print("accuracy, %            teacher  student")
+    for label, key in (
+        ("all classes, no hint", "accuracy"),
+        ("  old classes", "accuracy_old"),
+        ("  new classes", "accuracy_new"),
+        ("task-aware, old", "task_aware_old"),
+        ("task-aware, new", "task_aware_new"),
+    ):
+        print(f"{label:<22}  {cell(metrics['teacher'][key])}   {cell(metrics['student'][key])}")
+    for number, step in enumerate(metrics["steps"]):
+        print(f"step {number} ({', '.join(step['classes'][:6])}{', ...' if len(step['classes']) > 6 else ''}):", end="")
+        print(f" {cell(step['accuracy'])}, forgotten {cell(step['forgetting'])} points")
+    print("class by class         teacher  student")
+    classes = metrics["classes"]
+    for index, name in enumerate(classes["names"]):
+        known = classes["teacher"][index] if index < len(old_names) else None
+        print(f"  {name:<20}  {cell(known)}   {cell(classes['student'][index])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

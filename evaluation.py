@@ -1,0 +1,86 @@
+"""How good a model is: accuracies in percent, confusion, forgetting.
+
+*Class-incremental* accuracy lets the model answer with any class it knows; *task-aware* accuracy tells it which
+group (old or new) the image belongs to, a far easier question. The two are reported side by side, never one for the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data import to_input
+
+ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+) -> Tensor:
+    """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    parts = [model(to_input(part.to(device), mean, std)).logits.cpu() for part in pixels.split(batch_size)]
+    return torch.cat(parts).float()
+
+
+def _percent(correct: Tensor) -> float | None:
+    return 100 * correct.double().mean().item() if len(correct) else None
+
+
+def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | None]:
+    """The five accuracies of ``ACCURACIES``, in percent, None where there is no image to judge by.
+
+    logits (n, N+K), labels int64 (n,); the first ``old`` = N outputs are the old classes'. ``accuracy*`` is
+    class-incremental: the answer is the largest of all logits.
+    """
+    correct = logits.argmax(1) == labels
+    is_old = labels < old
+    result = {
+        "accuracy": _percent(correct),
+        "accuracy_old": _percent(correct[is_old]),
+        "accuracy_new": _percent(correct[~is_old]),
+        "task_aware_old": _percent(logits[is_old, :old].argmax(1) == labels[is_old]) if is_old.any() else None,
+        "task_aware_new": None,
+    }
+    if not is_old.all():
+        result["task_aware_new"] = _percent(logits[~is_old, old:].argmax(1) == labels[~is_old] - old)
+    return result
+
+
+def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Class-incremental accuracy of each class, in percent, in the order of the outputs."""
+    correct = logits.argmax(1) == labels
+    return [_percent(correct[labels == index]) for index in range(logits.shape[1])]
+
+
+def group_accuracies(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[float | None]:
+    """Class-incremental accuracy of each step's classes; ``sizes`` is the number of classes of each step."""
+    correct = logits.argmax(1) == labels
+    result, first = [], 0
+    for size in sizes:
+        result.append(_percent(correct[(labels >= first) & (labels < first + size)]))
+        first += size
+    return result
+
+
+def forgetting(earlier: Sequence[Sequence[float | None]], now: Sequence[float | None]) -> list[float | None]:
+    """For each group of classes, its best earlier accuracy minus its accuracy now, in points.
+
+    ``earlier`` holds, for each earlier step, the group accuracies after it (Chaudhry et al., ECCV 2018, section 3.2).
+    """
+    result: list[float | None] = []
+    for group, accuracy in enumerate(now):
+        before = [step[group] for step in earlier if group < len(step) and step[group] is not None]
+        result.append(None if accuracy is None or not before else max(before) - accuracy)
+    return result
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Counts int64 (classes, classes): a row for each true class, a column for each answer."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)

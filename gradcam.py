@@ -1,0 +1,121 @@
+"""Grad-CAM (Selvaraju et al., ICCV 2017, section 3): where a network looks for a class.
+
+With A the feature map (C, h, w) and y_c the logit of class c,
+
+    alpha_k = mean over pixels of d y_c / d A_k          Q = ReLU(sum_k alpha_k A_k)
+
+``closed_form_map`` is Q at the last feature map of a network that ends in global average pooling and one linear
+layer: there d y_c / d A_k(i, j) = W_ck / (h w) exactly, so Q needs no second backward pass. ``autograd_map`` is Q at
+any layer of any network. Both can be differentiated, in A and in alpha.
+
+As a script, an overlay of any image for any class of a checkpoint:
+
+    python3 gradcam.py --checkpoint runs/first/student_model.pth --image cat.png --class-name cat
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import InputError, import_opencv, one_line_errors
+
+if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
+    import numpy as np
+    from torch import Tensor, nn
+
+
+def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor) -> Tensor:
+    """Grad-CAM at the feature map that pooling and the linear head see.
+
+    features (B, C, h, w), head_weight (outputs, C), classes int64 (B,); returns (B, h, w), >= 0.
+    """
+    # index_select, not head_weight[classes]: the backward of the latter adds in no fixed order on several threads.
+    rows = head_weight.index_select(0, classes)
+    height, width = features.shape[2:]
+    weighted = rows.unsqueeze(1).bmm(features.flatten(2)).squeeze(1) / (height * width)
+    return weighted.relu().unflatten(1, (height, width))
+
+
+def autograd_map(model: nn.Module, images: Tensor, classes: Tensor, layer: str, create_graph: bool = False) -> Tensor:
+    """Grad-CAM at the named layer, by differentiating the logits of ``classes`` int64 (B,).
+
+    images (B, 3, H, W), normalised; returns (B, h, w), >= 0. ``create_graph`` keeps the graph, so that a loss on
+    the map reaches the parameters through A and through alpha. The mode of the model (train or eval) is the caller's.
+    Raises AttributeError where the model has no such layer.
+    """
+    import torch
+
+    captured: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # a frozen network: start the graph here
+            output = output.detach().requires_grad_()
+        captured.append(output)
+        return output.clone()  # what follows may work in place, and the captured map must stay as it is
+
+    handle = model.get_submodule(layer).register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            scores = model(images).logits.gather(1, classes.unsqueeze(1)).sum()
+            features = captured[-1]
+            (gradients,) = torch.autograd.grad(scores, features, create_graph=create_graph)
+            alpha = gradients.mean((2, 3), keepdim=True)
+            maps = (alpha * features).sum(1).relu()
+    finally:
+        handle.remove()
+    return maps if create_graph else maps.detach()
+
+
+def overlay(image: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:
+    """The map over the image, as uint8 (H, W, 3) RGB.
+
+    image uint8 (H, W, 3) RGB; heat (h, w) >= 0; ``peak`` is the value drawn in the strongest colour: pass one peak
+    for all maps that are to be compared, since a map stretched for itself always looks strong.
+    """
+    import numpy as np
+
+    cv2 = import_opencv()
+    height, width = image.shape[:2]
+    scaled = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
+    grown = cv2.resize(scaled.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    colours = cv2.applyColorMap((grown * 255).round().astype(np.uint8), cv2.COLORMAP_JET)
+    return cv2.addWeighted(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), 0.45, image, 0.55, 0)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    from settings import read_settings
+
+    settings = read_settings("gradcam", argv)
+
+    import torch
+
+    from checkpoint import load, restore_model, write_atomically
+    from data import decode_image, to_input
+
+    checkpoint = load(settings.checkpoint)
+    names = checkpoint["class_names"]
+    model = restore_model(checkpoint).eval()
+    pixels = decode_image(settings.image, checkpoint["image_size"])
+    images = to_input(torch.from_numpy(pixels)[None], checkpoint["mean"], checkpoint["std"])
+    with torch.no_grad():
+        answer = int(model(images).logits.argmax(1))
+    if settings.class_name is not None and settings.class_name not in names:
+        raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {', '.join(names)}")
+    shown = answer if settings.class_name is None else names.index(settings.class_name)
+    layer = settings.layer or model.last_layer
+    layers = [name for name, module in model.named_modules() if name and "fc" not in name]
+    if layer not in layers:
+        raise InputError(f"--layer {layer}: no such layer; for example {', '.join(layers[:4])}, {model.last_layer}")
+    heat = autograd_map(model, images, torch.tensor([shown]), layer)[0].numpy()
+    picture = overlay(pixels.transpose(1, 2, 0), heat, heat.max())
+    cv2 = import_opencv()
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    write_atomically(Path(settings.output), lambda file: file.write(encoded.tobytes()))
+    print(f"answer: {names[answer]}; the map of {names[shown]} at {layer} is in {settings.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

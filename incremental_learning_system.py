@@ -1,0 +1,121 @@
+"""One incremental step: a model that knows the old classes learns NEW_CLASSES from their images alone.
+
+    python3 incremental_learning_system.py --teacher runs/first/teacher_model.pth
+
+The teacher may be the student of an earlier step. Architecture, class names, normalisation and image size come from
+its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from errors import InputError, one_line_errors, warn
+from settings import read_settings
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    settings = read_settings("incremental_learning_system", argv)
+
+    import torch
+
+    import checkpoint
+    import evaluation
+    import losses
+    import models
+    import plots
+    import training
+    from data import Place, find_test_images, open_source
+
+    device = training.pick_device(settings.device)
+    before = checkpoint.load(settings.teacher)
+    old, new = before["class_names"], list(settings.new_classes)
+    check_against(before, settings)
+    run = training.open_run(settings, "student")
+
+    here = Place(settings.dataset, settings.data_dir)
+    source = open_source(here, before["image_size"], settings.hold_back, settings.skip_bad_images)
+    source.seal(old)
+    train = source.train(new, old + new)
+    source.test(new[:1], new)
+    places = {
+        name: [Place(step["dataset"], step["data_dir"]), here] for step in before["steps"] for name in step["classes"]
+    }
+    test, gone = find_test_images(
+        places | {name: [here] for name in new}, before["image_size"], settings.hold_back, settings.skip_bad_images
+    )
+    if gone:
+        print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
+    print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")
+
+    torch.manual_seed(settings.seed)
+    teacher = checkpoint.restore_model(before).eval().requires_grad_(False)
+    student = checkpoint.restore_model(before)
+    models.widen_head(student, len(new))
+    teacher, student = training.to_device(teacher, device), training.to_device(student, device)
+    head = {
+        **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
+        "class_names": old + new,
+        "loss_form": settings.loss_form,
+        "steps": [*before["steps"], training.describe_step(settings, new, settings.incremental_lr)],
+    }
+    teacher_hash = checkpoint.fingerprint(before)
+    training.check_resumed(run, head, teacher_hash)
+
+    def judge(model):
+        logits = evaluation.predict(model, test.pixels, head["mean"], head["std"])
+        columns = evaluation.accuracies(logits, test.labels, len(old))
+        groups = evaluation.group_accuracies(logits, test.labels, [len(step["classes"]) for step in head["steps"]])
+        return {f"test_{name}": value for name, value in columns.items()}, groups
+
+    log = training.fit(
+        run,
+        student,
+        train.to(device),
+        losses.METHODS[settings.method],
+        settings,
+        head,
+        judge,
+        teacher if settings.method != "finetune" else None,
+        teacher_hash,
+    )
+    plots.curves(log, Path(settings.output_dir) / "student_curves.png", f"Student ({settings.method})")
+    last = log[-1]
+    for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
+        for group in ("old", "new"):
+            value = last[f"test_{name}_{group}"]
+            shown = "no images" if value is None else f"{value:.1f} %"
+            print(f"{group} classes, {hint}: {shown}")
+    if last.get("zero_maps", 0) > 0.5:
+        warn(f"{100 * last['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
+    print(f"the student is in {run.model}")
+
+
+def check_against(before: dict, settings) -> None:
+    """Raises InputError where the settings contradict the teacher's checkpoint."""
+    if not before["finished"]:
+        raise InputError(f"{settings.teacher}: its training is not finished; go on with --resume first")
+    known = {"old_classes": tuple(before["class_names"]), "model": before["architecture"]}
+    known["image_size"] = before["image_size"]
+    for name, value in known.items():
+        if name in settings.given and getattr(settings, name) != value:
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} contradicts the teacher, which has {shown}; leave the flag out")
+    taught = sorted(set(before["class_names"]) & set(settings.new_classes))
+    if taught:
+        raise InputError(f"new class {taught[0]!r} is one that the teacher already knows; take it out of NEW_CLASSES")
+    if settings.loss_form == "softmax" and len(settings.new_classes) == 1:
+        raise InputError("the softmax over one new class is always 1 and teaches nothing; take --loss-form binary")
+    softmax = {"softmax", "softmax-all"}
+    if before["loss_form"] != settings.loss_form and not {before["loss_form"], settings.loss_form} <= softmax:
+        warn(
+            f"the teacher was trained with the {before['loss_form']} form and this step uses {settings.loss_form}: "
+            "old and new logits are on different scales; train both with one --loss-form"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

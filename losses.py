@@ -1,0 +1,138 @@
+"""The losses of Learning without Memorizing (Dhar et al., CVPR 2019) and the methods made of them.
+
+Notation: N old classes, K new ones; the first N logits are the old classes'. B images in a batch.
+A method is a function ``loss(student, teacher, labels, heads, settings)`` that returns a dict of named scalar
+terms, "total" among them: the training loop minimises that one and logs them all.
+
+    student, teacher   models.Output: logits (B, N+K) and (B, N), features (B, C, h, w); teacher None in step 0
+    labels             int64 (B,), position of the class in the student's outputs
+    heads              the two rows-by-class weights of the heads, (N+K, C) and (N, C)
+    settings           anything with loss_form, beta, gamma, temperature and attention_class
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradcam import closed_form_map
+
+Terms = dict[str, Tensor]
+
+
+def classification_loss(logits: Tensor, labels: Tensor, old: int, form: str) -> Tensor:
+    """L_C for labels that are all >= ``old``, mean over the batch.
+
+    ``binary``: binary cross-entropy over the K new logits, summed over classes (iCaRL, CVPR 2017, section 3.2;
+    the old logits' targets come from L_D). ``softmax``: cross-entropy over the K new logits. ``softmax-all``:
+    cross-entropy over all N+K logits, which teaches that no image is ever of an old class.
+    """
+    if form == "softmax-all":
+        return F.cross_entropy(logits, labels)
+    new_logits, new_labels = logits[:, old:], labels - old
+    if form == "softmax":
+        return F.cross_entropy(new_logits, new_labels)
+    if form != "binary":
+        raise ValueError(f"no loss form {form!r}")
+    targets = F.one_hot(new_labels, new_logits.shape[1]).to(new_logits.dtype)
+    return F.binary_cross_entropy_with_logits(new_logits, targets, reduction="sum") / len(labels)
+
+
+def distillation_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_D of the paper (section 3.1): cross-entropy between sigmoids of the N old logits, both (B, N).
+
+    Summed over classes: a mean would divide the weight of every old class by N.
+    """
+    targets = teacher.sigmoid()
+    return F.binary_cross_entropy_with_logits(student, targets, reduction="sum") / len(student)
+
+
+def distillation_softmax(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """L_D of LwF (Li and Hoiem, ECCV 2016, eq. 2-3): softmax at ``temperature`` over the N old logits, times T^2.
+
+    T^2 keeps the gradient's size when T changes (Hinton et al., 2015, section 2).
+    """
+    targets = (teacher / temperature).softmax(1)
+    log_probabilities = (student / temperature).log_softmax(1)
+    return -(targets * log_probabilities).sum(1).mean() * temperature**2
+
+
+def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Each map (B, h, w) as a row (B, h*w) of L2 length 1, and which rows are not all zero."""
+    rows = maps.flatten(1)
+    peak = rows.detach().amax(1, keepdim=True)
+    alive = peak > 0
+    # Division by the peak changes nothing after normalisation, and squares of tiny maps no longer underflow.
+    rows = rows / peak.where(alive, 1.0)
+    squares = rows.square().sum(1, keepdim=True)
+    return rows / squares.where(alive, 1.0).sqrt(), alive.squeeze(1)
+
+
+def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+    """L_AD (paper, section 3.2, eq. 4): L1 distance of the L2-normalised maps, both (B, h, w) and >= 0.
+
+    Summed over pixels, mean over the batch. Returns the loss and the share of images for which either map is all
+    zero: they contribute 0, and their gradient is 0.
+    """
+    student, student_alive = _unit_length(student_map)
+    teacher, teacher_alive = _unit_length(teacher_map)
+    alive = student_alive & teacher_alive
+    distance = (teacher - student).abs().sum(1)
+    loss = distance.where(alive, 0.0).mean()
+    return loss, 1 - alive.to(loss.dtype).mean()
+
+
+def _classify_and_distil(student, teacher, labels, form, settings) -> Terms:
+    """L_C + beta * L_D, both in one form; ``softmax-all`` takes the paper's L_D."""
+    old = teacher.logits.shape[1]
+    old_logits = student.logits[:, :old]
+    classification = classification_loss(student.logits, labels, old, form)
+    if form == "softmax":
+        distillation = distillation_softmax(old_logits, teacher.logits, settings.temperature)
+    else:
+        distillation = distillation_sigmoid(old_logits, teacher.logits)
+    total = classification + settings.beta * distillation
+    return {"total": total, "classification": classification, "distillation": distillation}
+
+
+def first_step(student, teacher, labels, heads, settings) -> Terms:
+    """Step 0: L_C alone, no class is old."""
+    classification = classification_loss(student.logits, labels, 0, settings.loss_form)
+    return {"total": classification, "classification": classification}
+
+
+def finetune(student, teacher, labels, heads, settings) -> Terms:
+    """The lower bound: softmax cross-entropy over all N+K logits; the teacher is not asked."""
+    classification = classification_loss(student.logits, labels, 0, "softmax-all")
+    return {"total": classification, "classification": classification}
+
+
+def lwf(student, teacher, labels, heads, settings) -> Terms:
+    """Learning without Forgetting (ECCV 2016): softmax L_C over the new logits, softmax L_D over the old."""
+    return _classify_and_distil(student, teacher, labels, "softmax", settings)
+
+
+def lwf_mc(student, teacher, labels, heads, settings) -> Terms:
+    """LwF-MC (iCaRL, CVPR 2017, section 4): binary L_C over the new logits, sigmoid L_D over the old."""
+    return _classify_and_distil(student, teacher, labels, "binary", settings)
+
+
+def lwm(student, teacher, labels, heads, settings) -> Terms:
+    """Learning without Memorizing (paper, eq. 5): L = L_C + beta * L_D + gamma * L_AD.
+
+    Both maps are those of one old class an image: the top one of the student, as in the paper, or of the teacher.
+    """
+    terms = _classify_and_distil(student, teacher, labels, settings.loss_form, settings)
+    old = teacher.logits.shape[1]
+    judge = student.logits[:, :old] if settings.attention_class == "student" else teacher.logits
+    top_old_class = judge.detach().argmax(1)
+    student_head, teacher_head = heads
+    attention, zero_maps = attention_distillation(
+        closed_form_map(student.features, student_head, top_old_class),
+        closed_form_map(teacher.features, teacher_head, top_old_class).detach(),
+    )
+    total = terms["total"] + settings.gamma * attention
+    return {**terms, "total": total, "attention": attention, "zero_maps": zero_maps}
+
+
+METHODS = {"finetune": finetune, "lwf": lwf, "lwf-mc": lwf_mc, "lwm": lwm}

@@ -1,0 +1,38 @@
+"""Build a network by name, and widen its head when classes arrive."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.resnet import CifarResNet, Output, ResNet18
+
+__all__ = ["Output", "build", "widen_head"]
+
+
+def build(architecture: str, classes: int, image_size: int) -> nn.Module:
+    """A freshly initialised network with ``classes`` outputs for images of ``image_size`` px.
+
+    Raises ValueError for a name that is not ``resnet18``, ``resnet32`` or ``resnet110``.
+    """
+    if architecture == "resnet18":
+        return ResNet18(classes, image_size)
+    if architecture == "resnet32":
+        return CifarResNet(5, classes)
+    if architecture == "resnet110":
+        return CifarResNet(18, classes)
+    raise ValueError(f"no architecture {architecture!r}: resnet18, resnet32 and resnet110 are known")
+
+
+def widen_head(model: nn.Module, new_classes: int) -> None:
+    """Give ``model.fc`` ``new_classes`` more rows, in place; the old rows are copied bit for bit.
+
+    The new rows get PyTorch's initialisation of a linear layer, from the global random state.
+    """
+    old = model.fc
+    wide = nn.Linear(old.in_features, old.out_features + new_classes)
+    wide = wide.to(device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        wide.weight[: old.out_features] = old.weight
+        wide.bias[: old.out_features] = old.bias
+    model.fc = wide

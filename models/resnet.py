@@ -1,0 +1,90 @@
+"""ResNet-18 (He et al., CVPR 2016, table 1) and the CIFAR ResNets of the same paper (section 4.2).
+
+    network      feature map (C, h, w) at 32 px    parameters, 10 classes
+    ResNet-18    512, 4, 4                         11.17 M
+    ResNet-32     64, 8, 8                          0.46 M
+    ResNet-110    64, 8, 8                          1.73 M
+
+Each forward pass takes images (B, 3, H, W), already normalised, and returns ``Output``. Nothing is kept on
+the network: the feature map travels with the logits, so no hook is needed to see it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
+
+IMAGENET_STEM_FROM = 64  # px; below it a 7x7 stride-2 convolution and a pooling leave too little to look at
+
+
+class Output(NamedTuple):
+    """``logits`` (B, classes) and ``features`` (B, C, h, w), the map that pooling and the head see."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class ResNet18(ResNet):
+    """torchvision's ResNet-18, parameter names included; the CIFAR stem below 64 px."""
+
+    last_layer = "layer4"
+
+    def __init__(self, classes: int, image_size: int):
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+        if image_size < IMAGENET_STEM_FROM:
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+
+    def forward(self, images: Tensor) -> Output:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return Output(self.fc(self.avgpool(features).flatten(1)), features)
+
+
+class OptionAShortcut(nn.Module):
+    """Every second pixel, and zeros for the channels that are new: a shortcut without parameters."""
+
+    def __init__(self, extra_channels: int):
+        super().__init__()
+        self.before = extra_channels // 2
+        self.after = extra_channels - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
+
+
+class CifarResNet(nn.Module):
+    """6n+2 layers in three stages of 16, 32 and 64 channels: n=5 is ResNet-32, n=18 ResNet-110."""
+
+    last_layer = "layer3"
+
+    def __init__(self, blocks_per_stage: int, classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(16, 16, blocks_per_stage)
+        self.layer2 = self._stage(16, 32, blocks_per_stage)
+        self.layer3 = self._stage(32, 64, blocks_per_stage)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, blocks: int) -> nn.Sequential:
+        grows = channels_in != channels
+        shortcut = OptionAShortcut(channels - channels_in) if grows else None
+        first = BasicBlock(channels_in, channels, stride=2 if grows else 1, downsample=shortcut)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, images: Tensor) -> Output:
+        x = self.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(x)))
+        return Output(self.fc(self.avgpool(features).flatten(1)), features)

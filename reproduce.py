@@ -1,0 +1,274 @@
+"""Run a whole protocol through the three scripts and make its table.
+
+    python3 reproduce.py digits-2+2 --seeds 0,1,2,3,4
+    python3 reproduce.py photos32-10+10 --data-dir photos32 --seeds 0,1,2
+
+Every cell (a variant with a seed) lies in its own folder under --work-dir: what is finished is skipped, what was
+interrupted is resumed. results/<protocol>/ gets accuracy.csv, table.md and environment.json. ``--table`` only makes
+the table again from the CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import InputError, RunError, one_line_errors
+
+ROOT = Path(__file__).resolve().parent
+COLUMNS = ["accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new", "forgetting"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One step on top of a teacher. ``classes`` is a slice of the class order: old ones, then new ones."""
+
+    about: str
+    dataset: str
+    old: slice
+    new: slice
+    flags: str  # of both training scripts
+    variants: dict[str, str]  # name -> flags; a teacher is trained for each loss form and shared
+
+
+METHODS = {
+    "finetune": "--method finetune",
+    "lwf": "--method lwf",
+    "lwf-mc": "--method lwf-mc",
+    "lwm": "--method lwm",
+}
+DIGITS = "--model resnet32 --precision fp32"
+PHOTOS = "--model resnet32 --image-size 32 --precision bf16"
+PROTOCOLS = {
+    "digits-2+2": Protocol(
+        "scikit-learn digits, teacher 0 and 1, student 2 and 3, judged on the test images",
+        "digits",
+        slice(0, 2),
+        slice(2, 4),
+        DIGITS,
+        METHODS,
+    ),
+    "digits-search": Protocol(
+        "scikit-learn digits, teacher 4 and 5, student 6 and 7, judged on a fifth of the training images, held back",
+        "digits",
+        slice(4, 6),
+        slice(6, 8),
+        f"{DIGITS} --hold-back 0.2",
+        {
+            f"lr {lr}, gamma {gamma}": f"--method lwm --incremental-lr {lr} --gamma {gamma}"
+            for lr in (0.01, 0.03, 0.1)
+            for gamma in (0, 0.1, 1)
+        },
+    ),
+    "photos32-10+10": Protocol(
+        "mini-ImageNet at 32 px, classes 1-10 of the order, then 11-20, judged on the test images",
+        "folder",
+        slice(0, 10),
+        slice(10, 20),
+        PHOTOS,
+        METHODS,
+    ),
+    "photos32-search": Protocol(
+        "mini-ImageNet at 32 px, classes 81-90 of the order, then 91-100, judged on a tenth of the training images",
+        "folder",
+        slice(80, 90),
+        slice(90, 100),
+        f"{PHOTOS} --hold-back 0.1",
+        {
+            f"lr {lr}, gamma {gamma}": f"--method lwm --incremental-lr {lr} --gamma {gamma}"
+            for lr in (0.03, 0.1)
+            for gamma in (0, 0.1)
+        },
+    ),
+}
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--data-dir", help="the folder of a protocol on photos32, with train/ and test/")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--variants", help="names, separated by semicolons (default: all of the protocol)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once; the CPU cores are shared out (default: 1)")
+    parser.add_argument("--work-dir", default="runs/reproduce")
+    parser.add_argument("--table", action="store_true", help="only make table.md again from accuracy.csv")
+    options = parser.parse_args(argv)
+    protocol = PROTOCOLS[options.protocol]
+    results = ROOT / "results" / options.protocol
+    if not options.table:
+        chosen = options.variants.split(";") if options.variants else list(protocol.variants)
+        unknown = [name for name in chosen if name not in protocol.variants]
+        if unknown:
+            raise InputError(f"--variants: {options.protocol} has no {unknown[0]!r}: {'; '.join(protocol.variants)}")
+        results.mkdir(parents=True, exist_ok=True)
+        run_cells(options, protocol, chosen, [int(seed) for seed in options.seeds.split(",")], results)
+    rows = read_rows(results / "accuracy.csv")
+    (results / "table.md").write_text(table(protocol, rows))
+    print(table(protocol, rows))
+
+
+def run_cells(options, protocol: Protocol, variants: list[str], seeds: list[int], results: Path) -> None:
+    """Teachers first, then the students of every seed; the CSV grows by a row as each is done."""
+    order = class_order(protocol, options.data_dir)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    work = Path(options.work_dir) / options.protocol
+    common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--resume"]
+    if options.data_dir:
+        common += ["--data-dir", options.data_dir]
+
+    def teacher(seed: int, form: str) -> None:
+        folder = work / f"seed{seed}" / f"teacher-{form}"
+        if not (folder / "done").exists():
+            flags = ["--old-classes", ",".join(order[protocol.old]), "--loss-form", form, "--seed", str(seed)]
+            call("train_teacher_model.py", [*common, *flags, "--output-dir", str(folder)], threads)
+            (folder / "done").touch()
+
+    def student(seed: int, variant: str) -> dict:
+        flags = protocol.variants[variant].split()
+        first = work / f"seed{seed}" / f"teacher-{form_of(flags)}" / "teacher_model.pth"
+        folder = work / f"seed{seed}" / variant.replace(" ", "_").replace(",", "")
+        if not (folder / "metrics.json").exists():
+            new = [*common, *flags, "--new-classes", ",".join(order[protocol.new]), "--seed", str(seed)]
+            output = ["--teacher", str(first), "--output-dir", str(folder)]
+            call("incremental_learning_system.py", [*new, *output], threads)
+            call("demo.py", [*output, "--student", str(folder / "student_model.pth")], threads)
+        return row_of(options.protocol, variant, seed, folder)
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        forms = sorted({form_of(protocol.variants[name].split()) for name in variants})
+        list(pool.map(lambda cell: teacher(*cell), [(seed, form) for seed in seeds for form in forms]))
+        cells = [pool.submit(student, seed, name) for seed in seeds for name in variants]
+        for cell in concurrent.futures.as_completed(cells):
+            row = cell.result()
+            print(f"{row['variant']}, seed {row['seed']}: {row['accuracy']:.1f} %", flush=True)
+            write_rows(results / "accuracy.csv", row)
+    (results / "environment.json").write_text(json.dumps(environment(options, threads), indent=1) + "\n")
+
+
+def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
+    """Digits by value; the photos in the field's shuffle of the sorted names (seed 1993, as iCaRL's CIFAR-100)."""
+    if protocol.dataset == "digits":
+        return [str(digit) for digit in range(10)]
+    if data_dir is None or not (Path(data_dir) / "train").is_dir():
+        raise InputError("--data-dir: the folder with train/<class>/ and test/<class>/ is needed")
+    import numpy as np
+
+    names = sorted(path.name for path in (Path(data_dir) / "train").iterdir())
+    return [names[index] for index in np.random.RandomState(1993).permutation(len(names))]
+
+
+def form_of(flags: list[str]) -> str:
+    """The form that the teacher of a variant is trained with; softmax-all is softmax where no class is old."""
+    from settings import METHOD_FORMS
+
+    named = dict(zip(flags[::2], flags[1::2], strict=True))
+    form = METHOD_FORMS.get(named["--method"], named.get("--loss-form", "binary"))
+    return "softmax" if form == "softmax-all" else form
+
+
+def call(script: str, flags: list[str], threads: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RunError(f"{script} {' '.join(flags)}: {done.stderr.strip()[-300:]}")
+
+
+def row_of(protocol: str, variant: str, seed: int, folder: Path) -> dict:
+    """A row of accuracy.csv from what the demo and the log of a student say."""
+    import torch
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    saved = torch.load(folder / "student_model.pth", map_location="cpu", weights_only=True)
+    step, last = saved["steps"][-1], saved["training"]["log"][-1]
+    names = ["method", "loss_form", "beta", "gamma", "learning_rate", "epochs", "batch_norm", "precision"]
+    return {
+        "protocol": protocol,
+        "variant": variant,
+        "seed": seed,
+        "step": len(saved["steps"]) - 1,
+        **{name: metrics["student"][name] for name in COLUMNS[:-1]},
+        "forgetting": metrics["steps"][0]["forgetting"],
+        "teacher_accuracy": metrics["teacher"]["accuracy"],
+        "zero_maps": last.get("zero_maps"),
+        **{name: step[name] for name in names},
+    }
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, row: dict) -> None:
+    """Put a row in its place by variant and seed, replacing an earlier one."""
+    rows = [r for r in read_rows(path) if (r["variant"], r["seed"]) != (row["variant"], str(row["seed"]))]
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    rows = sorted([*rows, rounded], key=lambda r: (r["variant"], int(r["seed"])))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(protocol: Protocol, rows: list[dict]) -> str:
+    """Mean and standard deviation over the seeds, in percent, a line a variant in the protocol's order."""
+    head = ["variant", "all", "old", "new", "task-aware old", "task-aware new", "forgetting", "seeds"]
+    lines = [f"{protocol.about}.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for variant in protocol.variants:
+        found = [row for row in rows if row["variant"] == variant]
+        if not found:
+            continue
+        cells = []
+        for column in COLUMNS:
+            values = [float(row[column]) for row in found]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {variant} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def environment(options, threads: int) -> dict:
+    import torch
+    import torchvision
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    folder = "--data-dir photos32 " if options.data_dir else ""
+    return {
+        "command": f"python3 reproduce.py {options.protocol} {folder}--seeds {options.seeds} --jobs {options.jobs}",
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{processor()}, {threads} thread(s) a run",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""config.py and the command line made into one frozen, checked ``Settings``.
+
+Each field below is a constant of config.py (in capitals) and a flag (with dashes); the flag wins. ``SCRIPTS`` says
+which fields a script reads: the others are accepted, so that one list of flags serves all scripts, and not checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from types import ModuleType
+from typing import Any, NoReturn
+
+import config
+from errors import InputError
+
+
+def _choice(help: str, *choices: str) -> Any:
+    def check(value: Any) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"one of {', '.join(choices)} is needed{hint}")
+        return value
+
+    return field(metadata={"help": f"{help}: {', '.join(choices)}", "parse": str, "check": check})
+
+
+def _number(help: str, kind: type, least: float, most: float = math.inf, above: bool = False) -> Any:
+    noun = "a whole number" if kind is int else "a number"
+    bounds = f"above {least:g}" if above else f"of at least {least:g}"
+    bounds += f" and at most {most:g}" if most < math.inf else ""
+
+    def check(value: Any) -> int | float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (kind is int and not isinstance(value, int)):
+            raise ValueError(f"{noun} is needed")
+        if value < least or (above and value == least) or value > most:
+            raise ValueError(f"{noun} {bounds} is needed")
+        return kind(value)
+
+    return field(metadata={"help": help, "parse": kind, "check": check})
+
+
+def _names(help: str) -> Any:
+    def parse(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",")]
+
+    def check(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
+        if not value or not all(value):
+            raise ValueError("at least one class name is needed, and none may be empty")
+        twice = sorted({name for name in value if list(value).count(name) > 1})
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is named twice")
+        return tuple(value)
+
+    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
+
+
+def _text(help: str) -> Any:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError("a text that is not empty is needed")
+        return value
+
+    return field(metadata={"help": help, "parse": str, "check": check})
+
+
+def _switch(help: str) -> Any:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("True or False is needed")
+        return value
+
+    return field(metadata={"help": help, "parse": bool, "check": check})
+
+
+def _device(help: str) -> Any:
+    def check(value: Any) -> str:
+        name, _, index = str(value).partition(":")
+        if name not in ("auto", "cpu", "mps", "cuda") or (
+            ":" in str(value) and (name != "cuda" or not index.isdigit())
+        ):
+            raise ValueError("auto, cpu, mps, cuda or cuda:N is needed")
+        return value
+
+    return field(metadata={"help": help, "parse": str, "check": check})
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: str = _choice("the images", "digits", "cifar10", "cifar100", "folder")
+    data_dir: str = _text("where the images lie, or are downloaded to")
+    old_classes: tuple[str, ...] = _names("classes that the teacher learns")
+    new_classes: tuple[str, ...] = _names("classes that the student learns on top")
+    model: str = _choice("architecture", "resnet18", "resnet32", "resnet110")
+    image_size: int = _number("side of the square images, px", int, 8, 1024)
+    method: str = _choice("method of the student", "finetune", "lwf", "lwf-mc", "lwm")
+    loss_form: str = _choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
+    beta: float = _number("weight of L_D", float, 0)
+    gamma: float = _number("weight of L_AD", float, 0)
+    temperature: float = _number("temperature of softmax distillation", float, 0, above=True)
+    attention_class: str = _choice("whose top old class the maps explain", "student", "teacher")
+    batch_norm: str = _choice("batch-norm statistics of the student", "train", "frozen")
+    epochs: int = _number("epochs", int, 1)
+    batch_size: int = _number("images in a batch", int, 2)
+    lr: float = _number("learning rate of the teacher", float, 0, above=True)
+    incremental_lr: float = _number("learning rate of the student", float, 0, above=True)
+    momentum: float = _number("momentum of SGD", float, 0, 0.999)
+    weight_decay: float = _number("weight decay", float, 0)
+    flip: bool = _switch("mirror training images at random")
+    precision: str = _choice("arithmetic of the networks", "fp32", "bf16")
+    skip_bad_images: bool = _switch("skip and count images that cannot be read")
+    hold_back: float = _number("share of the training images to judge on instead of the test images", float, 0, 0.5)
+    seed: int = _number("seed of every random choice", int, 0, 2**32 - 1)
+    device: str = _device("auto, cpu, mps, cuda or cuda:N")
+    save_interval: int = _number("epochs between saves", int, 1)
+    resume: bool = _switch("go on from the checkpoint of an earlier run")
+    overwrite: bool = _switch("replace the model of an earlier run")
+    output_dir: str = _text("where the outputs go")
+    given: frozenset[str] = frozenset()  # the fields that the command line named
+    # Files, of the command line alone.
+    teacher: str | None = None
+    student: str | None = None
+    checkpoint: str | None = None
+    images: str | None = None
+    image: str | None = None
+    class_name: str | None = None
+    layer: str | None = None
+    output: str = "gradcam.png"
+
+
+FILE_FLAGS = {
+    "teacher": "checkpoint of the model before the step: a teacher, or the student of an earlier step",
+    "student": "checkpoint of the student",
+    "checkpoint": "any checkpoint of this project",
+    "images": "a folder of your own images to judge, flat or with a subfolder for each class",
+    "image": "the image to explain",
+    "class_name": "the class to explain (default: the network's answer)",
+    "layer": "the layer to look at (default: the last feature map)",
+    "output": "the PNG to write (default: gradcam.png)",
+}
+_TRAINING = (
+    "dataset data_dir method loss_form epochs batch_size momentum weight_decay flip precision skip_bad_images "
+    "hold_back seed device save_interval resume overwrite output_dir"
+)
+SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
+    "train_teacher_model": (f"old_classes model image_size lr {_TRAINING}", "", ""),
+    "incremental_learning_system": (
+        f"new_classes incremental_lr beta gamma temperature attention_class batch_norm {_TRAINING}",
+        "teacher",
+        "student",
+    ),
+    "demo": ("dataset data_dir skip_bad_images device output_dir", "teacher student", "images"),
+    "gradcam": ("", "checkpoint image", "class_name layer output"),
+}
+
+METHOD_FORMS = {"finetune": "softmax-all", "lwf": "softmax", "lwf-mc": "binary"}  # lwm takes any
+_PHOTOS = {"model": "resnet32", "image_size": 32, "batch_size": 128, "lr": 0.1, "incremental_lr": 0.1, "flip": True}
+_PHOTOS |= {"epochs": 30, "beta": 1.0, "gamma": 0.1}
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    "digits": {**_PHOTOS, "batch_size": 64, "flip": False, "epochs": 30},
+    "cifar10": _PHOTOS,
+    "cifar100": _PHOTOS,
+    "folder": {**_PHOTOS, "model": "resnet18", "image_size": 64},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, with the nearest flag for one that is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split(": ", 1)[1].split()[0]
+            near = difflib.get_close_matches(wrong.split("=")[0], self._option_string_actions, n=1)
+            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise InputError(message)
+
+
+def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleType = config) -> Settings:
+    """The settings of one script. Raises InputError for the first value that the script reads and cannot use."""
+    read, required, optional = (words.split() for words in SCRIPTS[script])
+    arguments = vars(_parser(script, read, required, optional, page).parse_args(argv))
+    known = [f for f in fields(Settings) if f.metadata]
+    _check_page(page, {f.name.upper() for f in known})
+    values: dict[str, Any] = {name: arguments.pop(name, None) for name in required + optional}
+    values = {name: value for name, value in values.items() if value is not None}
+    for f in known:
+        where = _flag(f.name) if f.name in arguments else f"config.py: {f.name.upper()}"
+        value = arguments.get(f.name, getattr(page, f.name.upper(), None))
+        if f.name in arguments and not isinstance(value, bool):
+            value = _parsed(f.metadata["parse"], value)
+        if value is not None and (f.name in read or f.name in arguments):
+            try:
+                value = f.metadata["check"](value)
+            except ValueError as error:
+                raise InputError(f"{where} is {value!r}: {error}") from error
+        values[f.name] = value
+    values["given"] = frozenset(arguments)
+    _resolve(values, read)
+    return Settings(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError:
+        return text  # the check says what is needed
+
+
+def _parser(script: str, read: list[str], required: list[str], optional: list[str], page: ModuleType) -> _Parser:
+    parser = _Parser(prog=f"{script}.py", allow_abbrev=False, description=_DESCRIPTIONS[script])
+    for name in required + optional:
+        parser.add_argument(_flag(name), help=FILE_FLAGS[name], required=name in required)
+    for f in fields(Settings):
+        if not f.metadata:
+            continue
+        default = getattr(page, f.name.upper(), None)
+        shown = ",".join(map(str, default)) if isinstance(default, list) else default
+        shown = "recommended for the data set" if default is None else shown
+        help = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
+        parser.add_argument(
+            _flag(f.name),
+            default=argparse.SUPPRESS,
+            help=help if f.name in read else argparse.SUPPRESS,
+            **(
+                {"action": argparse.BooleanOptionalAction}
+                if f.metadata["parse"] is bool
+                else {"metavar": f.name.upper()}
+            ),
+        )
+    return parser
+
+
+def _check_page(page: ModuleType, known: set[str]) -> None:
+    for name in vars(page):
+        if name.isupper() and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"config.py: {name} is not a setting{hint}")
+    for name in sorted(known):
+        if not hasattr(page, name):
+            raise InputError(f"config.py: {name} is missing; None stands for the recommended value")
+
+
+def _resolve(values: dict[str, Any], read: list[str]) -> None:
+    """Fill in what depends on other values: recommended ones, and the form that belongs to the method."""
+    for name, value in RECOMMENDED.get(values["dataset"], {}).items():
+        if name in read and values[name] is None:
+            values[name] = value
+            print(f"{name.upper()} = {value} (recommended for {values['dataset']})")
+    if "method" in read:
+        form = METHOD_FORMS.get(values["method"])
+        if form and values["loss_form"] not in (None, form):
+            raise InputError(
+                f"--loss-form {values['loss_form']}: method {values['method']} is {form}; leave the loss form out, "
+                "or take --method lwm"
+            )
+        values["loss_form"] = form or values["loss_form"] or "binary"
+    missing = [name for name in read if values[name] is None]
+    if missing:
+        raise InputError(f"config.py: {missing[0].upper()} is None, and there is no recommended value")
+
+
+_DESCRIPTIONS = {
+    "train_teacher_model": "Train a network on the old classes and save it as teacher_model.pth.",
+    "incremental_learning_system": "Teach a model new classes from their images alone; saves student_model.pth.",
+    "demo": "Judge teacher and student on test images and show what they look at.",
+    "gradcam": "Draw where a network looks for a class in an image.",
+}

@@ -1,0 +1,63 @@
+"""Step 0: train a network on OLD_CLASSES and save it, with all that a later step needs, as teacher_model.pth.
+
+python3 train_teacher_model.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from errors import InputError, one_line_errors
+from settings import read_settings
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    settings = read_settings("train_teacher_model", argv)
+    if len(settings.old_classes) < 2:
+        raise InputError("OLD_CLASSES: a teacher needs two classes at least")
+
+    import torch
+
+    import evaluation
+    import models
+    import plots
+    import training
+    from data import Place, channel_statistics, open_source
+    from losses import first_step
+
+    device = training.pick_device(settings.device)
+    run = training.open_run(settings, "teacher")
+    place = Place(settings.dataset, settings.data_dir)
+    source = open_source(place, settings.image_size, settings.hold_back, settings.skip_bad_images)
+    classes = list(settings.old_classes)
+    train, test = source.train(classes, classes), source.test(classes, classes)
+    mean, std = channel_statistics(train.pixels)
+    print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")
+
+    torch.manual_seed(settings.seed)
+    model = training.to_device(models.build(settings.model, len(classes), settings.image_size), device)
+    head = {
+        "architecture": settings.model,
+        "class_names": classes,
+        "image_size": settings.image_size,
+        "mean": mean,
+        "std": std,
+        "loss_form": settings.loss_form,
+        "steps": [training.describe_step(settings, classes, settings.lr)],
+    }
+    training.check_resumed(run, head, teacher="")
+
+    def judge(model):
+        logits = evaluation.predict(model, test.pixels, mean, std)
+        accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        return {"test_accuracy": accuracy[0]}, accuracy
+
+    log = training.fit(run, model, train.to(device), first_step, settings, head, judge)
+    plots.curves(log, Path(settings.output_dir) / "teacher_curves.png", "Teacher")
+    print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
