@@ -31,12 +31,18 @@ COLUMNS = ["accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_a
 
 @dataclass(frozen=True)
 class Protocol:
-    """One step on top of a teacher. ``classes`` is a slice of the class order: old ones, then new ones."""
+    """One step on top of a teacher: ``old`` classes of the pool, then ``new`` ones.
+
+    ``pool`` is a slice of the class order; each seed starts ``rotation`` classes further on in the pool, so that
+    settings are not chosen for one pair of groups alone.
+    """
 
     about: str
     dataset: str
-    old: slice
-    new: slice
+    pool: slice
+    old: int
+    new: int
+    rotation: int
     flags: str  # of both training scripts
     variants: dict[str, str]  # name -> flags; a teacher is trained for each loss form and shared
 
@@ -47,48 +53,57 @@ METHODS = {
     "lwf-mc": "--method lwf-mc",
     "lwm": "--method lwm",
 }
-DIGITS = "--model resnet32 --precision fp32"
 PHOTOS = "--model resnet32 --image-size 32 --precision bf16"
+
+
+def grid(rates: list[float], gammas: list[float]) -> dict[str, str]:
+    """Variants of lwm for a search over the student's learning rate and gamma."""
+    pairs = [(rate, gamma) for rate in rates for gamma in gammas]
+    return {f"lr {r}, gamma {g}": f"--method lwm --incremental-lr {r} --gamma {g}" for r, g in pairs}
+
+
 PROTOCOLS = {
     "digits-2+2": Protocol(
-        "scikit-learn digits, teacher 0 and 1, student 2 and 3, judged on the test images",
-        "digits",
-        slice(0, 2),
-        slice(2, 4),
-        DIGITS,
-        METHODS,
+        about="scikit-learn digits, ResNet-18: teacher 0 and 1, student 2 and 3, judged on the test images",
+        dataset="digits",
+        pool=slice(0, 4),
+        old=2,
+        new=2,
+        rotation=0,
+        flags="",
+        variants=METHODS,
     ),
     "digits-search": Protocol(
-        "scikit-learn digits, teacher 4 and 5, student 6 and 7, judged on a fifth of the training images, held back",
-        "digits",
-        slice(4, 6),
-        slice(6, 8),
-        f"{DIGITS} --hold-back 0.2",
-        {
-            f"lr {lr}, gamma {gamma}": f"--method lwm --incremental-lr {lr} --gamma {gamma}"
-            for lr in (0.01, 0.03, 0.1)
-            for gamma in (0, 0.1, 1)
-        },
+        about="scikit-learn digits 4 to 9, ResNet-18: 4 and 5 then 6 and 7 (seed 0), 6 and 7 then 8 and 9 (seed 1), "
+        "8 and 9 then 4 and 5 (seed 2), judged on a fifth of the training images, held back",
+        dataset="digits",
+        pool=slice(4, 10),
+        old=2,
+        new=2,
+        rotation=2,
+        flags="--hold-back 0.2",
+        variants=grid([0.01, 0.02], [0, 0.1, 1]),
     ),
     "photos32-10+10": Protocol(
-        "mini-ImageNet at 32 px, classes 1-10 of the order, then 11-20, judged on the test images",
-        "folder",
-        slice(0, 10),
-        slice(10, 20),
-        PHOTOS,
-        METHODS,
+        about="mini-ImageNet at 32 px, ResNet-32: classes 1-10 of the order, then 11-20, judged on the test images",
+        dataset="folder",
+        pool=slice(0, 20),
+        old=10,
+        new=10,
+        rotation=0,
+        flags=PHOTOS,
+        variants=METHODS,
     ),
     "photos32-search": Protocol(
-        "mini-ImageNet at 32 px, classes 81-90 of the order, then 91-100, judged on a tenth of the training images",
-        "folder",
-        slice(80, 90),
-        slice(90, 100),
-        f"{PHOTOS} --hold-back 0.1",
-        {
-            f"lr {lr}, gamma {gamma}": f"--method lwm --incremental-lr {lr} --gamma {gamma}"
-            for lr in (0.03, 0.1)
-            for gamma in (0, 0.1)
-        },
+        about="mini-ImageNet at 32 px, ResNet-32: classes 81-90 of the order, then 91-100, judged on a tenth of the "
+        "training images, held back",
+        dataset="folder",
+        pool=slice(80, 100),
+        old=10,
+        new=10,
+        rotation=0,
+        flags=f"{PHOTOS} --hold-back 0.1",
+        variants={"finetune": METHODS["finetune"], **grid([0.05, 0.1], [0, 0.1, 0.3])},
     ),
 }
 
@@ -120,17 +135,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_cells(options, protocol: Protocol, variants: list[str], seeds: list[int], results: Path) -> None:
     """Teachers first, then the students of every seed; the CSV grows by a row as each is done."""
-    order = class_order(protocol, options.data_dir)
+    pool = class_order(protocol, options.data_dir)[protocol.pool]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     work = Path(options.work_dir) / options.protocol
     common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--resume"]
     if options.data_dir:
         common += ["--data-dir", options.data_dir]
 
+    def classes(seed: int, first: int, count: int) -> str:
+        start = first + seed * protocol.rotation
+        return ",".join(pool[(start + index) % len(pool)] for index in range(count))
+
     def teacher(seed: int, form: str) -> None:
         folder = work / f"seed{seed}" / f"teacher-{form}"
         if not (folder / "done").exists():
-            flags = ["--old-classes", ",".join(order[protocol.old]), "--loss-form", form, "--seed", str(seed)]
+            flags = ["--old-classes", classes(seed, 0, protocol.old), "--loss-form", form, "--seed", str(seed)]
             call("train_teacher_model.py", [*common, *flags, "--output-dir", str(folder)], threads)
             (folder / "done").touch()
 
@@ -139,16 +158,16 @@ def run_cells(options, protocol: Protocol, variants: list[str], seeds: list[int]
         first = work / f"seed{seed}" / f"teacher-{form_of(flags)}" / "teacher_model.pth"
         folder = work / f"seed{seed}" / variant.replace(" ", "_").replace(",", "")
         if not (folder / "metrics.json").exists():
-            new = [*common, *flags, "--new-classes", ",".join(order[protocol.new]), "--seed", str(seed)]
+            new = [*common, *flags, "--new-classes", classes(seed, protocol.old, protocol.new), "--seed", str(seed)]
             output = ["--teacher", str(first), "--output-dir", str(folder)]
             call("incremental_learning_system.py", [*new, *output], threads)
             call("demo.py", [*output, "--student", str(folder / "student_model.pth")], threads)
         return row_of(options.protocol, variant, seed, folder)
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as workers:
         forms = sorted({form_of(protocol.variants[name].split()) for name in variants})
-        list(pool.map(lambda cell: teacher(*cell), [(seed, form) for seed in seeds for form in forms]))
-        cells = [pool.submit(student, seed, name) for seed in seeds for name in variants]
+        list(workers.map(lambda cell: teacher(*cell), [(seed, form) for seed in seeds for form in forms]))
+        cells = [workers.submit(student, seed, name) for seed in seeds for name in variants]
         for cell in concurrent.futures.as_completed(cells):
             row = cell.result()
             print(f"{row['variant']}, seed {row['seed']}: {row['accuracy']:.1f} %", flush=True)

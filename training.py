@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -238,12 +239,13 @@ def _epoch(epoch, model, teacher, train, loss, settings, head, optimizer, schedu
             shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
             bar.set_postfix(shown | {"images/s": f"{len(labels) * (number + 1) / (time.perf_counter() - started):.0f}"})
     means = {name: (total / len(train.labels)).item() for name, total in sums.items()}
-    for name, value in means.items():
-        if not torch.isfinite(torch.tensor(value)):
-            raise RunError(
-                f"epoch {epoch}: the loss term {name!r} is {value}; a lower learning rate may help. "
-                "The last checkpoint that was saved is whole"
-            )
+    broken = [name for name, value in means.items() if not math.isfinite(value)]
+    if broken:
+        term = min(broken, key=lambda name: name == "total")  # the term that broke it, rather than the sum
+        raise RunError(
+            f"epoch {epoch}: the loss term {term!r} is {means[term]}; a lower learning rate may help. "
+            "The last checkpoint that was saved is whole"
+        )
     return {
         "epoch": epoch,
         "loss": means.pop("total"),

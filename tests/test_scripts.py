@@ -1,0 +1,416 @@
+"""The scripts as a user runs them: what they write, what they refuse, and that old images stay unread."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import image_folder, picture
+from PIL import Image
+
+import checkpoint
+import config
+import demo
+import gradcam
+import incremental_learning_system as incremental
+import train_teacher_model as trainer
+import training
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--model", "resnet32", "--image-size", "16"]
+SMALL = [*TINY, "--epochs", "2"]
+FAST = ["--epochs", "2"]
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
+
+
+def refused(capsys, main, *flags: str) -> str:
+    """Run a script that must refuse: exit code 2 and one line, which is returned."""
+    capsys.readouterr()
+    assert main(list(flags)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)["model"]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    """Teacher and student of 2 + 2 digits, by the real command lines."""
+    folder = tmp_path_factory.mktemp("quick")
+    output = ["--output-dir", str(folder)]
+    made = run("train_teacher_model.py", *SMALL, *output)
+    assert made.returncode == 0, made.stderr
+    made = run("incremental_learning_system.py", "--teacher", str(folder / "teacher_model.pth"), *FAST, *output)
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == ""
+    return folder
+
+
+@pytest.fixture
+def teacher(quick) -> str:
+    return str(quick / "teacher_model.pth")
+
+
+@pytest.fixture
+def student(quick) -> str:
+    return str(quick / "student_model.pth")
+
+
+def test_training_writes_the_fixed_names(quick):
+    names = {"teacher_model.pth", "teacher_log.csv", "student_model.pth", "student_log.csv"}
+    assert names <= {path.name for path in quick.iterdir()}
+    first, second = rows(quick / "teacher_log.csv"), rows(quick / "student_log.csv")
+    assert [row["epoch"] for row in first] == [row["epoch"] for row in second] == ["1", "2"]
+    assert {"loss", "accuracy", "lr", "images_per_second"} <= first[0].keys()
+    terms = {"classification", "distillation", "attention", "zero_maps", "test_accuracy_old", "test_accuracy_new"}
+    assert terms <= second[0].keys()
+
+
+def test_the_checkpoint_is_the_whole_hand_over(quick):
+    saved = checkpoint.load(quick / "student_model.pth")
+    assert saved["class_names"] == ["0", "1", "2", "3"]
+    assert [step["classes"] for step in saved["steps"]] == [["0", "1"], ["2", "3"]]
+    assert (saved["architecture"], saved["image_size"], saved["loss_form"]) == ("resnet32", 16, "binary")
+    assert len(saved["mean"]) == len(saved["std"]) == 3
+    assert saved["finished"] is True
+
+
+def test_demo_by_its_command_line(tmp_path, quick, teacher, student):
+    judged = run("demo.py", "--teacher", teacher, "--student", student, "--output-dir", str(tmp_path))
+    assert judged.returncode == 0, judged.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    keys = {"accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new"}
+    assert metrics["teacher"].keys() == metrics["student"].keys() == keys
+    assert metrics["teacher"]["accuracy_new"] is None
+    last = rows(quick / "student_log.csv")[-1]
+    for name, value in metrics["student"].items():
+        assert value == pytest.approx(float(last[f"test_{name}"]))
+    lines = judged.stdout.splitlines()
+    hint = next(i for i, line in enumerate(lines) if "no hint" in line)
+    assert hint < next(i for i, line in enumerate(lines) if "task-aware" in line)
+    assert np.sum(metrics["confusion"]) == 180
+    group = metrics["steps"][0]
+    assert group["forgetting"] == pytest.approx(metrics["teacher"]["accuracy_old"] - group["accuracy"])
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 400
+
+
+def test_demo_judges_a_folder_of_own_images(tmp_path, teacher, student, capsys):
+    for name in ("1", "3"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for seed in range(3):
+            Image.fromarray(picture(seed)).save(tmp_path / "own" / name / f"{seed}.png")
+    models = ["--teacher", teacher, "--student", student, "--output-dir", str(tmp_path / "out")]
+    assert demo.main([*models, "--images", str(tmp_path / "own")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["classes"]["student"][0] is metrics["classes"]["student"][2] is None
+    assert metrics["classes"]["student"][1] is not None
+    assert "no test images of 0, 2" in capsys.readouterr().out
+
+    assert (
+        demo.main([*models[:4], "--output-dir", str(tmp_path / "flat"), "--images", str(tmp_path / "own" / "1")]) == 0
+    )
+    said = capsys.readouterr().out
+    assert all(f"{seed}.png: " in said for seed in range(3))
+    assert not (tmp_path / "flat" / "metrics.json").exists()
+    assert (tmp_path / "flat" / "demo.png").exists()
+
+    refused(capsys, demo.main, *models, "--images", str(tmp_path / "nothing"))
+
+
+def test_gradcam_by_its_command_line(tmp_path, student):
+    Image.fromarray(picture(1, 40, 30)).save(tmp_path / "cat.png")
+    out = tmp_path / "map.png"
+    flags = ["--checkpoint", student, "--image", str(tmp_path / "cat.png"), "--output", str(out)]
+    made = run("gradcam.py", *flags, "--class-name", "2", "--layer", "layer2")
+    assert made.returncode == 0, made.stderr
+    assert "the map of 2 at layer2" in made.stdout
+    with Image.open(out) as image:
+        assert image.size == (16, 16)
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), [("--class-name", "9", "0, 1, 2, 3"), ("--layer", "x", "layer3")])
+def test_gradcam_refuses_what_is_not_there(tmp_path, student, capsys, flag, value, words):
+    Image.fromarray(picture(1)).save(tmp_path / "cat.png")
+    base = ["--checkpoint", student, "--image", str(tmp_path / "cat.png"), "--output", str(tmp_path / "o.png")]
+    assert words in refused(capsys, gradcam.main, *base, flag, value)
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_a_run_never_replaces_a_model_unasked(quick, teacher, student, capsys):
+    before = files(quick)
+    output = ["--output-dir", str(quick)]
+    assert "--overwrite" in refused(capsys, trainer.main, *SMALL, *output)
+    assert "--overwrite" in refused(capsys, incremental.main, "--teacher", teacher, *FAST, *output)
+    own = refused(capsys, incremental.main, "--teacher", student, "--new-classes", "4", *output, "--overwrite")
+    assert "is the --teacher itself" in own
+    assert files(quick) == before
+
+
+def test_overwrite_replaces(tmp_path, teacher):
+    flags = ["--teacher", teacher, *FAST, "--output-dir", str(tmp_path)]
+    assert incremental.main([*flags, "--gamma", "0"]) == 0
+    first = weights(tmp_path / "student_model.pth")
+    assert incremental.main([*flags, "--gamma", "5", "--overwrite"]) == 0
+    assert not same(first, weights(tmp_path / "student_model.pth"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--new-classes", "1,5"], "new class '1'"),
+        (["--new-classes", "2,x"], "no class 'x'"),
+        (["--old-classes", "1,0"], "--old-classes contradicts the teacher, which has 0,1"),
+        (["--model", "resnet18"], "--model contradicts the teacher, which has resnet32"),
+        (["--image-size", "32"], "--image-size contradicts the teacher, which has 16"),
+        (["--loss-form", "softmax", "--new-classes", "2"], "one new class"),
+        (["--student", "x.pth"], "needs --resume"),
+        (["--resume", "--student", "x.pth"], "x.pth: no such file"),
+        (["--method", "lwf", "--loss-form", "binary"], "method lwf is softmax"),
+        (["--device", "cuda:7"], "CUDA devices"),
+    ],
+)
+def test_the_incremental_script_refuses(tmp_path, teacher, capsys, flags, words):
+    output = tmp_path / "out"
+    said = refused(capsys, incremental.main, "--teacher", teacher, "--output-dir", str(output), *flags)
+    assert words in said
+    assert not output.exists()
+
+
+def test_refusals_by_the_real_command_lines(tmp_path, teacher):
+    output = ["--output-dir", str(tmp_path / "out")]
+    for script, flags in [
+        ("train_teacher_model.py", ["--epoch", "3"]),
+        ("train_teacher_model.py", ["--old-classes", "3"]),
+        ("incremental_learning_system.py", []),
+        ("incremental_learning_system.py", ["--teacher", str(tmp_path / "none.pth")]),
+        ("demo.py", ["--teacher", teacher, "--student", teacher]),
+        ("gradcam.py", ["--checkpoint", teacher, "--image", str(ROOT / "README.md")]),
+    ]:
+        done = run(script, *flags, *([] if script == "gradcam.py" else output))
+        assert done.returncode == 2, (script, flags)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_explicit_flags_that_agree_with_the_teacher_are_taken(tmp_path, teacher):
+    agree = ["--old-classes", "0,1", "--model", "resnet32", "--image-size", "16"]
+    assert incremental.main(["--teacher", teacher, *FAST, *agree, "--output-dir", str(tmp_path)]) == 0
+
+
+def test_the_old_training_images_are_never_read(tmp_path, capsys):
+    """The student of a folder is the same to the last bit when the old classes' images, train and test, are gone."""
+    counts = {"zebra": 8, "ant": 8, "mole": 8, "bee": 8}
+    data = image_folder(tmp_path / "data", counts, dict.fromkeys(counts, 3))
+    place = ["--dataset", "folder", "--data-dir", str(data)]
+    common = [*place, "--epochs", "2", "--batch-size", "8"]
+    first = tmp_path / "first"
+    assert trainer.main([*common, *TINY, "--old-classes", "zebra,mole", "--output-dir", str(first)]) == 0
+    step = ["--teacher", str(first / "teacher_model.pth"), *common, "--new-classes", "bee,ant"]
+    assert incremental.main([*step, "--output-dir", str(tmp_path / "all")]) == 0
+    for name in ("zebra", "mole"):
+        (data / "train" / name / "000.png").write_bytes(b"whoever reads this fails")
+    assert incremental.main([*step, "--output-dir", str(tmp_path / "spoilt")]) == 0
+    for name in ("zebra", "mole"):
+        shutil.rmtree(data / "train" / name)
+        shutil.rmtree(data / "test" / name)
+    capsys.readouterr()
+    assert incremental.main([*step, "--output-dir", str(tmp_path / "gone")]) == 0
+    assert "no test images of zebra, mole: their accuracy is left empty" in capsys.readouterr().out
+    students = [weights(tmp_path / name / "student_model.pth") for name in ("all", "spoilt", "gone")]
+    assert same(students[0], students[1])
+    assert same(students[0], students[2])
+    last = rows(tmp_path / "gone" / "student_log.csv")[-1]
+    assert last["test_accuracy_old"] == ""
+    assert last["test_accuracy_new"] != ""
+
+    models = ["--teacher", str(first / "teacher_model.pth"), "--student", str(tmp_path / "gone/student_model.pth")]
+    assert demo.main([*models, "--output-dir", str(tmp_path / "gone")]) == 0
+    metrics = json.loads((tmp_path / "gone" / "metrics.json").read_text())
+    assert metrics["student"]["accuracy_old"] is metrics["student"]["task_aware_old"] is None
+    assert metrics["student"]["accuracy_new"] is not None
+
+
+def test_classes_in_any_order_keep_their_labels(tmp_path):
+    """Old classes that come last in the alphabet, judged against labels made here."""
+    common = [*TINY, "--epochs", "6"]
+    assert trainer.main([*common, "--old-classes", "1,0", "--output-dir", str(tmp_path)]) == 0
+    saved = checkpoint.load(tmp_path / "teacher_model.pth")
+    from data import Place, open_source
+    from evaluation import predict
+
+    source = open_source(Place("digits", "data"), 16)
+    model = checkpoint.restore_model(saved)
+    zeros = source.test(["0"], ["0"]).pixels
+    answers = predict(model, zeros, saved["mean"], saved["std"]).argmax(1)
+    expected = float(rows(tmp_path / "teacher_log.csv")[-1]["test_accuracy"])
+    ones = source.test(["1"], ["1"]).pixels
+    right = (answers == 1).sum() + (predict(model, ones, saved["mean"], saved["std"]).argmax(1) == 0).sum()
+    assert 100 * right / (len(zeros) + len(ones)) == pytest.approx(expected)
+    assert expected > 70  # labels that were mixed up would give the other answer
+
+
+def test_three_steps_from_the_student_alone_and_one_single_class(tmp_path, student):
+    second = tmp_path / "second"
+    flags = ["--teacher", student, "--new-classes", "9", *FAST, "--output-dir", str(second)]
+    assert incremental.main(flags) == 0
+    third = tmp_path / "third"
+    flags = ["--teacher", str(second / "student_model.pth"), "--new-classes", "5,4", *FAST, "--output-dir", str(third)]
+    assert incremental.main(flags) == 0
+    saved = checkpoint.load(third / "student_model.pth")
+    assert saved["class_names"] == ["0", "1", "2", "3", "9", "5", "4"]
+    assert [len(step["group_accuracy"]) for step in saved["steps"]] == [1, 2, 3, 4]
+    models = ["--teacher", str(second / "student_model.pth"), "--student", str(third / "student_model.pth")]
+    assert demo.main([*models, "--output-dir", str(third)]) == 0
+    metrics = json.loads((third / "metrics.json").read_text())
+    assert [step["classes"] for step in metrics["steps"]] == [["0", "1"], ["2", "3"], ["9"], ["5", "4"]]
+    best = max(step["group_accuracy"][0] for step in saved["steps"][:-1])
+    assert metrics["steps"][0]["forgetting"] == pytest.approx(best - metrics["steps"][0]["accuracy"])
+    assert metrics["steps"][3]["forgetting"] is None
+
+
+def test_the_example_of_two_and_two_on_cifar100(tmp_path, serve_cifar, monkeypatch):
+    """Only config.py is edited: the data set, the two groups, and a short run."""
+    taught = config.select_classes_2_1 + config.select_classes_2_2
+    archive = serve_cifar("cifar100", ["worm", *reversed(taught)], train=6, test=2)
+    changes = {"DATASET": "cifar100", "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
+    changes |= {"OLD_CLASSES": config.select_classes_2_1, "NEW_CLASSES": config.select_classes_2_2, "EPOCHS": 1}
+    for name, value in changes.items():
+        monkeypatch.setattr(config, name, value)
+    assert trainer.main([]) == 0
+    archive.unlink()
+    assert incremental.main(["--teacher", str(tmp_path / "out/teacher_model.pth")]) == 0
+    models = [
+        "--teacher",
+        str(tmp_path / "out/teacher_model.pth"),
+        "--student",
+        str(tmp_path / "out/student_model.pth"),
+    ]
+    assert demo.main(models) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["classes"]["names"] == ["apple", "aquarium_fish", "baby", "bear"]
+    assert np.sum(metrics["confusion"], axis=1).tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["finetune", "lwf", "lwf-mc"])
+def test_every_method_and_the_warning_where_forms_are_mixed(tmp_path, teacher, capsys, method):
+    flags = ["--teacher", teacher, "--method", method, "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert incremental.main(flags) == 0
+    assert ("different scales" in capsys.readouterr().err) == (method != "lwf-mc")
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet110"])
+def test_the_other_networks(tmp_path, architecture):
+    output = ["--epochs", "1", "--output-dir", str(tmp_path)]
+    assert trainer.main(["--model", architecture, "--image-size", "16", *output]) == 0
+    assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *output]) == 0
+    models = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
+    assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
+
+
+class Stop(Exception):
+    """Stands for a run that was killed."""
+
+
+def stop_after(monkeypatch, epochs: int) -> None:
+    write = training.write_log
+
+    def write_and_stop(path, log):
+        write(path, log)
+        if len(log) == epochs:
+            raise Stop
+
+    monkeypatch.setattr(training, "write_log", write_and_stop)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, teacher, monkeypatch, kind):
+    """Stopped in the fourth epoch, after the save of the third: weights, optimiser and log are those of one run."""
+    common = ["--epochs", "6", "--save-interval", "3"]
+    main, flags = trainer.main, [*common, *TINY]
+    if kind == "student":
+        main, flags = incremental.main, [*common, "--teacher", teacher]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main([*flags, "--output-dir", str(whole)]) == 0
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 4)
+        main([*flags, "--output-dir", str(broken)])
+    assert checkpoint.load(broken / f"{kind}_model.pth")["finished"] is False
+    again = ["--output-dir", str(broken), "--resume"]
+    if kind == "student":
+        again += ["--student", str(broken / "student_model.pth")]
+    assert main([*flags, *again]) == 0
+    one, other = (checkpoint.load(folder / f"{kind}_model.pth") for folder in (whole, broken))
+    assert same(one["model"], other["model"])
+    momenta = [[s["momentum_buffer"] for s in c["training"]["optimizer"]["state"].values()] for c in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    logs = [rows(folder / f"{kind}_log.csv") for folder in (whole, broken)]
+    for row in logs[0] + logs[1]:
+        del row["images_per_second"]
+    assert logs[0] == logs[1]
+
+
+def test_resume_of_a_finished_run(tmp_path, teacher, capsys):
+    flags = ["--teacher", teacher, "--output-dir", str(tmp_path), "--resume"]
+    assert incremental.main([*flags, *FAST]) == 0
+    assert "a fresh start" in capsys.readouterr().out
+    before = files(tmp_path)
+    assert incremental.main([*flags, *FAST]) == 0
+    assert {k: v for k, v in files(tmp_path).items() if not k.endswith(".png")} == {
+        k: v for k, v in before.items() if not k.endswith(".png")
+    }
+    assert incremental.main([*flags, "--epochs", "3"]) == 0
+    assert "1 more with a new cosine" in capsys.readouterr().out
+    assert len(rows(tmp_path / "student_log.csv")) == 3
+    assert "--epochs 3 or more" in refused(capsys, incremental.main, *flags, *FAST)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--gamma", "7"], "gamma was"), (["--new-classes", "2,4"], "class_names"), (["--seed", "1"], "seed")],
+)
+def test_resume_refuses_another_run(quick, teacher, student, capsys, flags, words):
+    before = files(quick)
+    base = ["--teacher", teacher, "--output-dir", str(quick), "--resume", "--student", student, *FAST]
+    assert words in refused(capsys, incremental.main, *base, *flags)
+    assert files(quick) == before
+
+
+def test_resume_refuses_another_teacher(tmp_path, quick, student, capsys):
+    assert trainer.main([*SMALL, "--seed", "5", "--output-dir", str(tmp_path)]) == 0
+    base = ["--teacher", str(tmp_path / "teacher_model.pth"), "--output-dir", str(quick), "--resume", *FAST]
+    assert "teacher (hash of its weights)" in refused(capsys, incremental.main, *base)
+
+
+def test_an_unfinished_teacher_is_refused(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 1)
+        trainer.main([*SMALL, "--save-interval", "1", "--output-dir", str(tmp_path)])
+    base = ["--teacher", str(tmp_path / "teacher_model.pth"), "--output-dir", str(tmp_path)]
+    assert "not finished" in refused(capsys, incremental.main, *base)

@@ -1,0 +1,155 @@
+"""The loop: what it trains, what it leaves alone, when it stops."""
+
+import copy
+import math
+import types
+
+import pytest
+import torch
+from conftest import picture
+
+import losses
+import models
+import training
+from data import Images
+from errors import InputError, RunError
+
+CLASSES_OLD, CLASSES_NEW = 3, 2
+
+
+def settings(**changes):
+    values = {
+        "method": "lwm",
+        "loss_form": "binary",
+        "beta": 1.0,
+        "gamma": 0.5,
+        "temperature": 2.0,
+        "attention_class": "student",
+        "batch_norm": "train",
+        "batch_size": 6,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "flip": True,
+        "precision": "fp32",
+        "save_interval": 1,
+        "seed": 0,
+    }
+    return types.SimpleNamespace(**(values | changes))
+
+
+def images() -> Images:
+    pixels = torch.stack([torch.from_numpy(picture(seed).copy()).permute(2, 0, 1) for seed in range(12)])
+    return Images(pixels, CLASSES_OLD + torch.arange(12) % CLASSES_NEW)
+
+
+@pytest.fixture
+def pair():
+    """A teacher that has seen some data, and its widened student."""
+    torch.manual_seed(0)
+    teacher = models.build("resnet32", CLASSES_OLD, 16)
+    teacher.train()
+    with torch.no_grad():
+        for _ in range(50):  # until the running statistics are those of the data
+            teacher(torch.randn(16, 3, 16, 16))
+    teacher.eval().requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    models.widen_head(student, CLASSES_NEW)
+    return teacher, student
+
+
+def fit(tmp_path, teacher, student, epochs=2, learning_rate=0.01, **changes):
+    head = {
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "steps": [{"epochs": epochs, "learning_rate": learning_rate, "group_accuracy": []}],
+    }
+    run = training.Run(tmp_path / "model.pth", tmp_path / "log.csv", None)
+    chosen = settings(**changes)
+    loss = losses.METHODS[chosen.method]
+    return training.fit(run, student, images(), loss, chosen, head, lambda model: ({}, [None]), teacher)
+
+
+def changed(before: dict, after: dict, words: tuple[str, ...] = ("",)) -> bool:
+    names = [name for name in before if any(word in name for word in words)]
+    return any(not torch.equal(before[name], after[name]) for name in names)
+
+
+def test_the_teacher_is_untouched_and_the_student_is_not(tmp_path, pair):
+    teacher, student = pair
+    before, start = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
+    fit(tmp_path, teacher, student)
+    assert not changed(before, teacher.state_dict())
+    assert not teacher.training
+    assert changed(start, student.state_dict(), ("conv",))
+
+
+def test_frozen_batch_norm_keeps_the_running_statistics(tmp_path, pair):
+    teacher, student = pair
+    trained = copy.deepcopy(student)
+    start = copy.deepcopy(student.state_dict())
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    fit(tmp_path, teacher, student, batch_norm="frozen")
+    fit(tmp_path, teacher, trained, batch_norm="train")
+    assert not changed(start, student.state_dict(), statistics)
+    assert changed(start, trained.state_dict(), statistics)
+    assert changed(start, student.state_dict(), ("bn1.weight",))
+
+
+@pytest.mark.parametrize("weight", ["gamma", "beta"])
+def test_the_weight_of_a_term_changes_the_student(tmp_path, pair, weight):
+    teacher, student = pair
+    other = copy.deepcopy(student)
+    fit(tmp_path, teacher, student, **{weight: 0.0})
+    fit(tmp_path, teacher, other, **{weight: 1.0})
+    assert changed(student.state_dict(), other.state_dict(), ("conv",))
+
+
+def test_the_log_has_each_term_and_they_add_up(tmp_path, pair):
+    for row in fit(tmp_path, *pair, beta=0.7, gamma=0.3):
+        total = row["classification"] + 0.7 * row["distillation"] + 0.3 * row["attention"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+        assert 0 <= row["zero_maps"] <= 1
+    written = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(written) == 3
+    assert written[0].startswith("epoch,loss,accuracy,classification,distillation,attention,zero_maps,lr")
+
+
+def test_the_rate_follows_a_cosine_over_all_steps(tmp_path, pair):
+    log = fit(tmp_path, *pair, epochs=4, learning_rate=0.02)
+    expected = [0.01 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert [row["lr"] for row in log] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, pair):
+    teacher, student = pair
+    with torch.no_grad():
+        student.fc.bias[CLASSES_OLD] = math.nan
+    with pytest.raises(RunError, match=r"epoch 1.*'classification' is nan"):
+        fit(tmp_path, teacher, student)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_leaves_the_network_as_fp32_and_differs_from_it(pair):
+    _, student = pair
+    inputs = torch.randn(2, 3, 16, 16)
+    exact = training.forward(student.eval(), inputs, "fp32")
+    short = training.forward(student, inputs, "bf16")
+    assert short.logits.dtype == short.features.dtype == torch.float32
+    assert not torch.equal(exact.features, short.features)
+    error = (exact.features - short.features).norm() / exact.features.norm()
+    assert error < 0.05
+
+
+def test_a_device_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="0 CUDA devices"):
+        training.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="2 CUDA devices"):
+        training.pick_device("cuda:2")
+    assert training.pick_device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert training.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(InputError, match="mps"):
+        training.pick_device("mps")
