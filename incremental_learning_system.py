@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     teacher = checkpoint.restore_model(before).eval().requires_grad_(False)
     student = checkpoint.restore_model(before)
     models.widen_head(student, len(new))
+    if settings.loss_form == "binary":
+        models.start_at_prior(student, first=len(old))
     teacher, student = training.to_device(teacher, device), training.to_device(student, device)
     head = {
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},

@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")
 
     torch.manual_seed(settings.seed)
-    model = training.to_device(models.build(settings.model, len(classes), settings.image_size), device)
+    model = models.build(settings.model, len(classes), settings.image_size)
+    if settings.loss_form == "binary":
+        models.start_at_prior(model, first=0)
+    model = training.to_device(model, device)
     head = {
         "architecture": settings.model,
         "class_names": classes,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from models.resnet import CifarResNet, Output, ResNet18
 
-__all__ = ["Output", "build", "widen_head"]
+__all__ = ["Output", "build", "start_at_prior", "widen_head"]
 
 
 def build(architecture: str, classes: int, image_size: int) -> nn.Module:
@@ -36,3 +38,13 @@ def widen_head(model: nn.Module, new_classes: int) -> None:
         wide.weight[: old.out_features] = old.weight
         wide.bias[: old.out_features] = old.bias
     model.fc = wide
+
+
+def start_at_prior(model: nn.Module, first: int) -> None:
+    """Set the biases of the outputs from ``first`` on so that each starts at probability 1 / outputs, in place.
+
+    For sigmoid outputs alone (Lin et al., ICCV 2017, section 3.3). At the usual zero all outputs first have to learn
+    to say no, in one common direction of the features that the network recovers from only slowly.
+    """
+    with torch.no_grad():
+        model.fc.bias[first:] = -math.log(max(model.fc.out_features - 1, 1))

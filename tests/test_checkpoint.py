@@ -151,6 +151,21 @@ def test_load_refuses_half_a_file(tmp_path, example):
     assert "not a checkpoint of this project" in refused(path)
 
 
+@pytest.mark.parametrize("message", ["first line\nsecond line\nthird", "", "x" * 5000])
+def test_load_says_whatever_torch_says_in_one_line_of_bearable_length(tmp_path, monkeypatch, message):
+    path = tmp_path / "model.pth"
+    path.touch()
+
+    def load(*arguments, **named):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "load", load)
+    text = refused(path)
+    assert "second" not in text
+    assert len(text) < 300 + len(str(path))
+    assert "()" not in text
+
+
 class Trap:
     """Unpickling it makes a folder."""
 
