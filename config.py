@@ -147,21 +147,21 @@ ATTENTION_CLASS = "student"  # whose top old class the two maps explain: student
 BATCH_NORM = "train"  # in the student's step: train, or frozen at the old running statistics
 
 # The training.
-EPOCHS = None
-BATCH_SIZE = None
+EPOCHS = None  # passes over the training images
+BATCH_SIZE = None  # images in a step of the optimiser
 LR = None  # learning rate of the teacher, the peak of a cosine schedule
 INCREMENTAL_LR = None  # likewise of the student
-MOMENTUM = 0.9
-WEIGHT_DECAY = None
+MOMENTUM = 0.9  # of SGD
+WEIGHT_DECAY = None  # of all parameters
 FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits
 PRECISION = "fp32"  # fp32, or bf16 for the networks' forward and backward passes (losses stay fp32)
 SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
-SEED = 0
+SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
 
 # The run.
 SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each save
 RESUME = False  # go on from the checkpoint of an earlier run
 OVERWRITE = False  # replace the model of an earlier run
-OUTPUT_DIR = "runs/first"
+OUTPUT_DIR = "runs/first"  # models, logs, figures and metrics go there

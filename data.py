@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,18 +93,23 @@ class Source:
         return self._read("test", wanted, outputs)
 
     def has_test(self, name: str) -> bool:
-        return name in self.classes["train" if self.hold_back else "test"]
+        if name not in self.classes["train" if self.hold_back else "test"]:
+            return False
+        try:
+            return len(self._chosen("test", name)) > 0
+        except InputError:  # a folder with too few images to set some apart
+            return False
 
     def _read(self, split: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
         pixels, labels = [], []
         for name in wanted:
             names = self._chosen(split, name)
-            if split == "train" and len(names) < 2:
-                count = "no image" if not len(names) else "one image"
+            decoded = self.decode(names) if len(names) else []
+            if split == "train" and len(decoded) < 2:
+                count = "one image" if len(decoded) else "no image"
                 raise InputError(
                     f"class {name!r} in {_say(self.place)} has {count} to train on; two are the least that works"
                 )
-            decoded = self.decode(names)
             pixels.append(torch.from_numpy(np.ascontiguousarray(decoded)))
             labels.append(torch.full((len(decoded),), list(outputs).index(name)))
         return Images(torch.cat(pixels), torch.cat(labels))
@@ -111,9 +118,9 @@ class Source:
         if not self.hold_back:
             return self.listing(split, name)
         names = self.listing("train", name)
-        every = round(1 / self.hold_back)
-        held = set(range(0, len(names), every))
-        return [item for i, item in enumerate(names) if (i in held) == (split == "test")]
+        held_before = [math.ceil(index * self.hold_back) for index in range(len(names) + 1)]
+        held = [after > before for before, after in itertools.pairwise(held_before)]
+        return [item for item, is_held in zip(names, held, strict=True) if is_held == (split == "test")]
 
 
 def open_source(place: Place, image_size: int, hold_back: float = 0.0, skip_bad_images: bool = False) -> Source:
@@ -273,7 +280,7 @@ def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bo
     def listing(split: str, name: str) -> list[Path]:
         if has_test:
             found = _image_files(root / split / name)
-            if not found:
+            if not found and split == "train":
                 raise InputError(f"class {name!r}: no images in {root / split / name}")
             return found
         return _hash_split(_image_files(root / "train" / name), name, root)[split]
@@ -335,12 +342,15 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     Pillow reads it, or OpenCV where Pillow does not know the format. Raises InputError for a file neither can read.
     """
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = _to_rgb(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError:
-        image = _decode_with_opencv(path)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        try:
+            with Image.open(path) as opened:
+                opened.load()
+                image = _to_rgb(ImageOps.exif_transpose(opened))
+        except UnidentifiedImageError:
+            image = _decode_with_opencv(path)
+    except InputError:
+        raise
+    except Exception as error:  # each decoder has errors of its own kinds for a file that is broken
         raise InputError(f"{path}: the image cannot be read ({error}); repair or remove it") from error
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -348,11 +358,9 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits a pixel
-        values = np.asarray(image).astype(np.float64)
-        if values.max(initial=0) > 255:
-            values = values / 256
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        values = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -43,7 +43,7 @@ def distillation_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
 
     Summed over classes: a mean would divide the weight of every old class by N.
     """
-    targets = teacher.sigmoid()
+    targets = teacher.detach().sigmoid()
     return F.binary_cross_entropy_with_logits(student, targets, reduction="sum") / len(student)
 
 
@@ -52,7 +52,7 @@ def distillation_softmax(student: Tensor, teacher: Tensor, temperature: float) -
 
     T^2 keeps the gradient's size when T changes (Hinton et al., 2015, section 2).
     """
-    targets = (teacher / temperature).softmax(1)
+    targets = (teacher.detach() / temperature).softmax(1)
     log_probabilities = (student / temperature).log_softmax(1)
     return -(targets * log_probabilities).sum(1).mean() * temperature**2
 

@@ -34,7 +34,11 @@ def curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for name in names:
         points = [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
         if points:
-            right.plot(*zip(*points, strict=True), "-" if name == "accuracy" else "o-", label=name.replace("_", " "))
+            right.plot(
+                *zip(*points, strict=True),
+                "-" if name == "accuracy" else "o-",
+                label="training accuracy" if name == "accuracy" else name.replace("_", " "),
+            )
     right.set(title=f"{title}: accuracy", xlabel="epoch", ylabel="%", ylim=(-3, 103))
     for axes in (left, right):
         axes.grid(alpha=0.3)

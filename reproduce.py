@@ -209,12 +209,13 @@ def call(script: str, flags: list[str], threads: int) -> None:
 
 def row_of(protocol: str, variant: str, seed: int, folder: Path) -> dict:
     """A row of accuracy.csv from what the demo and the log of a student say."""
-    import torch
+    from checkpoint import load
 
     metrics = json.loads((folder / "metrics.json").read_text())
-    saved = torch.load(folder / "student_model.pth", map_location="cpu", weights_only=True)
+    saved = load(folder / "student_model.pth")
     step, last = saved["steps"][-1], saved["training"]["log"][-1]
-    names = ["method", "loss_form", "beta", "gamma", "learning_rate", "epochs", "batch_norm", "precision"]
+    names = ["method", "loss_form", "learning_rate", "epochs", "batch_norm", "precision"]
+    unused = {"finetune": ["beta", "gamma"], "lwm": []}.get(step["method"], ["gamma"])
     return {
         "protocol": protocol,
         "variant": variant,
@@ -225,6 +226,7 @@ def row_of(protocol: str, variant: str, seed: int, folder: Path) -> dict:
         "teacher_accuracy": metrics["teacher"]["accuracy"],
         "zero_maps": last.get("zero_maps"),
         **{name: step[name] for name in names},
+        **{name: None if name in unused else step[name] for name in ("beta", "gamma")},
     }
 
 

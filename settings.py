@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, NoReturn
@@ -35,12 +35,16 @@ def _number(help: str, kind: type, least: float, most: float = math.inf, above: 
     bounds += f" and at most {most:g}" if most < math.inf else ""
 
     def check(value: Any) -> int | float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (kind is int and not isinstance(value, int)):
+        allowed = int if kind is int else int | float
+        if not isinstance(value, allowed) or isinstance(value, bool) or value != value:
             raise ValueError(f"{noun} is needed")
-        if value < least or (above and value == least) or value > most:
+        try:
+            number = kind(value)
+        except OverflowError:
+            number = math.inf
+        if number < least or (above and number == least) or number > most or number == math.inf:
             raise ValueError(f"{noun} {bounds} is needed")
-        return kind(value)
+        return number
 
     return field(metadata={"help": help, "parse": kind, "check": check})
 
@@ -213,7 +217,6 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     values: dict[str, Any] = {name: arguments.pop(name, None) for name in required + optional}
     values = {name: value for name, value in values.items() if value is not None}
     for f in known:
-        where = _flag(f.name) if f.name in arguments else f"config.py: {f.name.upper()}"
         value = arguments.get(f.name, getattr(page, f.name.upper(), None))
         if f.name in arguments and not isinstance(value, bool):
             value = _parsed(f.metadata["parse"], value)
@@ -221,7 +224,7 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
             try:
                 value = f.metadata["check"](value)
             except ValueError as error:
-                raise InputError(f"{where} is {value!r}: {error}") from error
+                raise InputError(f"{_where(f.name, arguments)} is {value!r}: {error}") from error
         values[f.name] = value
     values["given"] = frozenset(arguments)
     _resolve(values, read)
@@ -230,6 +233,10 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _where(name: str, given: Collection[str]) -> str:
+    return _flag(name) if name in given else f"config.py: {name.upper()}"
 
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:
@@ -276,16 +283,19 @@ def _check_page(page: ModuleType, known: set[str]) -> None:
 
 def _resolve(values: dict[str, Any], read: list[str]) -> None:
     """Fill in what depends on other values: recommended ones, and the form that belongs to the method."""
-    for name, value in RECOMMENDED.get(values["dataset"], {}).items():
-        if name in read and values[name] is None:
-            values[name] = value
-            print(f"{name.upper()} = {value} (recommended for {values['dataset']})")
+    if "dataset" in read and values["dataset"] is None:
+        raise InputError("config.py: DATASET is None, and there is no recommended value")
+    if "dataset" in read:
+        for name, value in RECOMMENDED.get(values["dataset"], {}).items():
+            if name in read and values[name] is None:
+                values[name] = value
+                print(f"{name.upper()} = {value} (recommended for {values['dataset']})")
     if "method" in read:
         form = METHOD_FORMS.get(values["method"])
         if form and values["loss_form"] not in (None, form):
             raise InputError(
-                f"--loss-form {values['loss_form']}: method {values['method']} is {form}; leave the loss form out, "
-                "or take --method lwm"
+                f"{_where('loss_form', values['given'])} is {values['loss_form']!r}, but method {values['method']} "
+                f"is {form}; leave the loss form out, or take --method lwm"
             )
         values["loss_form"] = form or values["loss_form"] or "binary"
     missing = [name for name in read if values[name] is None]

@@ -1,0 +1,57 @@
+"""What README and docs say is what the code and the results say."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import reproduce
+import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted(path.parent for path in ROOT.glob("results/*/accuracy.csv"))
+
+
+def test_there_are_results_for_every_protocol():
+    assert {folder.name for folder in RESULTS} == set(reproduce.PROTOCOLS)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_tables_are_those_of_the_csv(folder):
+    made = reproduce.table(reproduce.PROTOCOLS[folder.name], reproduce.read_rows(folder / "accuracy.csv"))
+    assert (folder / "table.md").read_text() == made
+    assert made in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["digits-2+2", "photos32-10+10"])
+def test_the_readme_shows_the_main_tables(name):
+    table = (ROOT / "results" / name / "table.md").read_text()
+    assert table.split("\n\n", 1)[1] in README
+
+
+def test_the_settings_table_is_what_is_recommended():
+    columns = ["digits", "cifar100", "folder"]
+    assert settings.RECOMMENDED["cifar10"] == settings.RECOMMENDED["cifar100"]
+    for name in settings.RECOMMENDED["digits"]:
+        help = next(f.metadata["help"] for f in fields(settings.Settings) if f.name == name).split(": ")[0]
+        cells = [str(settings.RECOMMENDED[column][name]) for column in columns]
+        assert f"| `{name.upper()}` | {help} | {' | '.join(cells)} |\n" in README
+
+
+def test_every_flag_and_constant_that_the_documents_name_exists():
+    known = {"--" + f.name.replace("_", "-") for f in fields(settings.Settings)}
+    known |= {f"--no-{f.name.replace('_', '-')}" for f in fields(settings.Settings)}
+    known |= {"--help", "--table", "--seeds", "--jobs", "--variants", "--work-dir"}
+    text = README + "".join(path.read_text() for path in ROOT.glob("docs/*.md"))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named, "no flag is named at all"
+    assert named <= known
+
+
+def test_every_file_that_the_readme_names_exists():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for module, name in re.findall(r"`(losses|gradcam)\.(\w+)`", README):
+        assert hasattr(__import__(module), name)
