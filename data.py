@@ -19,16 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from errors import InputError, import_opencv, warn
+from errors import InputError
+from imagefiles import decode_files, image_files
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25
-OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
 
 
 class Images(NamedTuple):
@@ -173,18 +171,18 @@ def read_own_images(
     """
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder")
-    flat = _image_files(folder)
+    flat = image_files(folder)
     if flat:
-        kept, pixels = _decode_files(flat, image_size, skip_bad_images)
+        kept, pixels = decode_files(flat, image_size, skip_bad_images)
         labels = torch.full((len(kept),), -1)
         return Images(torch.from_numpy(pixels), labels), [path.name for path in kept], list(class_names)
     parts, labels, gone = [], [], []
     for label, name in enumerate(class_names):
-        files = _image_files(folder / name) if (folder / name).is_dir() else []
+        files = image_files(folder / name) if (folder / name).is_dir() else []
         if not files:
             gone.append(name)
             continue
-        parts.append(torch.from_numpy(_decode_files(files, image_size, skip_bad_images)[1]))
+        parts.append(torch.from_numpy(decode_files(files, image_size, skip_bad_images)[1]))
         labels += [label] * len(parts[-1])
     if not parts:
         raise InputError(
@@ -279,43 +277,19 @@ def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bo
 
     def listing(split: str, name: str) -> list[Path]:
         if has_test:
-            found = _image_files(root / split / name)
+            found = image_files(root / split / name)
             if not found and split == "train":
                 raise InputError(f"class {name!r}: no images in {root / split / name}")
             return found
-        return _hash_split(_image_files(root / "train" / name), name, root)[split]
+        return _hash_split(image_files(root / "train" / name), name, root)[split]
 
     def decode(paths: Sequence[Path]) -> np.ndarray:
-        return _decode_files(paths, image_size, skip_bad_images)[1]
+        return decode_files(paths, image_size, skip_bad_images)[1]
 
     train = class_names("train")
     return Source(
         place, {"train": train, "test": class_names("test") if has_test else train}, listing, decode, hold_back
     )
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """The files in a folder that have an image's suffix, in the order of their names."""
-    suffixes = set(Image.registered_extensions()) | OPENCV_ONLY_SUFFIXES
-    return sorted(e for e in folder.iterdir() if e.suffix.lower() in suffixes and not e.name.startswith("."))
-
-
-def _decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
-    """The files that could be read, and their pixels, uint8 (n, 3, size, size)."""
-    pixels, kept = [], []
-    for path in tqdm(paths, desc=f"reading {paths[0].parent.name}", disable=None, leave=False):
-        try:
-            pixels.append(decode_image(path, image_size))
-            kept.append(path)
-        except InputError:
-            if not skip_bad_images:
-                raise
-    if len(kept) < len(paths):
-        skipped = len(paths) - len(kept)
-        warn(f"{skipped} of {len(paths)} images in {paths[0].parent} cannot be read and are skipped")
-    if not kept:
-        raise InputError(f"{paths[0].parent}: none of its {len(paths)} images can be read")
-    return kept, np.stack(pixels)
 
 
 def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:
@@ -334,46 +308,6 @@ def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path
     tests = sum(share(path) < FOLDER_TEST_SHARE for path in ranked)
     tests = min(max(tests, 1), len(ranked) - 1)
     return {"test": sorted(ranked[:tests]), "train": sorted(ranked[tests:])}
-
-
-def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """One image file as uint8 (3, size, size): upright, RGB, its shorter side scaled to ``size``, its centre cut out.
-
-    Pillow reads it, or OpenCV where Pillow does not know the format. Raises InputError for a file neither can read.
-    """
-    try:
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                image = _to_rgb(ImageOps.exif_transpose(opened))
-        except UnidentifiedImageError:
-            image = _decode_with_opencv(path)
-    except InputError:
-        raise
-    except Exception as error:  # each decoder has errors of its own kinds for a file that is broken
-        raise InputError(f"{path}: the image cannot be read ({error}); repair or remove it") from error
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1).copy()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _decode_with_opencv(path: str | Path) -> Image.Image:
-    content = np.fromfile(path, np.uint8)
-    cv2 = import_opencv()
-    pixels = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if pixels is None:
-        raise InputError(f"{path}: is not an image that Pillow or OpenCV reads; repair or remove it")
-    return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
 
 # Batches ----------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from checkpoint import load, restore_model, write_atomically
-    from data import decode_image, to_input
+    from data import to_input
+    from imagefiles import decode_image
 
     checkpoint = load(settings.checkpoint)
     names = checkpoint["class_names"]

@@ -17,6 +17,7 @@ from PIL import Image, features
 from sklearn.datasets import load_digits
 
 import data
+import imagefiles
 from data import Place, open_source
 from errors import InputError
 
@@ -392,7 +393,7 @@ def test_a_damaged_file_gives_an_image_or_the_one_error(tmp_path_factory, image_
     path = tmp_path_factory.getbasetemp() / "damaged.png"
     path.write_bytes(content[: round(cut * len(content))])
     try:
-        pixels = data.decode_image(path, 16)
+        pixels = imagefiles.decode_image(path, 16)
     except InputError as error:
         assert str(path) in str(error)
     else:
@@ -431,7 +432,7 @@ def test_files_for_which_a_decoder_raises_an_error_of_its_own_kind(tmp_path, mak
     path = tmp_path / "damaged.png"
     path.write_bytes(make())
     try:
-        pixels = data.decode_image(path, 16)
+        pixels = imagefiles.decode_image(path, 16)
     except InputError as error:
         assert str(path) in str(error)
     else:
@@ -445,7 +446,7 @@ def test_files_for_which_a_decoder_raises_an_error_of_its_own_kind(tmp_path, mak
 
 def decoded(path: Path, size: int = 16) -> np.ndarray:
     """decode_image, checked for its kind, as (size, size, 3)."""
-    pixels = data.decode_image(path, size)
+    pixels = imagefiles.decode_image(path, size)
     assert pixels.dtype == np.uint8
     assert pixels.shape == (3, size, size)
     return pixels.transpose(1, 2, 0).astype(int)
@@ -461,7 +462,7 @@ def test_formats(tmp_path, suffix, by):
     Image.fromarray(image).save(tmp_path / f"x{suffix}", **({"quality": 98} if by else {}))
     close(decoded(tmp_path / f"x{suffix}"), image, by)
     shutil.copy(tmp_path / f"x{suffix}", tmp_path / f"Y{suffix.upper()}")
-    assert [path.name for path in data._image_files(tmp_path)] == [f"Y{suffix.upper()}", f"x{suffix}"]
+    assert [path.name for path in imagefiles.image_files(tmp_path)] == [f"Y{suffix.upper()}", f"x{suffix}"]
 
 
 @pytest.mark.parametrize("suffix", [".hdr", ".pic"])

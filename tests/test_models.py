@@ -177,3 +177,12 @@ def test_last_layer_names_the_module_that_gives_the_features(architecture):
         output = model(torch.randn(1, 3, 32, 32))
     handle.remove()
     assert torch.equal(seen[0], output.features)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_sigmoid_outputs_start_at_their_prior(first):
+    model = randomised("resnet32", 5, 16)
+    before = model.fc.bias.detach().clone()
+    models.start_at_prior(model, first)
+    assert torch.equal(model.fc.bias[:first], before[:first])
+    torch.testing.assert_close(model.fc.bias[first:].sigmoid(), torch.full((5 - first,), 0.2, dtype=torch.float64))
