@@ -293,7 +293,7 @@ def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bo
 
 
 def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:
-    """The same split for every seed, machine and order of the files, and for every file that is added later."""
+    """The same split for every seed, machine and order of the files; new files do not move it, save in a tiny class."""
     if len(paths) < 2:
         count = "no image" if not paths else "one image"
         raise InputError(

@@ -63,6 +63,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel
         values = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # 0..1 where nothing is larger, else 0..255
+        values = np.asarray(image)
+        values = values * 255 if values.max(initial=0) <= 1 else values
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -173,7 +173,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     elif rows:
-        print(f"{len(rows)} epochs are done; {step['epochs'] - len(rows)} more with a new cosine schedule")
+        more = step["epochs"] - len(rows)
+        print(f"{len(rows)} epochs are done, " + (f"{more} more with a new cosine schedule" if more else "all of them"))
 
     for epoch in range(len(rows) + 1, step["epochs"] + 1):
         row = _epoch(epoch, model, teacher, train, loss, settings, head, optimizer, schedule, generator)
