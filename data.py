@@ -82,13 +82,17 @@ class Source:
 
     def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
         """The test images (or those held back) of the classes ``wanted``. Raises InputError where one has none."""
+        self.require_test(wanted)
+        return self._read("test", wanted, outputs)
+
+    def require_test(self, wanted: Sequence[str]) -> None:
+        """Raises InputError for the first of these classes that has no test images."""
         for name in wanted:
             if not self.has_test(name):
                 raise InputError(
                     f"{_say(self.place)} has training images of class {name!r} but no test images: "
                     "add some, or remove the folder test, and a fifth of the training images is set apart"
                 )
-        return self._read("test", wanted, outputs)
 
     def has_test(self, name: str) -> bool:
         if name not in self.classes["train" if self.hold_back else "test"]:

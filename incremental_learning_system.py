@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     source = open_source(here, before["image_size"], settings.hold_back, settings.skip_bad_images)
     source.seal(old)
     train = source.train(new, old + new)
-    source.test(new[:1], new)
+    source.require_test(new)
     places = {
         name: [Place(step["dataset"], step["data_dir"]), here] for step in before["steps"] for name in step["classes"]
     }

@@ -414,3 +414,13 @@ def test_an_unfinished_teacher_is_refused(tmp_path, monkeypatch, capsys):
         trainer.main([*SMALL, "--save-interval", "1", "--output-dir", str(tmp_path)])
     base = ["--teacher", str(tmp_path / "teacher_model.pth"), "--output-dir", str(tmp_path)]
     assert "not finished" in refused(capsys, incremental.main, *base)
+
+
+def test_a_new_class_without_test_images_is_refused(tmp_path, capsys):
+    counts = dict.fromkeys("abcd", 4)
+    data = image_folder(tmp_path / "data", counts, dict.fromkeys("abc", 2))
+    common = ["--dataset", "folder", "--data-dir", str(data), "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert trainer.main([*common, *TINY, "--old-classes", "a,b"]) == 0
+    step = ["--teacher", str(tmp_path / "teacher_model.pth"), *common, "--new-classes", "c,d"]
+    assert "class 'd' but no test images" in refused(capsys, incremental.main, *step)
+    assert not (tmp_path / "student_model.pth").exists()
