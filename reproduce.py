@@ -82,7 +82,7 @@ PROTOCOLS = {
         new=2,
         rotation=2,
         flags="--hold-back 0.2",
-        variants=grid([0.01, 0.0125, 0.02], [0, 0.1, 1]),
+        variants=grid([0.01, 0.0125], [0, 0.1, 1]) | grid([0.02], [0, 1]),
     ),
     "photos32-10+10": Protocol(
         about="mini-ImageNet at 32 px, ResNet-32: classes 1-10 of the order, then 11-20, judged on the test images",
