@@ -40,10 +40,15 @@ class Images(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where images are: the name of a data set and the folder it lies in."""
+    """Where images are: the name of a data set and the folder it lies in.
+
+    ``hold_back`` is the share of the training images that stands in for the test images, so that settings can be
+    chosen without looking at the test images.
+    """
 
     dataset: str
     data_dir: str
+    hold_back: float = 0.0
 
 
 @dataclass
@@ -51,15 +56,13 @@ class Source:
     """The images of one place.
 
     ``listing(split, class)`` names the images of a class without reading them; ``decode(names)`` reads those it is
-    given as uint8 (n, 3, H, W). ``hold_back`` is the share of the training images that stands in for the test
-    images, so that settings can be chosen without looking at the test images.
+    given as uint8 (n, 3, H, W).
     """
 
     place: Place
     classes: dict[str, Sequence[str]]  # split -> class names
     listing: Callable[[str, str], Sequence]
     decode: Callable[[Sequence], np.ndarray]
-    hold_back: float = 0.0
     sealed: set[str] = field(default_factory=set)
 
     def seal(self, class_names: Sequence[str]) -> None:
@@ -95,7 +98,7 @@ class Source:
                 )
 
     def has_test(self, name: str) -> bool:
-        if name not in self.classes["train" if self.hold_back else "test"]:
+        if name not in self.classes["train" if self.place.hold_back else "test"]:
             return False
         try:
             return len(self._chosen("test", name)) > 0
@@ -117,27 +120,40 @@ class Source:
         return Images(torch.cat(pixels), torch.cat(labels))
 
     def _chosen(self, split: str, name: str) -> Sequence:
-        if not self.hold_back:
+        if not self.place.hold_back:
             return self.listing(split, name)
         names = self.listing("train", name)
-        held_before = [math.ceil(index * self.hold_back) for index in range(len(names) + 1)]
+        held_before = [math.ceil(index * self.place.hold_back) for index in range(len(names) + 1)]
         held = [after > before for before, after in itertools.pairwise(held_before)]
         return [item for item, is_held in zip(names, held, strict=True) if is_held == (split == "test")]
 
 
-def open_source(place: Place, image_size: int, hold_back: float = 0.0, skip_bad_images: bool = False) -> Source:
+def open_source(place: Place, image_size: int, skip_bad_images: bool = False) -> Source:
     """The images of a place at ``image_size`` px, square. Raises InputError where there are none."""
     if place.dataset == "digits":
-        return _digits(place, image_size, hold_back)
+        return _digits(place, image_size)
     if place.dataset in ("cifar10", "cifar100"):
-        return _cifar(place, image_size, hold_back)
+        return _cifar(place, image_size)
     if place.dataset == "folder":
-        return _folder(place, image_size, hold_back, skip_bad_images)
+        return _folder(place, image_size, skip_bad_images)
     raise InputError(f"no data set {place.dataset!r}: digits, cifar10, cifar100 and folder are known")
 
 
+def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
+    """Where each class of a checkpoint's ``steps`` may have test images: as recorded, and ``here``.
+
+    What each step held back of its training images stays held back, wherever they lie now.
+    """
+    places = {}
+    for step in steps:
+        recorded = Place(step["dataset"], step["data_dir"], step["hold_back"])
+        candidates = [recorded, here._replace(hold_back=step["hold_back"])]
+        places |= dict.fromkeys(step["classes"], candidates[::-1] if here_first else candidates)
+    return places
+
+
 def find_test_images(
-    places: dict[str, Sequence[Place]], image_size: int, hold_back: float, skip_bad_images: bool
+    places: dict[str, Sequence[Place]], image_size: int, skip_bad_images: bool
 ) -> tuple[Images, list[str]]:
     """Test images of each class of ``places`` from the first of its places that still has them.
 
@@ -151,7 +167,7 @@ def find_test_images(
         for place in candidates:
             if place not in opened:
                 try:
-                    opened[place] = open_source(place, image_size, hold_back, skip_bad_images)
+                    opened[place] = open_source(place, image_size, skip_bad_images)
                 except InputError:
                     opened[place] = None
             source = opened[place]
@@ -219,7 +235,7 @@ def _rows(targets: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(targets == index) for index, name in enumerate(names)}
 
 
-def _digits(place: Place, image_size: int, hold_back: float) -> Source:
+def _digits(place: Place, image_size: int) -> Source:
     """scikit-learn's digits: 1,797 images of 8x8, the last quarter of each class for testing.
 
     The file goes writer by writer (scikit-learn's user guide, "Recognizing hand-written digits" and its notes on
@@ -238,10 +254,10 @@ def _digits(place: Place, image_size: int, hold_back: float) -> Source:
         first_test = len(rows[name]) - round(len(rows[name]) * DIGITS_TEST_SHARE)
         return rows[name][:first_test] if split == "train" else rows[name][first_test:]
 
-    return Source(place, {"train": names, "test": names}, listing, lambda chosen: pixels[chosen], hold_back)
+    return Source(place, {"train": names, "test": names}, listing, lambda chosen: pixels[chosen])
 
 
-def _cifar(place: Place, image_size: int, hold_back: float) -> Source:
+def _cifar(place: Place, image_size: int) -> Source:
     from torchvision import datasets
 
     kind = datasets.CIFAR100 if place.dataset == "cifar100" else datasets.CIFAR10
@@ -266,10 +282,10 @@ def _cifar(place: Place, image_size: int, hold_back: float) -> Source:
         pixels = np.stack([split_of(split).data[row] for split, row in chosen])
         return _resize(pixels.transpose(0, 3, 1, 2), image_size)
 
-    return Source(place, {"train": names, "test": names}, listing, decode, hold_back)
+    return Source(place, {"train": names, "test": names}, listing, decode)
 
 
-def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bool) -> Source:
+def _folder(place: Place, image_size: int, skip_bad_images: bool) -> Source:
     """``DATA_DIR/{train,test}/<class>/*``; without test, a fixed share of the training images by hash of the name."""
     root = Path(place.data_dir)
     if not (root / "train").is_dir():
@@ -291,9 +307,7 @@ def _folder(place: Place, image_size: int, hold_back: float, skip_bad_images: bo
         return decode_files(paths, image_size, skip_bad_images)[1]
 
     train = class_names("train")
-    return Source(
-        place, {"train": train, "test": class_names("test") if has_test else train}, listing, decode, hold_back
-    )
+    return Source(place, {"train": train, "test": class_names("test") if has_test else train}, listing, decode)
 
 
 def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:

@@ -49,20 +49,20 @@ def main(argv: list[str] | None = None) -> None:
         if gone:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         is_old = images.labels < old
+        counts = evaluation.confusion(student_logits, images.labels)
         metrics = {
             "teacher": evaluation.accuracies(teacher_logits[is_old], images.labels[is_old], old),
             "student": evaluation.accuracies(student_logits, images.labels, old),
-            "steps": history(after, student_logits, images.labels),
+            "steps": by_step(after["steps"], teacher_logits, student_logits, images.labels, bool(settings.images)),
             "classes": {
                 "names": names,
                 "teacher": evaluation.class_accuracies(teacher_logits[is_old], images.labels[is_old]),
                 "student": evaluation.class_accuracies(student_logits, images.labels),
             },
-            "confusion": evaluation.confusion(student_logits, images.labels).tolist(),
+            "confusion": counts.tolist(),
         }
         report(metrics, before["class_names"])
         write_atomically(output / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
-        counts = evaluation.confusion(student_logits, images.labels)
         plots.confusion(counts.numpy(), names, output / "demo_confusion.png")
     else:
         for caption, logits in zip(captions, student_logits, strict=True):
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def images_to_judge(settings, after: dict):
     """The images, a caption for each, and the classes that have none; label -1 where the true class is unknown."""
-    from data import Place, find_test_images, read_own_images
+    from data import Place, find_test_images, read_own_images, test_places
 
     if settings.images:
         return read_own_images(
@@ -103,25 +103,27 @@ def images_to_judge(settings, after: dict):
         )
     here = Place(settings.dataset, settings.data_dir)
     asked = bool(settings.given & {"dataset", "data_dir"})
-    places = {}
-    for step in after["steps"]:
-        recorded = Place(step["dataset"], step["data_dir"])
-        for name in step["classes"]:
-            places[name] = [here, recorded] if asked else [recorded, here]
-    hold_back = max(step["hold_back"] for step in after["steps"])
-    images, gone = find_test_images(places, after["image_size"], hold_back, settings.skip_bad_images)
+    places = test_places(after["steps"], here, here_first=asked)
+    images, gone = find_test_images(places, after["image_size"], settings.skip_bad_images)
     return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone
 
 
-def history(after: dict, logits, labels) -> list[dict]:
-    """For each step's classes: the accuracy now, and what has been forgotten of it since its best."""
+def by_step(steps: list[dict], teacher_logits, student_logits, labels, own_images: bool) -> list[dict]:
+    """For each step's classes: the accuracy now, and what has been forgotten of it since its best.
+
+    The best is the teacher's on these images or, save for a user's own images, what an earlier step's test recorded.
+    """
     import evaluation
 
-    now = evaluation.group_accuracies(logits, labels, [len(step["classes"]) for step in after["steps"]])
-    forgotten = evaluation.forgetting([step["group_accuracy"] for step in after["steps"][:-1]], now)
+    sizes = [len(step["classes"]) for step in steps]
+    now = evaluation.group_accuracies(student_logits, labels, sizes)
+    known = sum(sum(sizes[: number + 1]) <= teacher_logits.shape[1] for number in range(len(sizes)))
+    earlier = [evaluation.group_accuracies(teacher_logits, labels, sizes[:known])]
+    if not own_images:
+        earlier += [step["group_accuracy"] for step in steps[:-1]]
     return [
         {"classes": step["classes"], "accuracy": accuracy, "forgetting": lost}
-        for step, accuracy, lost in zip(after["steps"], now, forgotten, strict=True)
+        for step, accuracy, lost in zip(steps, now, evaluation.forgetting(earlier, now), strict=True)
     ]
 
 

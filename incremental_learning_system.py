@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     import models
     import plots
     import training
-    from data import Place, find_test_images, open_source
+    from data import Place, find_test_images, open_source, test_places
 
     device = training.pick_device(settings.device)
     before = checkpoint.load(settings.teacher)
@@ -35,17 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     check_against(before, settings)
     run = training.open_run(settings, "student")
 
-    here = Place(settings.dataset, settings.data_dir)
-    source = open_source(here, before["image_size"], settings.hold_back, settings.skip_bad_images)
+    here = Place(settings.dataset, settings.data_dir, settings.hold_back)
+    source = open_source(here, before["image_size"], settings.skip_bad_images)
     source.seal(old)
     train = source.train(new, old + new)
     source.require_test(new)
-    places = {
-        name: [Place(step["dataset"], step["data_dir"]), here] for step in before["steps"] for name in step["classes"]
-    }
-    test, gone = find_test_images(
-        places | {name: [here] for name in new}, before["image_size"], settings.hold_back, settings.skip_bad_images
-    )
+    places = test_places(before["steps"], here) | {name: [here] for name in new}
+    test, gone = find_test_images(places, before["image_size"], settings.skip_bad_images)
     if gone:
         print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
     print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")

@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
 
     device = training.pick_device(settings.device)
     run = training.open_run(settings, "teacher")
-    place = Place(settings.dataset, settings.data_dir)
-    source = open_source(place, settings.image_size, settings.hold_back, settings.skip_bad_images)
+    place = Place(settings.dataset, settings.data_dir, settings.hold_back)
+    source = open_source(place, settings.image_size, settings.skip_bad_images)
     classes = list(settings.old_classes)
     train, test = source.train(classes, classes), source.test(classes, classes)
     mean, std = channel_statistics(train.pixels)

@@ -26,11 +26,11 @@ DIGITS = Place("digits", "")
 
 @functools.cache
 def digits(hold_back: float = 0.0):
-    return open_source(DIGITS, 32, hold_back)
+    return open_source(DIGITS._replace(hold_back=hold_back), 32)
 
 
 def folder_source(root: Path, size: int = 16, hold_back: float = 0.0, skip_bad_images: bool = False):
-    return open_source(Place("folder", str(root)), size, hold_back, skip_bad_images)
+    return open_source(Place("folder", str(root), hold_back), size, skip_bad_images)
 
 
 def refused(call, *arguments, **named) -> str:
@@ -607,11 +607,10 @@ def test_held_back_digits_are_disjoint_complete_and_all_from_train(hold_back):
 def test_the_share_held_back_is_the_share_that_was_asked_for(count, hold_back):
     listing = {"train": list(range(count)), "test": [-1, -2]}
     source = data.Source(
-        Place("test", ""),
+        Place("test", "", hold_back),
         {"train": ["x"], "test": ["x"]},
         lambda split, name: listing[split],
         lambda names: np.array(names, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 1),
-        hold_back,
     )
     trained, judged = (
         images.pixels[:, 0, 0, 0].tolist() for images in (source.train(["x"], ["x"]), source.test(["x"], ["x"]))
@@ -695,7 +694,7 @@ def test_find_test_images_takes_the_second_place_and_says_which_classes_are_gone
     second = Place("folder", str(image_folder(tmp_path / "second", {"a": 2, "b": 2, "c": 2}, {"a": 3, "b": 2, "c": 4})))
     nowhere = Place("folder", str(tmp_path / "nowhere"))
     places = {"c": [nowhere, second], "a": [first, second], "x": [first, second], "b": [first, second], "y": [nowhere]}
-    images, gone = data.find_test_images(places, 16, 0.0, False)
+    images, gone = data.find_test_images(places, 16, False)
     assert gone == ["x", "y"]
     assert images.labels.tolist() == [0, 0, 0, 0, 1, 3, 3]
     expected = []
@@ -706,7 +705,7 @@ def test_find_test_images_takes_the_second_place_and_says_which_classes_are_gone
 
 def test_find_test_images_where_everything_is_gone(tmp_path):
     places = {"a": [Place("folder", str(tmp_path / "nowhere"))], "b": []}
-    images, gone = data.find_test_images(places, 24, 0.0, False)
+    images, gone = data.find_test_images(places, 24, False)
     assert gone == ["a", "b"]
     assert images.pixels.shape == (0, 3, 24, 24)
     assert images.pixels.dtype == torch.uint8
@@ -722,10 +721,10 @@ def test_a_class_whose_test_images_were_deleted_counts_as_gone(tmp_path):
         Place("folder", str(root)),
         Place("folder", str(image_folder(tmp_path / "second", {"b": 2}, {"b": 3}))),
     )
-    images, gone = data.find_test_images({"a": [first], "b": [first]}, 16, 0.0, False)
+    images, gone = data.find_test_images({"a": [first], "b": [first]}, 16, False)
     assert gone == ["b"]
     assert images.labels.tolist() == [0]
-    images, gone = data.find_test_images({"a": [first], "b": [first, second]}, 16, 0.0, False)
+    images, gone = data.find_test_images({"a": [first], "b": [first, second]}, 16, False)
     assert gone == []
     assert images.labels.tolist() == [0, 1, 1, 1]
 
@@ -735,8 +734,8 @@ def test_a_corrupt_test_image_is_not_taken_for_a_class_that_is_gone(tmp_path, ca
     bad = root / "test" / "a" / "001.png"
     bad.write_bytes(b"nothing")
     places = {"a": [Place("folder", str(root))]}
-    assert str(bad) in refused(data.find_test_images, places, 16, 0.0, False)
-    assert data.find_test_images(places, 16, 0.0, True)[0].labels.tolist() == [0, 0]
+    assert str(bad) in refused(data.find_test_images, places, 16, False)
+    assert data.find_test_images(places, 16, True)[0].labels.tolist() == [0, 0]
     assert "1 of 3" in capsys.readouterr().err
 
 

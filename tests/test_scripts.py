@@ -20,6 +20,8 @@ import gradcam
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
 import training
+from data import Place, open_source
+from evaluation import predict
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "resnet32", "--image-size", "16"]
@@ -262,9 +264,6 @@ def test_classes_in_any_order_keep_their_labels(tmp_path):
     common = [*TINY, "--epochs", "6"]
     assert trainer.main([*common, "--old-classes", "1,0", "--output-dir", str(tmp_path)]) == 0
     saved = checkpoint.load(tmp_path / "teacher_model.pth")
-    from data import Place, open_source
-    from evaluation import predict
-
     source = open_source(Place("digits", "data"), 16)
     model = checkpoint.restore_model(saved)
     zeros = source.test(["0"], ["0"]).pixels
@@ -424,3 +423,20 @@ def test_a_new_class_without_test_images_is_refused(tmp_path, capsys):
     step = ["--teacher", str(tmp_path / "teacher_model.pth"), *common, "--new-classes", "c,d"]
     assert "class 'd' but no test images" in refused(capsys, incremental.main, *step)
     assert not (tmp_path / "student_model.pth").exists()
+
+
+def test_each_class_is_judged_on_what_its_own_step_held_back(tmp_path, teacher):
+    """The teacher held nothing back, so its classes are judged on test images; the student's on those held back."""
+    flags = ["--teacher", teacher, *FAST, "--hold-back", "0.2", "--output-dir", str(tmp_path)]
+    assert incremental.main(flags) == 0
+    models = ["--teacher", teacher, "--student", str(tmp_path / "student_model.pth")]
+    assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
+    counts = np.sum(json.loads((tmp_path / "metrics.json").read_text())["confusion"], axis=1).tolist()
+    source = open_source(Place("digits", ""), 16)
+    tests = [len(source.test([name], [name]).labels) for name in "01"]
+    held = [-(-len(source.train([name], [name]).labels) // 5) for name in "23"]
+    assert counts == tests + held
+    last = rows(tmp_path / "student_log.csv")[-1]
+    assert float(last["test_accuracy_old"]) == pytest.approx(
+        json.loads((tmp_path / "metrics.json").read_text())["student"]["accuracy_old"]
+    )
