@@ -51,7 +51,7 @@ def test_every_flag_and_constant_that_the_documents_name_exists():
 
 
 def test_every_file_that_the_readme_names_exists():
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
     for module, name in re.findall(r"`(losses|gradcam)\.(\w+)`", README):
         assert hasattr(__import__(module), name)
