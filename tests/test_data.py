@@ -902,3 +902,19 @@ def test_augment_gives_the_channels_last_layout_and_leaves_its_input(layout):
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert data.to_input(out, [0.5] * 3, [0.2] * 3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("here_first", [False, True])
+def test_what_a_step_held_back_stays_held_back_where_its_images_lie_now(here_first):
+    steps = [
+        {"classes": ["a", "b"], "dataset": "folder", "data_dir": "old", "hold_back": 0.0},
+        {"classes": ["c"], "dataset": "digits", "data_dir": "x", "hold_back": 0.2},
+    ]
+    places = data.test_places(steps, Place("folder", "now", 0.5), here_first)
+    expected = {
+        "a": [Place("folder", "old", 0.0), Place("folder", "now", 0.0)],
+        "b": [Place("folder", "old", 0.0), Place("folder", "now", 0.0)],
+        "c": [Place("digits", "x", 0.2), Place("folder", "now", 0.2)],
+    }
+    assert places == ({name: both[::-1] for name, both in expected.items()} if here_first else expected)
+    assert list(places) == ["a", "b", "c"]
