@@ -231,10 +231,6 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return grown.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _rows(targets: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: np.flatnonzero(targets == index) for index, name in enumerate(names)}
-
-
 def _digits(place: Place, image_size: int) -> Source:
     """scikit-learn's digits: 1,797 images of 8x8, the last quarter of each class for testing.
 
@@ -248,11 +244,11 @@ def _digits(place: Place, image_size: int) -> Source:
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     pixels = _resize(np.repeat(grey[:, None], 3, axis=1), image_size)
     names = [str(digit) for digit in range(10)]
-    rows = _rows(digits.target, names)
 
     def listing(split: str, name: str) -> np.ndarray:
-        first_test = len(rows[name]) - round(len(rows[name]) * DIGITS_TEST_SHARE)
-        return rows[name][:first_test] if split == "train" else rows[name][first_test:]
+        rows = np.flatnonzero(digits.target == names.index(name))
+        first_test = len(rows) - round(len(rows) * DIGITS_TEST_SHARE)
+        return rows[:first_test] if split == "train" else rows[first_test:]
 
     return Source(place, {"train": names, "test": names}, listing, lambda chosen: pixels[chosen])
 

@@ -179,11 +179,12 @@ def fit(
     for epoch in range(len(rows) + 1, step["epochs"] + 1):
         row = _epoch(epoch, model, teacher, train, loss, settings, head, optimizer, schedule, generator)
         finished = epoch == step["epochs"]
-        if finished or epoch % settings.save_interval == 0:
+        saved = finished or epoch % settings.save_interval == 0
+        if saved:
             columns, step["group_accuracy"] = judge(model)
             row.update(columns)
         rows.append(row)
-        if finished or epoch % settings.save_interval == 0:
+        if saved:
             training = {
                 "epochs": step["epochs"],
                 "teacher": teacher_hash,
