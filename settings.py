@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, NoReturn
 
-import config
 from errors import InputError
 
 
@@ -123,11 +124,14 @@ class Settings:
     hold_back: float = _number("share of the training images to judge on instead of the test images", float, 0, 0.5)
     seed: int = _number("seed of every random choice", int, 0, 2**32 - 1)
     device: str = _device("auto, cpu, mps, cuda or cuda:N")
+    deterministic: bool = _switch("the same bits in every run on a GPU, somewhat slower")
     save_interval: int = _number("epochs between saves", int, 1)
+    save_interval_steps: int = _number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = _switch("go on from the checkpoint of an earlier run")
     overwrite: bool = _switch("replace the model of an earlier run")
     output_dir: str = _text("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
+    arguments: tuple[str, ...] = ()  # the command line as it was given
     # Files, of the command line alone.
     teacher: str | None = None
     student: str | None = None
@@ -151,7 +155,7 @@ FILE_FLAGS = {
 }
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size momentum weight_decay flip precision skip_bad_images "
-    "hold_back seed device save_interval resume overwrite output_dir"
+    "hold_back seed device deterministic save_interval save_interval_steps resume overwrite output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size lr {_TRAINING}", "", ""),
@@ -197,7 +201,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are one line, with the nearest flag for one that is unknown."""
 
     def error(self, message: str) -> NoReturn:
@@ -208,8 +212,9 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleType = config) -> Settings:
+def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleType | None = None) -> Settings:
     """The settings of one script. Raises InputError for the first value that the script reads and cannot use."""
+    page = page or _load_page()
     read, required, optional = (words.split() for words in SCRIPTS[script])
     arguments = vars(_parser(script, read, required, optional, page).parse_args(argv))
     known = [f for f in fields(Settings) if f.metadata]
@@ -227,6 +232,7 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
                 raise InputError(f"{_where(f.name, arguments)} is {value!r}: {error}") from error
         values[f.name] = value
     values["given"] = frozenset(arguments)
+    values["arguments"] = tuple(sys.argv[1:] if argv is None else argv)
     _resolve(values, read)
     return Settings(**values)
 
@@ -246,8 +252,8 @@ def _parsed(parse: Callable[[str], Any], text: str) -> Any:
         return text  # the check says what is needed
 
 
-def _parser(script: str, read: list[str], required: list[str], optional: list[str], page: ModuleType) -> _Parser:
-    parser = _Parser(prog=f"{script}.py", allow_abbrev=False, description=_DESCRIPTIONS[script])
+def _parser(script: str, read: list[str], required: list[str], optional: list[str], page: ModuleType) -> OneLineParser:
+    parser = OneLineParser(prog=f"{script}.py", allow_abbrev=False, description=_DESCRIPTIONS[script])
     for name in required + optional:
         parser.add_argument(_flag(name), help=FILE_FLAGS[name], required=name in required)
     for f in fields(Settings):
@@ -268,6 +274,16 @@ def _parser(script: str, read: list[str], required: list[str], optional: list[st
             ),
         )
     return parser
+
+
+def _load_page() -> ModuleType:
+    try:
+        import config
+    except Exception as error:  # the page is the user's to edit: anything can stand there
+        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise InputError(f"config.py, line {line}: {reason}") from error
+    return config
 
 
 def _check_page(page: ModuleType, known: set[str]) -> None:

@@ -70,7 +70,9 @@ BAD_VALUES = {  # constant: values that config.py could hold, and as texts of th
     "hold_back": ([0.6, -0.1, "0.1"], ["0.6", "-0.1", "half"]),
     "seed": ([-1, 0.0, 2**32, "0", 10**400], ["-1", "0.5", str(2**32), "x", "1" + "0" * 400, "1" + "0" * 5000]),
     "device": (["gpu", "cpu:0", "cuda:", "cuda:x", 0], ["gpu", "cpu:0", "cuda:", "cuda:-1", ""]),
+    "deterministic": (["yes", 1], []),
     "save_interval": ([0, 1.5], ["0", "1.5"]),
+    "save_interval_steps": ([-1, 1.5, None], ["-1", "1.5"]),
     "resume": (["no", 0], []),
     "overwrite": (["no", 1], []),
     "output_dir": (["", 5], [""]),
@@ -204,9 +206,10 @@ GOOD_FLAGS = {
     "seed": ("4294967295", 2**32 - 1),
     "device": ("cuda:1", "cuda:1"),
     "save_interval": ("3", 3),
+    "save_interval_steps": ("500", 500),
     "output_dir": ("runs/x", "runs/x"),
 }
-SWITCHES = ("flip", "skip_bad_images", "resume", "overwrite")
+SWITCHES = ("flip", "skip_bad_images", "deterministic", "resume", "overwrite")
 
 
 def test_the_table_of_good_flags_has_every_setting():
