@@ -159,7 +159,7 @@ SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
 SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
-DETERMINISTIC = False  # the same bits in every run on a GPU, somewhat slower; a CPU with as many threads gives them anyway
+DETERMINISTIC = False  # the same bits in every run on a GPU, somewhat slower; on a CPU it is so anyway
 
 # The run.
 SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each save

@@ -38,6 +38,12 @@ class Images(NamedTuple):
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels and labels, as hexadecimal: the same images in the same order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels.numpy()))
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
 
 class Place(NamedTuple):
     """Where images are: the name of a data set and the folder it lies in.

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     import evaluation
     import plots
     import training
-    from checkpoint import load, restore_model, write_atomically
+    from checkpoint import load, make_folder, restore_model, write_atomically
 
     device = training.pick_device(settings.device)
     before, after = load(settings.teacher), load(settings.student)
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher_logits = evaluation.predict(teacher, images.pixels, before["mean"], before["std"])
     student_logits = evaluation.predict(student, images.pixels, after["mean"], after["std"])
     output = Path(settings.output_dir)
+    make_folder(output)
     judged = images.labels >= 0
 
     if judged.any():
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             "confusion": counts.tolist(),
         }
         report(metrics, before["class_names"])
-        write_atomically(output / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+        write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(counts.numpy(), names, output / "demo_confusion.png")
     else:
         for caption, logits in zip(captions, student_logits, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -16,6 +17,14 @@ class RunError(RuntimeError):
     """A run that started well cannot go on: exit code 1."""
 
 
+class Interrupted(Exception):
+    """A signal stopped the run, which is saved: exit code 128 + ``signum``, as shells have it."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(text)
+        self.signum = signum
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
     """Wrap a script's ``main`` so that it returns an exit code and reports in one line."""
 
@@ -27,6 +36,12 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             text = " ".join(str(error).split())
             print(f"error: {text}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            return 128 + stop.signum
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
         return 0
 
     return wrapped

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from checkpoint import load, restore_model, write_atomically
+    from checkpoint import load, make_folder, restore_model, write_atomically
     from data import to_input
     from imagefiles import decode_image
 
@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     picture = overlay(pixels.transpose(1, 2, 0), heat, heat.max())
     cv2 = import_opencv()
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    write_atomically(Path(settings.output), lambda file: file.write(encoded.tobytes()))
+    make_folder(Path(settings.output).parent)
+    write_atomically(Path(settings.output), encoded.tobytes())
     print(f"answer: {names[answer]}; the map of {names[shown]} at {layer} is in {settings.output}")
 
 

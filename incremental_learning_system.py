@@ -9,7 +9,6 @@ its checkpoint. The old classes' training images are sealed: the data layer refu
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from errors import InputError, one_line_errors, warn
 from settings import read_settings
@@ -28,12 +27,13 @@ def main(argv: list[str] | None = None) -> None:
     import plots
     import training
     from data import Place, find_test_images, open_source, test_places
+    from run import describe_step, open_run
 
-    device = training.pick_device(settings.device)
+    device = training.prepare(settings)
     before = checkpoint.load(settings.teacher)
     old, new = before["class_names"], list(settings.new_classes)
     check_against(before, settings)
-    run = training.open_run(settings, "student")
+    run = open_run(settings, "student")
 
     here = Place(settings.dataset, settings.data_dir, settings.hold_back)
     source = open_source(here, before["image_size"], settings.skip_bad_images)
@@ -57,13 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
-        "steps": [*before["steps"], training.describe_step(settings, new, settings.incremental_lr)],
+        "steps": [*before["steps"], describe_step(settings, new, settings.incremental_lr)],
     }
-    teacher_hash = checkpoint.fingerprint(before)
-    training.check_resumed(run, head, teacher_hash)
 
     def judge(model):
-        logits = evaluation.predict(model, test.pixels, head["mean"], head["std"])
+        logits = evaluation.predict(model, test.pixels, head["mean"], head["std"], settings.batch_size)
         columns = evaluation.accuracies(logits, test.labels, len(old))
         groups = evaluation.group_accuracies(logits, test.labels, [len(step["classes"]) for step in head["steps"]])
         return {f"test_{name}": value for name, value in columns.items()}, groups
@@ -71,15 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     log = training.fit(
         run,
         student,
-        train.to(device),
+        train,
         losses.METHODS[settings.method],
         settings,
         head,
         judge,
         teacher if settings.method != "finetune" else None,
-        teacher_hash,
+        checkpoint.fingerprint(before),
     )
-    plots.curves(log, Path(settings.output_dir) / "student_curves.png", f"Student ({settings.method})")
+    plots.curves(log, run.curves, f"Student ({settings.method})")
     last = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):

@@ -20,7 +20,7 @@ def _write(figure: plt.Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    write_atomically(path, buffer.getbuffer())
 
 
 def curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:

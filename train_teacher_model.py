@@ -6,7 +6,6 @@ python3 train_teacher_model.py
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from errors import InputError, one_line_errors
 from settings import read_settings
@@ -26,9 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     import training
     from data import Place, channel_statistics, open_source
     from losses import first_step
+    from run import describe_step, open_run
 
-    device = training.pick_device(settings.device)
-    run = training.open_run(settings, "teacher")
+    device = training.prepare(settings)
+    run = open_run(settings, "teacher")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
     source = open_source(place, settings.image_size, settings.skip_bad_images)
     classes = list(settings.old_classes)
@@ -48,17 +48,16 @@ def main(argv: list[str] | None = None) -> None:
         "mean": mean,
         "std": std,
         "loss_form": settings.loss_form,
-        "steps": [training.describe_step(settings, classes, settings.lr)],
+        "steps": [describe_step(settings, classes, settings.lr)],
     }
-    training.check_resumed(run, head, teacher="")
 
     def judge(model):
-        logits = evaluation.predict(model, test.pixels, mean, std)
+        logits = evaluation.predict(model, test.pixels, mean, std, settings.batch_size)
         accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
         return {"test_accuracy": accuracy[0]}, accuracy
 
-    log = training.fit(run, model, train.to(device), first_step, settings, head, judge)
-    plots.curves(log, Path(settings.output_dir) / "teacher_curves.png", "Teacher")
+    log = training.fit(run, model, train, first_step, settings, head, judge)
+    plots.curves(log, run.curves, "Teacher")
     print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
 
 

@@ -1,14 +1,14 @@
-"""The one training loop, and what surrounds it: device, seeds, progress, log, saves, going on from a save."""
+"""The one training loop, and what surrounds it: device, seeds, progress, stopping, going on from a save."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
+import contextlib
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-import checkpoint as checkpoints
+from checkpoint import checked_optimizer, checked_state
 from data import Images, augment, batches, to_input
-from errors import InputError, RunError
+from errors import InputError, Interrupted, RunError
 from models import Output
+from run import Row, Run
 
-Row = dict[str, Any]
-# Recorded for each step, and compared when a run goes on.
-STEP_SETTINGS = ("method", "loss_form", "beta", "gamma", "temperature", "attention_class", "batch_norm")
-STEP_SETTINGS += ("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed")
+CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,6 +34,19 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: there is none on this machine; use cpu or auto")
+    return device
+
+
+def prepare(settings) -> torch.device:
+    """The device of a training run, set up as the settings say. Raises InputError for what it cannot do."""
+    device = pick_device(settings.device)
+    if settings.precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     return device
 
 
@@ -53,88 +64,63 @@ def forward(model: nn.Module, inputs: Tensor, precision: str) -> Output:
     return Output(output.logits.float(), output.features.float())
 
 
-# The outputs of a run ---------------------------------------------------------------------------------------------
+# Stopping ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """Where a run writes (``model``, ``log``) and the checkpoint that it goes on from, if any."""
+class StopSignal:
+    """The first Ctrl-C or SIGTERM is noted in ``received``, and the loop ends well; the second ends the process."""
 
-    model: Path
-    log: Path
-    resumed: dict[str, Any] | None
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
 
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+                    self._before[signum] = signal.signal(signum, self._note)
+        return self
 
-def open_run(settings, kind: str) -> Run:
-    """The run of a script, ``kind`` being "teacher" or "student". Nothing is written yet.
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
-    Raises InputError where the output would be the run's own teacher or would replace a model unasked.
-    """
-    folder = Path(settings.output_dir)
-    own = folder / f"{kind}_model.pth"
-    if settings.teacher and own.exists() and own.resolve() == Path(settings.teacher).resolve():
-        raise InputError(f"{own} is the --teacher itself and would be replaced; choose another --output-dir")
-    if settings.student and not settings.resume:
-        raise InputError("--student names a run to go on from, and that needs --resume (or RESUME in config.py)")
-    resumed = None
-    source = Path(settings.student) if settings.student else own
-    if settings.resume:
-        if settings.student or own.exists():
-            resumed = checkpoints.load(source)
-        else:
-            print(f"nothing to resume from at {own}: a fresh start")
-    replaces = own.exists() and not (resumed and source.resolve() == own.resolve())
-    if replaces and not settings.overwrite:
-        raise InputError(
-            f"{own} exists; --overwrite replaces it, --resume goes on from it, --output-dir writes elsewhere"
-        )
-    return Run(own, folder / f"{kind}_log.csv", resumed)
+    def _note(self, signum: int, frame: object) -> None:
+        self.received = signum
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        # print could not be used: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
 
 
-def describe_step(settings, classes: Sequence[str], learning_rate: float) -> dict[str, Any]:
-    """What the checkpoint says of a step: its classes, where their images were, and how it was trained."""
-    return {
-        "classes": list(classes),
-        "dataset": settings.dataset,
-        "data_dir": str(Path(settings.data_dir).resolve()),
-        **{name: getattr(settings, name) for name in STEP_SETTINGS},
-        "learning_rate": learning_rate,
-        "epochs": settings.epochs,
-        "group_accuracy": [],
-    }
-
-
-def check_resumed(run: Run, head: dict[str, Any], teacher: str) -> None:
-    """Raises InputError where the run to go on from was another run: other classes, teacher or settings."""
-    if run.resumed is None:
-        return
-    was = run.resumed
-    pairs = [(key, was[key], head[key]) for key in ("architecture", "image_size", "class_names")]
-    pairs += [("teacher (hash of its weights)", was["training"]["teacher"], teacher)]
-    pairs += [
-        (key, was["steps"][-1][key], head["steps"][-1][key]) for key in ("dataset", *STEP_SETTINGS, "learning_rate")
-    ]
-    for key, before, now in pairs:
-        if before != now:
-            raise InputError(f"cannot resume: {key} was {before} and is now {now}")
-    planned = was["training"]["epochs"]
-    if head["steps"][-1]["epochs"] != planned and not was["finished"]:
-        raise InputError(f"cannot resume: the run was planned with --epochs {planned}; finish it with that first")
-    if head["steps"][-1]["epochs"] < planned:
-        raise InputError(f"cannot resume: the run already has {planned} epochs; give --epochs {planned} or more")
-
-
-def write_log(path: Path, rows: list[Row]) -> None:
-    """The CSV of the epochs; a column for everything that any row has, empty where it has none."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    checkpoints.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+@contextlib.contextmanager
+def _out_of_memory_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise RunError(
+            f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
+            f"begins anew); {run.what_is_left()}"
+        ) from error
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """The part of an epoch that is done; with the generator's state now it says what the next batch is."""
+
+    order: Tensor  # the generator's state before the epoch's order was drawn
+    learning_rate: float
+    batches: int = 0
+    seconds: float = 0.0
+    names: list[str] = field(default_factory=list)  # of the loss terms
+    sums: Tensor | None = None  # their sums over the images so far, on the device
+    broken: Tensor | None = None  # the batch in which each was first not finite, or -1
 
 
 def fit(
@@ -148,111 +134,217 @@ def fit(
     teacher: nn.Module | None = None,
     teacher_hash: str = "",
 ) -> list[Row]:
-    """Train ``model`` in place and save it; returns the log, a row an epoch.
+    """Train ``model`` in place, where it is, and save it; returns the log, a row an epoch.
 
     ``head`` is the checkpoint without weights and training state; the learning rate and the number of epochs are
     those of its last step. ``judge(model)`` returns columns for the log and the accuracy of each group of classes;
-    it is asked at every save. The model that is saved last is that of the last epoch: nothing is chosen by accuracy.
-    Raises RunError where a loss term is no longer finite.
+    it is asked every SAVE_INTERVAL epochs. The model that is saved last is that of the last epoch: nothing is chosen
+    by accuracy. A run that was interrupted goes on to the same bits.
+    Raises InputError where the run to go on from was another one, RunError where a loss term is no longer finite,
+    memory runs out or a save fails, and Interrupted after a signal.
     """
-    step = head["steps"][-1]
-    batches_an_epoch = len(batches(len(train.labels), settings.batch_size, torch.Generator()))
-    optimizer = torch.optim.SGD(
-        model.parameters(), step["learning_rate"], settings.momentum, weight_decay=settings.weight_decay
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    rows: list[Row] = []
-    if run.resumed:
-        state = run.resumed["training"]
-        rows = list(state["log"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        model.load_state_dict(run.resumed["model"])
-    schedule = CosineAnnealingLR(optimizer, (step["epochs"] - len(rows)) * batches_an_epoch)
-    if run.resumed and not run.resumed["finished"]:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    elif rows:
-        more = step["epochs"] - len(rows)
-        print(f"{len(rows)} epochs are done, " + (f"{more} more with a new cosine schedule" if more else "all of them"))
-
-    for epoch in range(len(rows) + 1, step["epochs"] + 1):
-        row = _epoch(epoch, model, teacher, train, loss, settings, head, optimizer, schedule, generator)
-        finished = epoch == step["epochs"]
-        saved = finished or epoch % settings.save_interval == 0
-        if saved:
-            columns, step["group_accuracy"] = judge(model)
-            row.update(columns)
-        rows.append(row)
-        if saved:
-            training = {
-                "epochs": step["epochs"],
-                "teacher": teacher_hash,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-                "torch_rng": torch.get_rng_state(),
-                "log": rows,
-            }
-            checkpoints.save(
-                run.model, {**head, "model": model.state_dict(), "finished": finished, "training": training}
-            )
-        write_log(run.log, rows)
+    loop = _Loop(run, model, teacher, train, loss, settings, head, teacher_hash)
+    step, rows = head["steps"][-1], loop.rows
+    with run.writing(), StopSignal() as stop, _out_of_memory_named(loop.device, settings.batch_size, run):
+        if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
+            run.write_log(rows)
+        if len(rows) == step["epochs"] and not run.model.exists():
+            loop.save(finished=True)
+        loop.train = train.to(loop.device)
+        for epoch in range(len(rows) + 1, step["epochs"] + 1):
+            row = loop.epoch(epoch, stop)
+            finished = epoch == step["epochs"]
+            judged = finished or epoch % settings.save_interval == 0
+            if judged:
+                columns, step["group_accuracy"] = judge(model)
+                row.update(columns)
+            rows.append(row)
+            if judged or stop.received:
+                loop.save(finished)
+            run.write_log(rows)
+            if stop.received and not finished:
+                raise Interrupted(stop.received, f"stopped after epoch {epoch}; go on with: {run.command}")
     return rows
 
 
-def _epoch(epoch, model, teacher, train, loss, settings, head, optimizer, schedule, generator) -> Row:
-    """One pass over the training images; the terms are summed on the device and read once."""
-    model.train()
-    if settings.batch_norm == "frozen" and teacher is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-    device = train.pixels.device
-    heads = (model.fc.weight, teacher.fc.weight if teacher is not None else None)
-    sums: dict[str, Tensor] = {}
-    learning_rate = schedule.get_last_lr()[0]
-    started = time.perf_counter()
-    bar = tqdm(
-        batches(len(train.labels), settings.batch_size, generator),
-        desc=f"epoch {epoch}/{head['steps'][-1]['epochs']}",
-        disable=None,
-        leave=False,
-        unit="batch",
-    )
-    for number, index in enumerate(bar):
-        index = index.to(device)
-        labels = train.labels[index]
-        inputs = to_input(augment(train.pixels[index], settings.flip, generator), head["mean"], head["std"])
-        student_output = forward(model, inputs, settings.precision)
+class _Loop:
+    """What changes while a run trains, and its way to and from a checkpoint."""
+
+    def __init__(self, run, model, teacher, train, loss, settings, head, teacher_hash) -> None:
+        self.run, self.model, self.teacher, self.train, self.loss = run, model, teacher, train, loss
+        self.settings, self.head = settings, head
+        self.device = next(model.parameters()).device
+        self.epochs = head["steps"][-1]["epochs"]
+        self.identity = {
+            "epochs": self.epochs,
+            "teacher": teacher_hash,
+            "images": f"{len(train.labels)}, {train.fingerprint()}",
+            "machine": {
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                "torch": str(torch.__version__),
+            },
+        }
+        run.check_resumed(head, self.identity)
+        self.rows: list[Row] = run.resumed["training"]["log"] if run.resumed else []
+        self.part: Part | None = None
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        rate = head["steps"][-1]["learning_rate"]
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.steps = len(batches(len(train.labels), settings.batch_size, torch.Generator()))  # of an epoch
+        self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.epochs - len(self.rows)) * self.steps))
+        if run.resumed:
+            self._go_on(run.resumed)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        state = saved["training"]
+        self.model.load_state_dict(saved["model"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if saved["finished"]:
+            more = self.epochs - len(self.rows)
+            done = f"{len(self.rows)} epochs are done, "
+            print(done + (f"{more} more with a new cosine schedule" if more else "all of them: nothing is left to do"))
+            return
+        self.optimizer.load_state_dict(checked_optimizer(state["optimizer"], self.optimizer))
+        self.schedule.load_state_dict(checked_state(state["schedule"], self.schedule.state_dict(), "schedule"))
+        where = f"after epoch {len(self.rows)}"
+        position = state["position"]
+        if position:
+            if not 0 < position["batches"] < self.steps:
+                raise InputError(f"cannot resume: {self.run.source} is damaged, its epoch has no such step")
+            sums = torch.tensor(list(position["sums"].values()), device=self.device)
+            self.part = Part(
+                position["order"],
+                position["learning_rate"],
+                position["batches"],
+                position["seconds"],
+                list(position["sums"]),
+                sums,
+                torch.full_like(sums, -1),
+            )
+            where = f"in epoch {len(self.rows) + 1}, after step {self.part.batches} of {self.steps}"
+        print(f"going on from {self.run.source}, {where}")
+
+    def save(self, finished: bool = False) -> None:
+        weights, part = self.model.state_dict(), self.part
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            raise RunError(
+                f"epoch {len(self.rows) + bool(part)}: the weights are no longer finite; a lower learning rate may "
+                f"help; {self.run.what_is_left()}"
+            )
+        position = part and {
+            **{name: getattr(part, name) for name in ("order", "learning_rate", "batches", "seconds")},
+            "sums": dict(zip(part.names, part.sums.tolist(), strict=True)),
+        }
+        training = {
+            **self.identity,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "log": self.rows,
+            "position": position,
+        }
+        self.run.save({**self.head, "model": weights, "finished": finished, "training": training})
+
+    def epoch(self, number: int, stop: StopSignal) -> Row:
+        """One pass over the training images, or the rest of one; the terms are summed on the device."""
+        self._to_train_mode()
+        part = self.part = self.part or Part(self.generator.get_state(), self.schedule.get_last_lr()[0])
+        now = self.generator.get_state()
+        self.generator.set_state(part.order)
+        order = batches(len(self.train.labels), self.settings.batch_size, self.generator)
+        if part.batches:
+            self.generator.set_state(now)
+        about = f"epoch {number}/{self.epochs}"
+        started = time.perf_counter() - part.seconds
+        bar = tqdm(
+            order[part.batches :],
+            about,
+            total=len(order),
+            initial=part.batches,
+            disable=None,
+            leave=False,
+            unit="batch",
+        )
+        for index in bar:
+            terms = self.step(index.to(self.device))
+            part.seconds = time.perf_counter() - started
+            if not bar.disable and part.batches % 20 == 1:
+                shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
+                rate = f"{len(self.train.labels) * part.batches / self.steps / part.seconds:.0f}"
+                bar.set_postfix(shown | {"images/s": rate})
+            last = part.batches == len(order)
+            due = self.settings.save_interval_steps and part.batches % self.settings.save_interval_steps == 0
+            saves = (due or stop.received) and not last
+            if saves or last or part.batches % CHECK_INTERVAL == 0:
+                self._check_terms(about)
+            if saves:
+                self.save()
+            if stop.received and not last:
+                raise Interrupted(
+                    stop.received,
+                    f"stopped in {about} after step {part.batches} of {len(order)}, and saved; "
+                    f"go on with: {self.run.command}",
+                )
+        self.part = None
+        means = dict(zip(part.names, (part.sums / len(self.train.labels)).tolist(), strict=True))
+        return {
+            "epoch": number,
+            "loss": means.pop("total"),
+            "accuracy": means.pop("correct"),
+            **means,
+            "lr": part.learning_rate,
+            "images_per_second": round(len(self.train.labels) / part.seconds, 1),
+        }
+
+    def step(self, index: Tensor) -> dict[str, Tensor]:
+        """One step of the optimiser on the images ``index``; returns the loss terms, still on the device."""
+        settings, head, teacher, part = self.settings, self.head, self.teacher, self.part
+        labels = self.train.labels[index]
+        inputs = to_input(augment(self.train.pixels[index], settings.flip, self.generator), head["mean"], head["std"])
+        student_output = forward(self.model, inputs, settings.precision)
         teacher_output = None
         if teacher is not None:
             with torch.no_grad():
                 teacher_output = forward(teacher, inputs, settings.precision)
-        terms = loss(student_output, teacher_output, labels, heads, settings)
-        optimizer.zero_grad(set_to_none=True)
+        heads = (self.model.fc.weight, teacher.fc.weight if teacher is not None else None)
+        terms = self.loss(student_output, teacher_output, labels, heads, settings)
+        self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
-        optimizer.step()
-        schedule.step()
+        self.optimizer.step()
+        self.schedule.step()
+        terms = {name: term.detach() for name, term in terms.items()}
         terms["correct"] = 100 * (student_output.logits.argmax(1) == labels).float().mean()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + term.detach() * len(labels)
-        if not bar.disable and number % 20 == 0:
-            shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
-            bar.set_postfix(shown | {"images/s": f"{len(labels) * (number + 1) / (time.perf_counter() - started):.0f}"})
-    means = {name: (total / len(train.labels)).item() for name, total in sums.items()}
-    broken = [name for name, value in means.items() if not math.isfinite(value)]
-    if broken:
-        term = min(broken, key=lambda name: name == "total")  # the term that broke it, rather than the sum
-        raise RunError(
-            f"epoch {epoch}: the loss term {term!r} is {means[term]}; a lower learning rate may help. "
-            "The last checkpoint that was saved is whole"
-        )
-    return {
-        "epoch": epoch,
-        "loss": means.pop("total"),
-        "accuracy": means.pop("correct"),
-        **means,
-        "lr": learning_rate,
-        "images_per_second": round(len(train.labels) / (time.perf_counter() - started), 1),
-    }
+        values = torch.stack(list(terms.values()))
+        if part.sums is None:
+            part.names, part.sums = list(terms), torch.zeros_like(values)
+            part.broken = torch.full_like(values, -1)
+        elif part.names != list(terms):
+            raise InputError(f"cannot resume: {self.run.source} has sums of {part.names}, not {list(terms)}")
+        part.sums += values * len(labels)
+        part.broken = torch.where((part.broken < 0) & ~values.isfinite(), part.batches, part.broken)
+        part.batches += 1
+        return terms
+
+    def _to_train_mode(self) -> None:
+        self.model.train()
+        if self.settings.batch_norm == "frozen" and self.teacher is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def _check_terms(self, about: str) -> None:
+        part = self.part
+        broken = dict(zip(part.names, part.broken.tolist(), strict=True))
+        # The first that broke, and a term rather than the total that it spoils.
+        found = [(batch, name == "total", name) for name, batch in broken.items() if batch >= 0]
+        if found:
+            batch, _, name = min(found)
+            raise RunError(
+                f"{about}, step {int(batch) + 1} of {self.steps}: the loss term {name!r} is "
+                f"{part.sums[part.names.index(name)]}; a lower learning rate may help; {self.run.what_is_left()}"
+            )

@@ -62,6 +62,12 @@ def image_folder(root: Path, train: dict[str, int], test: dict[str, int] | None 
     return root
 
 
+def step_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """What a checkpoint says of a step, as far as a reader needs it."""
+    values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
+    return {"classes": list(names)} | values | changes
+
+
 def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str], image_size: int = 32, **changes):
     """A whole checkpoint of a network, without ``format`` and ``version``: ``checkpoint.save`` writes those."""
     return {
@@ -71,7 +77,7 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
         "std": [0.25, 0.25, 0.25],
         "loss_form": "binary",
         "class_names": list(names),
-        "steps": [{"classes": list(names), "group_accuracy": [50.0]}],
+        "steps": [step_of(names)],
         "model": model.state_dict(),
         "finished": True,
         "training": {},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -35,21 +37,31 @@ def refused(path) -> str:
 
 
 def test_round_trip(tmp_path, example):
+    path = tmp_path / "model.pth"
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1, momentum=0.9)
+    state = torch.Generator().get_state()
     example["training"] = {
+        "epochs": 2,
+        "teacher": "",
+        "images": "8, abc",
+        "machine": {"device": "cpu"},
         "optimizer": optimizer.state_dict(),
-        "generator": torch.Generator().get_state(),
+        "schedule": {"last_epoch": 3},
+        "generator": state,
+        "torch_rng": state,
         "log": [{"epoch": 1, "loss": 0.5, "test_accuracy": None}],
+        "position": None,
     }
-    path = tmp_path / "new" / "folder" / "model.pth"
     checkpoint.save(path, example)
     loaded = checkpoint.load(path)
     assert loaded.pop("format") == checkpoint.FORMAT
     assert loaded.pop("version") == checkpoint.VERSION
-    weights, generator = loaded.pop("model"), loaded["training"].pop("generator")
+    weights = loaded.pop("model")
+    for key in ("generator", "torch_rng"):
+        assert torch.equal(loaded["training"].pop(key), state)
+        del example["training"][key]
     assert list(weights) == list(example["model"])
     assert all(torch.equal(weights[name], tensor) for name, tensor in example["model"].items())
-    assert torch.equal(generator, example["training"].pop("generator"))
     assert loaded == {key: value for key, value in example.items() if key != "model"}
     assert checkpoint.load(str(path))["class_names"] == ["b", "a"]
 
@@ -66,26 +78,32 @@ def test_restored_network_answers_as_the_saved_one(tmp_path):
 # Atomic writing ---------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [Stop("half way"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, error, existed):
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(
+    tmp_path, monkeypatch, error, existed, broken
+):
     path = tmp_path / "model.pth"
     if existed:
         path.write_bytes(b"the old one")
 
-    def write(file):
-        file.write(b"half of the new")
-        file.flush()
+    def fail(*arguments):
         assert not existed or path.read_bytes() == b"the old one"
         raise error
 
+    class Broken(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            fail()
+
+    if broken == "write":
+        monkeypatch.setattr(os, "fdopen", lambda handle, mode: Broken(handle, mode))
+    else:
+        monkeypatch.setattr(os, broken, fail)
     expected = InputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
-        checkpoint.write_atomically(path, write)
+        checkpoint.write_atomically(path, b"the new one")
     if expected is InputError:
         assert "No space left" in str(caught.value)
         assert str(path) in str(caught.value)
@@ -93,10 +111,40 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_
     assert not existed or path.read_bytes() == b"the old one"
 
 
+def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    """The file is synced before the rename, and the folder after it: so a power cut leaves one or the other."""
+    done = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def replace(source, target):
+        done.append("rename")
+        assert not source.endswith(".pth")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint.write_atomically(tmp_path / "model.pth", b"new")
+    assert done == ["file", "rename", "folder"]
+
+
+def test_a_file_that_has_the_content_already_is_not_touched(tmp_path):
+    path = tmp_path / "log.csv"
+    checkpoint.write_atomically(path, b"abc")
+    before = path.stat()
+    checkpoint.write_atomically(path, b"abc")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    checkpoint.write_atomically(path, b"abd")
+    assert path.read_bytes() == b"abd"
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, example):
     path = tmp_path / "model.pth"
     checkpoint.save(path, example)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(ValueError, match="function"):
         checkpoint.save(path, example | {"training": {"not data": lambda: None}})
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
     assert checkpoint.load(path)["class_names"] == ["b", "a"]
@@ -104,14 +152,15 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, example):
 
 def test_a_write_replaces_the_file_and_honours_the_umask(tmp_path):
     path = tmp_path / "deep" / "er" / "file"
+    checkpoint.make_folder(path.parent)
     umask = os.umask(0o027)
     try:
-        checkpoint.write_atomically(path, lambda file: file.write(b"one"))
+        checkpoint.write_atomically(path, b"one")
         assert path.stat().st_mode & 0o777 == 0o640
         assert os.umask(0o027) == 0o027  # it is as it was
     finally:
         os.umask(umask)
-    checkpoint.write_atomically(path, lambda file: file.write(b"two"))
+    checkpoint.write_atomically(path, b"two")
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
@@ -121,7 +170,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "model.pth", tmp_path / "folder"):
         with pytest.raises(InputError, match=str(path)):
-            checkpoint.write_atomically(path, lambda file: file.write(b"new"))
+            checkpoint.write_atomically(path, b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
     assert not list((tmp_path / "folder").iterdir())
 
@@ -207,7 +256,7 @@ def test_load_refuses_another_version(tmp_path, example, version):
     assert f"version {version}" in refused(path)
 
 
-@pytest.mark.parametrize("key", [key for key in checkpoint.KEYS if key not in ("format", "version")])
+@pytest.mark.parametrize("key", list(checkpoint.KINDS))
 def test_load_refuses_a_checkpoint_that_lacks_a_key(tmp_path, example, key):
     path = tmp_path / "model.pth"
     checkpoint.save(path, {name: value for name, value in example.items() if name != key})

@@ -19,9 +19,9 @@ import demo
 import gradcam
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
-import training
 from data import Place, open_source
 from evaluation import predict
+from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "resnet32", "--image-size", "16"]
@@ -338,14 +338,14 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, epochs: int) -> None:
-    write = training.write_log
+    write = Run.write_log
 
-    def write_and_stop(path, log):
-        write(path, log)
+    def write_and_stop(run, log):
+        write(run, log)
         if len(log) == epochs:
             raise Stop
 
-    monkeypatch.setattr(training, "write_log", write_and_stop)
+    monkeypatch.setattr(Run, "write_log", write_and_stop)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

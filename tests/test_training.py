@@ -13,6 +13,7 @@ import models
 import training
 from data import Images
 from errors import InputError, RunError
+from run import Run
 
 CLASSES_OLD, CLASSES_NEW = 3, 2
 
@@ -32,6 +33,7 @@ def settings(**changes):
         "flip": True,
         "precision": "fp32",
         "save_interval": 1,
+        "save_interval_steps": 0,
         "seed": 0,
     }
     return types.SimpleNamespace(**(values | changes))
@@ -63,7 +65,8 @@ def fit(tmp_path, teacher, student, epochs=2, learning_rate=0.01, **changes):
         "std": [0.25] * 3,
         "steps": [{"epochs": epochs, "learning_rate": learning_rate, "group_accuracy": []}],
     }
-    run = training.Run(tmp_path / "model.pth", tmp_path / "log.csv", None)
+    (tmp_path / "student_model.pth").unlink(missing_ok=True)
+    run = Run("student", tmp_path, tmp_path / "student_model.pth", None)
     chosen = settings(**changes)
     loss = losses.METHODS[chosen.method]
     return training.fit(run, student, images(), loss, chosen, head, lambda model: ({}, [None]), teacher)
@@ -109,7 +112,7 @@ def test_the_log_has_each_term_and_they_add_up(tmp_path, pair):
         total = row["classification"] + 0.7 * row["distillation"] + 0.3 * row["attention"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
         assert 0 <= row["zero_maps"] <= 1
-    written = (tmp_path / "log.csv").read_text().splitlines()
+    written = (tmp_path / "student_log.csv").read_text().splitlines()
     assert len(written) == 3
     assert written[0].startswith("epoch,loss,accuracy,classification,distillation,attention,zero_maps,lr")
 
@@ -124,7 +127,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path, pai
     teacher, student = pair
     with torch.no_grad():
         student.fc.bias[CLASSES_OLD] = math.nan
-    with pytest.raises(RunError, match=r"epoch 1.*'classification' is nan"):
+    with pytest.raises(RunError, match=r"epoch 1/2, step 1 of 2: the loss term 'classification' is nan"):
         fit(tmp_path, teacher, student)
     assert list(tmp_path.iterdir()) == []
 
