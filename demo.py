@@ -31,12 +31,18 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoint import load, make_folder, restore_model, write_atomically
 
     device = training.pick_device(settings.device)
-    before, after = load(settings.teacher), load(settings.student)
+    with settings.naming("teacher"):
+        before = load(settings.teacher)
+        teacher = training.to_device(restore_model(before), device)
+    with settings.naming("student"):
+        after = load(settings.student)
+        student = training.to_device(restore_model(after), device)
     names, old = after["class_names"], len(before["class_names"])
     if names[:old] != before["class_names"] or len(names) == old:
-        raise InputError(f"{settings.student} is no student of {settings.teacher}: it does not continue its classes")
-    teacher = training.to_device(restore_model(before), device)
-    student = training.to_device(restore_model(after), device)
+        raise InputError(
+            f"--student {settings.student} is no student of --teacher {settings.teacher}: "
+            "it does not continue its classes"
+        )
     images, captions, gone = images_to_judge(settings, after)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
@@ -96,14 +102,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def images_to_judge(settings, after: dict):
     """The images, a caption for each, and the classes that have none; label -1 where the true class is unknown."""
-    from data import Place, find_test_images, read_own_images, test_places
+    from data import Place, find_test_images, open_source, read_own_images, test_places
 
     if settings.images:
+        # "--images" is in what it raises already.
         return read_own_images(
             Path(settings.images), after["class_names"], after["image_size"], settings.skip_bad_images
         )
     here = Place(settings.dataset, settings.data_dir)
     asked = bool(settings.given & {"dataset", "data_dir"})
+    if asked:  # the search below goes on to the recorded places, which would hide that these images are not there
+        with settings.naming("data_dir"):
+            open_source(here, after["image_size"], settings.skip_bad_images)
     places = test_places(after["steps"], here, here_first=asked)
     images, gone = find_test_images(places, after["image_size"], settings.skip_bad_images)
     return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone

@@ -86,9 +86,17 @@ def overlay(image: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    from settings import read_settings
+    from settings import read_settings, require_folder
 
     settings = read_settings("gradcam", argv)
+    output = Path(settings.output)
+    require_folder("--output", output.parent)
+    with settings.naming("output"):
+        if output.is_dir():
+            raise InputError(f"{output} is a folder; the name of a PNG file is needed")
+        for name in ("checkpoint", "image"):
+            if output.resolve() == Path(getattr(settings, name)).resolve():
+                raise InputError(f"{output} is the --{name} itself and would be replaced; take another name")
 
     import torch
 
@@ -96,10 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     from data import to_input
     from imagefiles import decode_image
 
-    checkpoint = load(settings.checkpoint)
+    with settings.naming("checkpoint"):
+        checkpoint = load(settings.checkpoint)
+        model = restore_model(checkpoint).eval()
     names = checkpoint["class_names"]
-    model = restore_model(checkpoint).eval()
-    pixels = decode_image(settings.image, checkpoint["image_size"])
+    with settings.naming("image"):
+        pixels = decode_image(settings.image, checkpoint["image_size"])
     images = to_input(torch.from_numpy(pixels)[None], checkpoint["mean"], checkpoint["std"])
     with torch.no_grad():
         answer = int(model(images).logits.argmax(1))
@@ -114,9 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     picture = overlay(pixels.transpose(1, 2, 0), heat, heat.max())
     cv2 = import_opencv()
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    make_folder(Path(settings.output).parent)
-    write_atomically(Path(settings.output), encoded.tobytes())
-    print(f"answer: {names[answer]}; the map of {names[shown]} at {layer} is in {settings.output}")
+    make_folder(output.parent)
+    write_atomically(output, encoded.tobytes())
+    print(f"answer: {names[answer]}; the map of {names[shown]} at {layer} is in {output}")
 
 
 if __name__ == "__main__":

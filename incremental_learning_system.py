@@ -30,13 +30,15 @@ def main(argv: list[str] | None = None) -> None:
     from run import describe_step, open_run
 
     device = training.prepare(settings)
-    before = checkpoint.load(settings.teacher)
+    with settings.naming("teacher"):
+        before = checkpoint.load(settings.teacher)
     old, new = before["class_names"], list(settings.new_classes)
     check_against(before, settings)
     run = open_run(settings, "student")
 
     here = Place(settings.dataset, settings.data_dir, settings.hold_back)
-    source = open_source(here, before["image_size"], settings.skip_bad_images)
+    with settings.naming("data_dir"):
+        source = open_source(here, before["image_size"], settings.skip_bad_images)
     source.seal(old)
     train = source.train(new, old + new)
     source.require_test(new)
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         "loss_form": settings.loss_form,
         "steps": [*before["steps"], describe_step(settings, new, settings.incremental_lr)],
     }
+    if run.resumed is None:
+        warn_of_mixed_forms(before["loss_form"], settings.loss_form)
 
     def judge(model):
         logits = evaluation.predict(model, test.pixels, head["mean"], head["std"], settings.batch_size)
@@ -92,23 +96,32 @@ def main(argv: list[str] | None = None) -> None:
 def check_against(before: dict, settings) -> None:
     """Raises InputError where the settings contradict the teacher's checkpoint."""
     if not before["finished"]:
-        raise InputError(f"{settings.teacher}: its training is not finished; go on with --resume first")
+        raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")
     known = {"old_classes": tuple(before["class_names"]), "model": before["architecture"]}
     known["image_size"] = before["image_size"]
     for name, value in known.items():
         if name in settings.given and getattr(settings, name) != value:
-            shown = ",".join(value) if isinstance(value, tuple) else value
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} contradicts the teacher, which has {shown}; leave the flag out")
+            has, given = (",".join(v) if isinstance(v, tuple) else v for v in (value, getattr(settings, name)))
+            flag = settings.where(name)
+            raise InputError(f"{flag} contradicts the teacher, which has {has} and not {given}; leave the flag out")
     taught = sorted(set(before["class_names"]) & set(settings.new_classes))
     if taught:
-        raise InputError(f"new class {taught[0]!r} is one that the teacher already knows; take it out of NEW_CLASSES")
+        raise InputError(
+            f"{settings.where('new_classes')}: new class {taught[0]!r} is one that the teacher already knows; "
+            "take it out"
+        )
     if settings.loss_form == "softmax" and len(settings.new_classes) == 1:
-        raise InputError("the softmax over one new class is always 1 and teaches nothing; take --loss-form binary")
+        raise InputError(
+            f"{settings.where('new_classes')}: the softmax over one new class is always 1 and teaches nothing; "
+            "take --method lwm with --loss-form binary"
+        )
+
+
+def warn_of_mixed_forms(before: str, now: str) -> None:
     softmax = {"softmax", "softmax-all"}
-    if before["loss_form"] != settings.loss_form and not {before["loss_form"], settings.loss_form} <= softmax:
+    if before != now and not {before, now} <= softmax:
         warn(
-            f"the teacher was trained with the {before['loss_form']} form and this step uses {settings.loss_form}: "
+            f"the teacher was trained with the {before} form and this step uses {now}: "
             "old and new logits are on different scales; train both with one --loss-form"
         )
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
+from settings import OneLineParser, require_folder
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = ["accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new", "forgetting"]
@@ -115,31 +116,48 @@ PROTOCOLS = {
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--data-dir", help="the folder of a protocol on photos32, with train/ and test/")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--variants", help="names, separated by semicolons (default: all of the protocol)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once; the CPU cores are shared out (default: 1)")
+    parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
     parser.add_argument("--work-dir", default="runs/reproduce")
     parser.add_argument("--table", action="store_true", help="only make table.md again from accuracy.csv")
     options = parser.parse_args(argv)
     protocol = PROTOCOLS[options.protocol]
     results = ROOT / "results" / options.protocol
+    chosen = list(protocol.variants) if options.variants is None else options.variants.split(";")
+    for name in chosen:
+        if name not in protocol.variants:
+            raise InputError(f"--variants: {options.protocol} has no {name!r}: {'; '.join(protocol.variants)}")
+    seeds = [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in options.seeds.split(",")]
+    for flag, values in (("--variants", chosen), ("--seeds", seeds)):
+        if len(set(values)) < len(values):  # two runs at once in one folder
+            raise InputError(f"{flag}: {statistics.mode(values)!r} is named twice")
+    options.jobs = whole_number("--jobs", options.jobs, 1, 1024)
     if not options.table:
-        chosen = options.variants.split(";") if options.variants else list(protocol.variants)
-        unknown = [name for name in chosen if name not in protocol.variants]
-        if unknown:
-            raise InputError(f"--variants: {options.protocol} has no {unknown[0]!r}: {'; '.join(protocol.variants)}")
-        run_cells(options, protocol, chosen, [int(seed) for seed in options.seeds.split(",")], results)
+        run_cells(options, protocol, chosen, seeds, results)
     rows = read_rows(results / "accuracy.csv")
+    if not rows:
+        raise InputError(f"--table: there is no row in {results / 'accuracy.csv'}; run the protocol without it first")
     (results / "table.md").write_text(table(protocol, rows))
     print(table(protocol, rows))
+
+
+def whole_number(flag: str, text: str, least: int, most: int) -> int:
+    number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
+    if not least <= number <= most:
+        raise InputError(f"{flag} is {text!r}: a whole number of at least {least} and at most {most} is needed")
+    return number
 
 
 def run_cells(options, protocol: Protocol, variants: list[str], seeds: list[int], results: Path) -> None:
     """Teachers first, then the students of every seed; the CSV grows by a row as each is done."""
     pool = class_order(protocol, options.data_dir)[protocol.pool]
+    require_folder("--work-dir", options.work_dir)
     results.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     work = Path(options.work_dir) / options.protocol
@@ -184,11 +202,14 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     """Digits by value; the photos in the field's shuffle of the sorted names (seed 1993, as iCaRL's CIFAR-100)."""
     if protocol.dataset == "digits":
         return [str(digit) for digit in range(10)]
-    if data_dir is None or not (Path(data_dir) / "train").is_dir():
-        raise InputError("--data-dir: the folder with train/<class>/ and test/<class>/ is needed")
+    if not data_dir or not (Path(data_dir) / "train").is_dir():
+        raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
     import numpy as np
 
-    names = sorted(path.name for path in (Path(data_dir) / "train").iterdir())
+    names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
+    if len(names) < protocol.pool.stop:
+        needed = protocol.pool.stop
+        raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
     return [names[index] for index in np.random.RandomState(1993).permutation(len(names))]
 
 

@@ -7,12 +7,16 @@ which fields a script reads: the others are accepted, so that one list of flags 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import math
+import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -32,8 +36,8 @@ def _choice(help: str, *choices: str) -> Any:
 
 def _number(help: str, kind: type, least: float, most: float = math.inf, above: bool = False) -> Any:
     noun = "a whole number" if kind is int else "a number"
-    bounds = f"above {least:g}" if above else f"of at least {least:g}"
-    bounds += f" and at most {most:g}" if most < math.inf else ""
+    bounds = f"above {least}" if above else f"of at least {least}"
+    bounds += f" and at most {most}" if most < math.inf else ""
 
     def check(value: Any) -> int | float:
         allowed = int if kind is int else int | float
@@ -67,13 +71,14 @@ def _names(help: str) -> Any:
     return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
 
 
-def _text(help: str) -> Any:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise ValueError("a text that is not empty is needed")
-        return value
+def _check_text(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("a text that is not empty is needed")
+    return value
 
-    return field(metadata={"help": help, "parse": str, "check": check})
+
+def _text(help: str) -> Any:
+    return field(metadata={"help": help, "parse": str, "check": _check_text})
 
 
 def _switch(help: str) -> Any:
@@ -87,10 +92,8 @@ def _switch(help: str) -> Any:
 
 def _device(help: str) -> Any:
     def check(value: Any) -> str:
-        name, _, index = str(value).partition(":")
-        if name not in ("auto", "cpu", "mps", "cuda") or (
-            ":" in str(value) and (name != "cuda" or not index.isdigit())
-        ):
+        # As torch reads it, which takes no leading zero and wraps around after 127.
+        if not re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", str(value)):
             raise ValueError("auto, cpu, mps, cuda or cuda:N is needed")
         return value
 
@@ -112,7 +115,7 @@ class Settings:
     temperature: float = _number("temperature of softmax distillation", float, 0, above=True)
     attention_class: str = _choice("whose top old class the maps explain", "student", "teacher")
     batch_norm: str = _choice("batch-norm statistics of the student", "train", "frozen")
-    epochs: int = _number("epochs", int, 1)
+    epochs: int = _number("epochs", int, 1, 1_000_000)
     batch_size: int = _number("images in a batch", int, 2)
     lr: float = _number("learning rate of the teacher", float, 0, above=True)
     incremental_lr: float = _number("learning rate of the student", float, 0, above=True)
@@ -141,6 +144,18 @@ class Settings:
     class_name: str | None = None
     layer: str | None = None
     output: str = "gradcam.png"
+
+    def where(self, name: str) -> str:
+        """The flag or the constant that a value comes from, as an error names it."""
+        return _where(name, self.given | FILE_FLAGS.keys())
+
+    @contextlib.contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """An error over the value of ``name``, raised by a module that knows only the value, names where it is from."""
+        try:
+            yield
+        except (InputError, OSError) as error:  # of the system's: a path that is too long, a folder that is closed
+            raise InputError(f"{self.where(name)}: {error}") from error
 
 
 FILE_FLAGS = {
@@ -209,6 +224,8 @@ class OneLineParser(argparse.ArgumentParser):
             wrong = message.split(": ", 1)[1].split()[0]
             near = difflib.get_close_matches(wrong.split("=")[0], self._option_string_actions, n=1)
             message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            if not wrong.startswith("-"):
+                message = f"{wrong!r} belongs to no flag; write a list without spaces, as in --old-classes apple,baby"
         raise InputError(message)
 
 
@@ -221,20 +238,40 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     _check_page(page, {f.name.upper() for f in known})
     values: dict[str, Any] = {name: arguments.pop(name, None) for name in required + optional}
     values = {name: value for name, value in values.items() if value is not None}
+    for name, value in values.items():
+        _checked(_flag(name), _check_text, value)
     for f in known:
         value = arguments.get(f.name, getattr(page, f.name.upper(), None))
         if f.name in arguments and not isinstance(value, bool):
             value = _parsed(f.metadata["parse"], value)
         if value is not None and (f.name in read or f.name in arguments):
-            try:
-                value = f.metadata["check"](value)
-            except ValueError as error:
-                raise InputError(f"{_where(f.name, arguments)} is {value!r}: {error}") from error
+            value = _checked(_where(f.name, arguments), f.metadata["check"], value)
         values[f.name] = value
     values["given"] = frozenset(arguments)
     values["arguments"] = tuple(sys.argv[1:] if argv is None else argv)
     _resolve(values, read)
+    if "output_dir" in read:
+        require_folder(_where("output_dir", arguments), values["output_dir"])
     return Settings(**values)
+
+
+def require_folder(where: str, folder: str | Path) -> None:
+    """Raises InputError where ``folder`` is not there and cannot be made, before a run spends its hours. Makes nothing.
+
+    ``where`` is the flag or the constant that names it.
+    """
+    for path in (Path(folder), *Path(folder).parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise InputError(f"{where} is {_shown(str(folder))}: {error.strerror}; take another folder") from error
+        if not path.is_dir():
+            raise InputError(f"{where} is {_shown(str(folder))}: {path} is no folder; take another folder")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise InputError(f"{where} is {_shown(str(folder))}: {path} cannot be written; take another folder")
+        return
 
 
 def _flag(name: str) -> str:
@@ -243,6 +280,22 @@ def _flag(name: str) -> str:
 
 def _where(name: str, given: Collection[str]) -> str:
     return _flag(name) if name in given else f"config.py: {name.upper()}"
+
+
+def _checked(where: str, check: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise InputError(f"{where} is {_shown(value)}: {error}") from error
+
+
+def _shown(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """The value as text, cut short."""
+    try:
+        text = write(value)
+    except Exception:  # anything can stand in config.py: Python writes no number of 5000 digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:
@@ -260,7 +313,7 @@ def _parser(script: str, read: list[str], required: list[str], optional: list[st
         if not f.metadata:
             continue
         default = getattr(page, f.name.upper(), None)
-        shown = ",".join(map(str, default)) if isinstance(default, list) else default
+        shown = _shown(default, lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value))
         shown = "recommended for the data set" if default is None else shown
         help = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
         parser.add_argument(
@@ -279,10 +332,14 @@ def _parser(script: str, read: list[str], required: list[str], optional: list[st
 def _load_page() -> ModuleType:
     try:
         import config
-    except Exception as error:  # the page is the user's to edit: anything can stand there
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise InputError(f"config.py, line {line}: {reason}") from error
+    except (Exception, SystemExit) as error:  # the page is the user's to edit: anything can stand there
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == "config.py"]
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError):
+            lines += [error.lineno] if Path(error.filename or "").name == "config.py" else []
+            reason = error.msg
+        raise InputError(f"config.py{f', line {lines[-1]}' if lines else ''}: {reason}") from error
     return config
 
 
@@ -299,9 +356,9 @@ def _check_page(page: ModuleType, known: set[str]) -> None:
 
 def _resolve(values: dict[str, Any], read: list[str]) -> None:
     """Fill in what depends on other values: recommended ones, and the form that belongs to the method."""
-    if "dataset" in read and values["dataset"] is None:
-        raise InputError("config.py: DATASET is None, and there is no recommended value")
+    checks = {f.name: f.metadata["check"] for f in fields(Settings) if f.metadata}
     if "dataset" in read:
+        _checked("config.py: DATASET", checks["dataset"], values["dataset"])
         for name, value in RECOMMENDED.get(values["dataset"], {}).items():
             if name in read and values[name] is None:
                 values[name] = value
@@ -314,9 +371,9 @@ def _resolve(values: dict[str, Any], read: list[str]) -> None:
                 f"is {form}; leave the loss form out, or take --method lwm"
             )
         values["loss_form"] = form or values["loss_form"] or "binary"
-    missing = [name for name in read if values[name] is None]
-    if missing:
-        raise InputError(f"config.py: {missing[0].upper()} is None, and there is no recommended value")
+    for name in read:
+        if values[name] is None:  # there is no recommended value: the check says what is needed
+            _checked(_where(name, ()), checks[name], None)
 
 
 _DESCRIPTIONS = {

@@ -15,7 +15,8 @@ from settings import read_settings
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("train_teacher_model", argv)
     if len(settings.old_classes) < 2:
-        raise InputError("OLD_CLASSES: a teacher needs two classes at least")
+        given = ",".join(settings.old_classes)
+        raise InputError(f"{settings.where('old_classes')} is {given}: a teacher needs two classes at least")
 
     import torch
 
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     device = training.prepare(settings)
     run = open_run(settings, "teacher")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
-    source = open_source(place, settings.image_size, settings.skip_bad_images)
+    with settings.naming("data_dir"):
+        source = open_source(place, settings.image_size, settings.skip_bad_images)
     classes = list(settings.old_classes)
     train, test = source.train(classes, classes), source.test(classes, classes)
     mean, std = channel_statistics(train.pixels)
