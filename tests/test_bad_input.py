@@ -89,7 +89,7 @@ def surroundings(desk, monkeypatch):
     def unreachable(*arguments, **named):
         raise urllib.error.URLError("no network")
 
-    def begun(self):
+    def begun(*arguments):
         pytest.fail("a run began that was to be refused")
 
     monkeypatch.chdir(desk)
@@ -99,6 +99,7 @@ def surroundings(desk, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(run.Run, "writing", begun)
+    monkeypatch.setattr(reproduce, "call", begun)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
