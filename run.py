@@ -150,7 +150,9 @@ def open_run(settings, kind: str) -> Run:
     teacher or would replace a model unasked.
     """
     folder = Path(settings.output_dir)
-    _check_usable(folder)
+    if (folder / LOCK).exists():  # somebody's, or left by a run that was killed
+        with _locked(folder):
+            pass
     own = folder / f"{kind}_model.pth"
     seen = _identity(own)
     if settings.teacher and seen and own.resolve() == Path(settings.teacher).resolve():
@@ -171,17 +173,6 @@ def open_run(settings, kind: str) -> Run:
             "--output-dir writes elsewhere"
         )
     return Run(kind, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
-
-
-def _check_usable(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise InputError(f"--output-dir {folder}: {there} is a file; choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output-dir {folder}: {there} cannot be written to; choose another folder")
-    if (folder / LOCK).exists():
-        with _locked(folder):
-            pass
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -159,11 +159,12 @@ def fit(
                 columns, step["group_accuracy"] = judge(model)
                 row.update(columns)
             rows.append(row)
-            if judged or stop.received:
+            signum = stop.received  # asked once: it may come at any moment
+            if judged or signum:
                 loop.save(finished)
             run.write_log(rows)
-            if stop.received and not finished:
-                raise Interrupted(stop.received, f"stopped after epoch {epoch}; go on with: {run.command}")
+            if signum and not finished:
+                raise Interrupted(signum, f"stopped after epoch {epoch}; go on with: {run.command}")
     return rows
 
 
@@ -279,14 +280,15 @@ class _Loop:
                 bar.set_postfix(shown | {"images/s": rate})
             last = part.batches == len(order)
             due = self.settings.save_interval_steps and part.batches % self.settings.save_interval_steps == 0
-            saves = (due or stop.received) and not last
+            signum = stop.received  # asked once: it may come at any moment
+            saves = (due or signum) and not last
             if saves or last or part.batches % CHECK_INTERVAL == 0:
                 self._check_terms(about)
             if saves:
                 self.save()
-            if stop.received and not last:
+            if signum and not last:
                 raise Interrupted(
-                    stop.received,
+                    signum,
                     f"stopped in {about} after step {part.batches} of {len(order)}, and saved; "
                     f"go on with: {self.run.command}",
                 )
