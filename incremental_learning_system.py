@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")
 
     torch.manual_seed(settings.seed)
-    teacher = checkpoint.restore_model(before).eval().requires_grad_(False)
+    teacher = models.fold_batch_norm(checkpoint.restore_model(before)).requires_grad_(False)
     student = checkpoint.restore_model(before)
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":

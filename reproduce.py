@@ -292,16 +292,25 @@ def table(protocol: Protocol, rows: list[dict]) -> str:
 
 
 def environment(options, threads: int) -> dict:
-    import torch
-    import torchvision
-
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     folder = "--data-dir photos32 " if options.data_dir else ""
     return {
         "command": f"python3 reproduce.py {options.protocol} {folder}--seeds {options.seeds} --jobs {options.jobs}",
         "commit": commit,
+        **machine(threads),
+    }
+
+
+def machine(threads: int | None = None) -> dict:
+    """Date, hardware and versions, as every committed figure has them beside it."""
+    import torch
+    import torchvision
+
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    threads = threads or torch.get_num_threads()
+    return {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{processor()}, {threads} thread(s) a run",
+        "hardware": f"{gpu}{processor()}, {threads} thread(s) a run",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -47,7 +48,20 @@ def prepare(settings) -> torch.device:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step, instead of giving it back to the system each time.
+
+    A step with a teacher frees and takes some more than one without, and the pages would be cleared anew:
+    docs/performance.md has the figures. Only glibc knows these two options (mallopt(3)).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below it come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is kept
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -62,6 +76,32 @@ def forward(model: nn.Module, inputs: Tensor, precision: str) -> Output:
     with torch.autocast(inputs.device.type, torch.bfloat16):
         output = model(inputs)
     return Output(output.logits.float(), output.features.float())
+
+
+def optimisation_step(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    inputs: Tensor,
+    labels: Tensor,
+    loss: Callable[..., dict[str, Tensor]],
+    settings,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    """One step on normalised ``inputs`` (B, 3, H, W); returns the loss terms and "correct", the share of right answers
+    in percent, detached and still on the device.
+    """
+    student_output = forward(model, inputs, settings.precision)
+    teacher_output = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_output = forward(teacher, inputs, settings.precision)
+    heads = (model.fc.weight, teacher.fc.weight if teacher is not None else None)
+    terms = loss(student_output, teacher_output, labels, heads, settings)
+    optimizer.zero_grad(set_to_none=True)
+    terms["total"].backward()
+    optimizer.step()
+    terms = {name: term.detach() for name, term in terms.items()}
+    return terms | {"correct": 100 * (student_output.logits.argmax(1) == labels).float().mean()}
 
 
 # Stopping ---------------------------------------------------------------------------------------------------------
@@ -305,22 +345,19 @@ class _Loop:
 
     def step(self, index: Tensor) -> dict[str, Tensor]:
         """One step of the optimiser on the images ``index``; returns the loss terms, still on the device."""
-        settings, head, teacher, part = self.settings, self.head, self.teacher, self.part
+        head, part = self.head, self.part
         labels = self.train.labels[index]
-        inputs = to_input(augment(self.train.pixels[index], settings.flip, self.generator), head["mean"], head["std"])
-        student_output = forward(self.model, inputs, settings.precision)
-        teacher_output = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_output = forward(teacher, inputs, settings.precision)
-        heads = (self.model.fc.weight, teacher.fc.weight if teacher is not None else None)
-        terms = self.loss(student_output, teacher_output, labels, heads, settings)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        self.optimizer.step()
+        pixels = augment(self.train.pixels[index], self.settings.flip, self.generator)
+        terms = optimisation_step(
+            self.model,
+            self.teacher,
+            to_input(pixels, head["mean"], head["std"]),
+            labels,
+            self.loss,
+            self.settings,
+            self.optimizer,
+        )
         self.schedule.step()
-        terms = {name: term.detach() for name, term in terms.items()}
-        terms["correct"] = 100 * (student_output.logits.argmax(1) == labels).float().mean()
         values = torch.stack(list(terms.values()))
         if part.sums is None:
             part.names, part.sums = list(terms), torch.zeros_like(values)
