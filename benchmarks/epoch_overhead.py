@@ -1,0 +1,101 @@
+"""What surrounds the steps of an epoch: the scripts' own loop against a bare loop of the same steps.
+
+    python3 benchmarks/epoch_overhead.py --model resnet32 --json epoch_overhead.json
+
+The scripts' epoch (training.fit: order, crops and flips, normalisation, terms, log, progress; without its saves and
+accuracies) and a bare loop over batches that are ready, on the device and already normalised, take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from step_cost import NEW, OLD, SETTINGS, network, wait
+
+import losses
+import models
+import training
+from data import Images
+from reproduce import machine
+from run import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32", choices=["resnet18", "resnet32", "resnet110"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=20, help="of an epoch (default: 20)")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs of each (default: 5)")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    training.keep_freed_memory()
+    pairs = [(scripts_epoch(options), bare_epoch(options)) for _ in range(options.repeats + 1)][1:]
+    ratios = [scripts / bare for scripts, bare in pairs]
+    figures = {
+        "command": f"python3 benchmarks/epoch_overhead.py {' '.join(sys.argv[1:])}".strip(),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "seconds": [[round(seconds, 3) for seconds in pair] for pair in pairs],
+        **machine(),
+    }
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def scripts_epoch(options) -> float:
+    """Seconds of an epoch of the scripts' loop, by its own log."""
+    student, teacher, settings = parts(options)
+    generator = torch.Generator().manual_seed(0)
+    count, size = options.steps * options.batch_size, options.image_size
+    pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    head = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    head["steps"] = [{"epochs": 1, "learning_rate": 0.01, "group_accuracy": []}]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run("student", Path(folder), Path(folder) / "student_model.pth", None)
+        train = Images(pixels, torch.arange(count) % NEW + OLD)
+        log = training.fit(run, student, train, losses.lwm, settings, head, lambda model: ({}, []), teacher)
+    return count / log[0]["images_per_second"]
+
+
+def bare_epoch(options) -> float:
+    """Seconds of as many steps on batches that are ready."""
+    student, teacher, settings = parts(options)
+    device = training.pick_device(options.device)
+    shape = (options.batch_size, 3, options.image_size, options.image_size)
+    batches = [torch.randn(shape).to(device, memory_format=torch.channels_last) for _ in range(options.steps)]
+    labels = torch.arange(options.batch_size, device=device) % NEW + OLD
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    wait()
+    started = time.perf_counter()
+    for inputs in batches:
+        training.optimisation_step(student, teacher, inputs, labels, losses.lwm, settings, optimizer)
+    wait()
+    return time.perf_counter() - started
+
+
+def parts(options):
+    """A student and its teacher on the device, and the settings of a step of lwm."""
+    values = SETTINGS | {"loss_form": "binary", "batch_norm": "train", "batch_size": options.batch_size}
+    values |= {"momentum": 0.9, "weight_decay": 5e-4, "flip": True, "precision": options.precision, "seed": 0}
+    values |= {"save_interval": 10, "save_interval_steps": 0}
+    student = network(options, OLD + NEW).train()
+    teacher = models.fold_batch_norm(network(options, OLD)).requires_grad_(False)
+    return student, teacher, types.SimpleNamespace(**values)
+
+
+if __name__ == "__main__":
+    main()
