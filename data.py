@@ -49,12 +49,14 @@ class Place(NamedTuple):
     """Where images are: the name of a data set and the folder it lies in.
 
     ``hold_back`` is the share of the training images that stands in for the test images, so that settings can be
-    chosen without looking at the test images.
+    chosen without looking at the test images. ``download`` is for the user's own settings: a place that a checkpoint
+    records was named by the file's author, who is not to choose where something is written.
     """
 
     dataset: str
     data_dir: str
     hold_back: float = 0.0
+    download: bool = True
 
 
 @dataclass
@@ -146,13 +148,13 @@ def open_source(place: Place, image_size: int, skip_bad_images: bool = False) ->
 
 
 def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
-    """Where each class of a checkpoint's ``steps`` may have test images: as recorded, and ``here``.
+    """Where each class of a checkpoint's ``steps`` may have test images: as recorded, to be read alone, and ``here``.
 
     What each step held back of its training images stays held back, wherever they lie now.
     """
     places = {}
     for step in steps:
-        recorded = Place(step["dataset"], step["data_dir"], step["hold_back"])
+        recorded = Place(step["dataset"], step["data_dir"], step["hold_back"], download=False)
         candidates = [recorded, here._replace(hold_back=step["hold_back"])]
         places |= dict.fromkeys(step["classes"], candidates[::-1] if here_first else candidates)
     return places
@@ -267,10 +269,11 @@ def _cifar(place: Place, image_size: int) -> Source:
     @functools.cache
     def split_of(split: str):
         try:
-            return kind(place.data_dir, train=split == "train", download=True)
+            return kind(place.data_dir, train=split == "train", download=place.download)
         except (OSError, RuntimeError) as error:
+            tried = "the download failed" if place.download else "it is not downloaded to there"
             raise InputError(
-                f"{place.dataset}: not in {place.data_dir} and the download failed ({error}); "
+                f"{place.dataset}: not in {place.data_dir} and {tried} ({error}); "
                 f"put {kind.filename} there and run again"
             ) from error
 

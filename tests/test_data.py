@@ -913,9 +913,31 @@ def test_what_a_step_held_back_stays_held_back_where_its_images_lie_now(here_fir
     ]
     places = data.test_places(steps, Place("folder", "now", 0.5), here_first)
     expected = {
-        "a": [Place("folder", "old", 0.0), Place("folder", "now", 0.0)],
-        "b": [Place("folder", "old", 0.0), Place("folder", "now", 0.0)],
-        "c": [Place("digits", "x", 0.2), Place("folder", "now", 0.2)],
+        "a": [Place("folder", "old", 0.0, download=False), Place("folder", "now", 0.0)],
+        "b": [Place("folder", "old", 0.0, download=False), Place("folder", "now", 0.0)],
+        "c": [Place("digits", "x", 0.2, download=False), Place("folder", "now", 0.2)],
     }
     assert places == ({name: both[::-1] for name, both in expected.items()} if here_first else expected)
     assert list(places) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", CIFAR_NAMES)
+@pytest.mark.parametrize("here_first", [False, True])
+def test_nothing_is_downloaded_to_a_place_that_only_a_checkpoint_names(tmp_path, serve_cifar, kind, here_first):
+    names = CIFAR_NAMES[kind]
+    archive = serve_cifar(kind, names)
+    theirs, mine = tmp_path / "theirs", Place(kind, str(tmp_path / "mine"))
+    steps = [{"classes": names, "dataset": kind, "data_dir": str(theirs), "hold_back": 0.0}]
+
+    def found(here: Place) -> list[str]:
+        return data.find_test_images(data.test_places(steps, here, here_first), 32, False)[1]
+
+    assert found(Place("folder", str(tmp_path / "nowhere"))) == names
+    assert not theirs.exists()
+    assert found(mine) == []
+    assert not theirs.exists()
+    assert (tmp_path / "mine" / archive.name).is_file()
+    # What lies there already is read.
+    shutil.move(tmp_path / "mine", theirs)
+    archive.unlink()
+    assert found(Place("folder", str(tmp_path / "nowhere"))) == []
