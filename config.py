@@ -155,6 +155,7 @@ MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = None  # of all parameters
 FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits
 PRECISION = "fp32"  # fp32, or bf16 for the networks' forward and backward passes (losses stay fp32)
+CACHE_DIR = "cache"  # where the decoded images of a folder are kept; can be deleted
 SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
 SEED = 0  # of initialisation, order and augmentation

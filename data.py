@@ -7,6 +7,7 @@ whose training images are gone by the rules of the game are sealed: a request fo
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import InputError
+from cache import decode_all, decoded
+from errors import InputError, warn
 from imagefiles import decode_files, image_files
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
@@ -64,13 +66,14 @@ class Source:
     """The images of one place.
 
     ``listing(split, class)`` names the images of a class without reading them; ``decode(names)`` reads those it is
-    given as uint8 (n, 3, H, W).
+    given as uint8 (n, 3, H, W), and says by index what is wrong with each that cannot be read and is left out.
     """
 
     place: Place
     classes: dict[str, Sequence[str]]  # split -> class names
     listing: Callable[[str, str], Sequence]
-    decode: Callable[[Sequence], np.ndarray]
+    decode: Callable[[Sequence], tuple[np.ndarray, dict[int, str]]]
+    skip_bad_images: bool = False
     sealed: set[str] = field(default_factory=set)
 
     def seal(self, class_names: Sequence[str]) -> None:
@@ -82,6 +85,11 @@ class Source:
 
         Raises InputError for a sealed or unknown class, and for one with fewer than two training images.
         """
+        self.require_known(wanted)
+        return self._read("train", wanted, outputs)
+
+    def require_known(self, wanted: Sequence[str]) -> None:
+        """Raises InputError for the first of these classes that is sealed, or that has no training images."""
         for name in wanted:
             if name in self.sealed:
                 raise InputError(f"class {name!r} is an old class: its training images are not to be read")
@@ -89,7 +97,6 @@ class Source:
                 near = difflib.get_close_matches(name, self.classes["train"], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_some(self.classes['train'])}"
                 raise InputError(f"{_say(self.place)} has no class {name!r}{hint}")
-        return self._read("train", wanted, outputs)
 
     def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
         """The test images (or those held back) of the classes ``wanted``. Raises InputError where one has none."""
@@ -114,18 +121,30 @@ class Source:
             return False
 
     def _read(self, split: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
-        pixels, labels = [], []
-        for name in wanted:
-            names = self._chosen(split, name)
-            decoded = self.decode(names) if len(names) else []
-            if split == "train" and len(decoded) < 2:
-                count = "one image" if len(decoded) else "no image"
-                raise InputError(
-                    f"class {name!r} in {_say(self.place)} has {count} to train on; two are the least that works"
-                )
-            pixels.append(torch.from_numpy(np.ascontiguousarray(decoded)))
-            labels.append(torch.full((len(decoded),), list(outputs).index(name)))
-        return Images(torch.cat(pixels), torch.cat(labels))
+        names = [self._chosen(split, name) for name in wanted]
+        self._require_enough(split, wanted, list(map(len, names)), [0] * len(names))
+        pixels, bad = self.decode(list(itertools.chain.from_iterable(names)))  # at once: one file of a cache
+        if bad and not self.skip_bad_images:
+            raise InputError(next(iter(bad.values())))
+        starts = list(itertools.accumulate(map(len, names), initial=0))
+        skipped = [sum(start <= index < end for index in bad) for start, end in itertools.pairwise(starts)]
+        kept = [len(listed) - lost for listed, lost in zip(names, skipped, strict=True)]
+        self._require_enough(split, wanted, kept, skipped)
+        for name, count, lost in zip(wanted, kept, skipped, strict=True):
+            if lost:
+                where = f"class {name!r} in {_say(self.place)}"
+                warn(f"{where}: {lost} of {count + lost} images ({split}) cannot be read and are skipped")
+        labels = torch.tensor([list(outputs).index(name) for name in wanted])
+        return Images(torch.from_numpy(pixels), labels.repeat_interleave(torch.tensor(kept)))
+
+    def _require_enough(self, split: str, wanted: Sequence[str], kept: Sequence[int], skipped: Sequence[int]) -> None:
+        for name, count, lost in zip(wanted, kept, skipped, strict=True):
+            where = f"class {name!r} in {_say(self.place)}"
+            if lost and not count:
+                raise InputError(f"{where}: none of its {lost} images can be read")
+            if split == "train" and count < 2:
+                shown = "one image" if count else "no image"
+                raise InputError(f"{where} has {shown} to train on; two are the least that works")
 
     def _chosen(self, split: str, name: str) -> Sequence:
         if not self.place.hold_back:
@@ -136,14 +155,17 @@ class Source:
         return [item for item, is_held in zip(names, held, strict=True) if is_held == (split == "test")]
 
 
-def open_source(place: Place, image_size: int, skip_bad_images: bool = False) -> Source:
-    """The images of a place at ``image_size`` px, square. Raises InputError where there are none."""
+def open_source(place: Place, image_size: int, skip_bad_images: bool = False, cache_dir: Path | None = None) -> Source:
+    """The images of a place at ``image_size`` px, square. Raises InputError where there are none.
+
+    With ``cache_dir`` a folder's images are decoded once into a file there and mapped; otherwise into memory.
+    """
     if place.dataset == "digits":
         return _digits(place, image_size)
     if place.dataset in ("cifar10", "cifar100"):
         return _cifar(place, image_size)
     if place.dataset == "folder":
-        return _folder(place, image_size, skip_bad_images)
+        return _folder(place, image_size, skip_bad_images, cache_dir)
     raise InputError(f"no data set {place.dataset!r}: digits, cifar10, cifar100 and folder are known")
 
 
@@ -161,32 +183,36 @@ def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) ->
 
 
 def find_test_images(
-    places: dict[str, Sequence[Place]], image_size: int, skip_bad_images: bool
+    places: dict[str, Sequence[Place]], image_size: int, skip_bad_images: bool, cache_dir: Path | None = None
 ) -> tuple[Images, list[str]]:
     """Test images of each class of ``places`` from the first of its places that still has them.
 
     Labels are positions in ``places``. Returns the images and the names of the classes that have none left.
     """
     opened: dict[Place, Source | None] = {}
-    parts: list[Images] = []
+    chosen: dict[Place, list[str]] = {}
     gone: list[str] = []
-    outputs = list(places)
     for name, candidates in places.items():
         for place in candidates:
             if place not in opened:
                 try:
-                    opened[place] = open_source(place, image_size, skip_bad_images)
+                    opened[place] = open_source(place, image_size, skip_bad_images, cache_dir)
                 except InputError:
                     opened[place] = None
             source = opened[place]
             if source is not None and source.has_test(name):
-                parts.append(source.test([name], outputs))
+                chosen.setdefault(place, []).append(name)
                 break
         else:
             gone.append(name)
+    parts = [opened[place].test(names, list(places)) for place, names in chosen.items()]
     if not parts:
         return Images(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0).long()), gone
-    return Images(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts])), gone
+    if len(parts) == 1:  # perhaps a mapped file: not to be copied into memory
+        return parts[0], gone
+    labels = torch.cat([part.labels for part in parts])
+    order = labels.argsort(stable=True)
+    return Images(torch.cat([part.pixels for part in parts])[order], labels[order]), gone
 
 
 def read_own_images(
@@ -258,7 +284,7 @@ def _digits(place: Place, image_size: int) -> Source:
         first_test = len(rows) - round(len(rows) * DIGITS_TEST_SHARE)
         return rows[:first_test] if split == "train" else rows[first_test:]
 
-    return Source(place, {"train": names, "test": names}, listing, lambda chosen: pixels[chosen])
+    return Source(place, {"train": names, "test": names}, listing, lambda chosen: (pixels[chosen], {}))
 
 
 def _cifar(place: Place, image_size: int) -> Source:
@@ -266,11 +292,16 @@ def _cifar(place: Place, image_size: int) -> Source:
 
     kind = datasets.CIFAR100 if place.dataset == "cifar100" else datasets.CIFAR10
 
+    made = place.download and not Path(place.data_dir).exists()
+
     @functools.cache
     def split_of(split: str):
         try:
             return kind(place.data_dir, train=split == "train", download=place.download)
         except (OSError, RuntimeError) as error:
+            if made:
+                with contextlib.suppress(OSError):  # it stays where something was downloaded to it
+                    Path(place.data_dir).rmdir()
             tried = "the download failed" if place.download else "it is not downloaded to there"
             raise InputError(
                 f"{place.dataset}: not in {place.data_dir} and {tried} ({error}); "
@@ -283,14 +314,14 @@ def _cifar(place: Place, image_size: int) -> Source:
         targets = np.asarray(split_of(split).targets)
         return [(split, row) for row in np.flatnonzero(targets == names.index(name))]
 
-    def decode(chosen: Sequence[tuple[str, int]]) -> np.ndarray:
+    def decode(chosen: Sequence[tuple[str, int]]) -> tuple[np.ndarray, dict[int, str]]:
         pixels = np.stack([split_of(split).data[row] for split, row in chosen])
-        return _resize(pixels.transpose(0, 3, 1, 2), image_size)
+        return np.ascontiguousarray(_resize(pixels.transpose(0, 3, 1, 2), image_size)), {}
 
     return Source(place, {"train": names, "test": names}, listing, decode)
 
 
-def _folder(place: Place, image_size: int, skip_bad_images: bool) -> Source:
+def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Path | None) -> Source:
     """``DATA_DIR/{train,test}/<class>/*``; without test, a fixed share of the training images by hash of the name."""
     root = Path(place.data_dir)
     if not (root / "train").is_dir():
@@ -308,11 +339,12 @@ def _folder(place: Place, image_size: int, skip_bad_images: bool) -> Source:
             return found
         return _hash_split(image_files(root / "train" / name), name, root)[split]
 
-    def decode(paths: Sequence[Path]) -> np.ndarray:
-        return decode_files(paths, image_size, skip_bad_images)[1]
+    def decode(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
+        return decoded(paths, image_size, cache_dir, skip_bad_images) if cache_dir else decode_all(paths, image_size)
 
     train = class_names("train")
-    return Source(place, {"train": train, "test": class_names("test") if has_test else train}, listing, decode)
+    classes = {"train": train, "test": class_names("test") if has_test else train}
+    return Source(place, classes, listing, decode, skip_bad_images)
 
 
 def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:
@@ -340,7 +372,8 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 (n, 3, H, W), in units of 0..1."""
     mean, std = [], []
     for channel in range(3):
-        values = torch.bincount(pixels[:, channel].flatten(), minlength=256).double()
+        parts = [torch.bincount(part[:, channel].flatten(), minlength=256) for part in pixels.split(1000)]
+        values = torch.stack(parts).sum(0).double()  # in parts, since the images may be more than fits into memory
         levels = torch.arange(256, dtype=torch.float64) / 255
         centre = (values * levels).sum() / values.sum()
         spread = ((values * (levels - centre).square()).sum() / values.sum()).sqrt()

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     import training
     from checkpoint import load, make_folder, restore_model, write_atomically
 
-    device = training.pick_device(settings.device)
+    with settings.naming("device"):
+        device = training.pick_device(settings.device)
     with settings.naming("teacher"):
         before = load(settings.teacher)
         teacher = training.to_device(restore_model(before), device)
@@ -109,13 +110,13 @@ def images_to_judge(settings, after: dict):
         return read_own_images(
             Path(settings.images), after["class_names"], after["image_size"], settings.skip_bad_images
         )
-    here = Place(settings.dataset, settings.data_dir)
+    here, cache = Place(settings.dataset, settings.data_dir), Path(settings.cache_dir)
     asked = bool(settings.given & {"dataset", "data_dir"})
     if asked:  # the search below goes on to the recorded places, which would hide that these images are not there
         with settings.naming("data_dir"):
-            open_source(here, after["image_size"], settings.skip_bad_images)
+            open_source(here, after["image_size"], settings.skip_bad_images, cache)
     places = test_places(after["steps"], here, here_first=asked)
-    images, gone = find_test_images(places, after["image_size"], settings.skip_bad_images)
+    images, gone = find_test_images(places, after["image_size"], settings.skip_bad_images, cache)
     return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone
 
 

@@ -9,6 +9,7 @@ its checkpoint. The old classes' training images are sealed: the data layer refu
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from errors import InputError, one_line_errors, warn
 from settings import read_settings
@@ -36,14 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     check_against(before, settings)
     run = open_run(settings, "student")
 
-    here = Place(settings.dataset, settings.data_dir, settings.hold_back)
+    here, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
     with settings.naming("data_dir"):
-        source = open_source(here, before["image_size"], settings.skip_bad_images)
+        source = open_source(here, before["image_size"], settings.skip_bad_images, cache)
     source.seal(old)
+    with settings.naming("new_classes"):
+        source.require_known(new)
     train = source.train(new, old + new)
     source.require_test(new)
     places = test_places(before["steps"], here) | {name: [here] for name in new}
-    test, gone = find_test_images(places, before["image_size"], settings.skip_bad_images)
+    test, gone = find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
     if gone:
         print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
     print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None
-
 import checkpoint as checkpoints
-from errors import InputError, RunError, warn
+from errors import InputError, RunError
+from lock import held
 
 Row = dict[str, Any]
 # Recorded for each step, and compared when a run goes on.
@@ -106,7 +101,7 @@ class Run:
         Raises InputError where another run holds it, or has written there since this run was opened.
         """
         checkpoints.make_folder(self.folder)
-        with _locked(self.folder):
+        with _held(self.folder):
             if _identity(self.model) != self.seen:
                 raise InputError(f"{self.model} has been written by another run in the meantime; start this one again")
             for stale in self.folder.glob(".*.tmp"):
@@ -151,7 +146,7 @@ def open_run(settings, kind: str) -> Run:
     """
     folder = Path(settings.output_dir)
     if (folder / LOCK).exists():  # somebody's, or left by a run that was killed
-        with _locked(folder):
+        with _held(folder):
             pass
     own = folder / f"{kind}_model.pth"
     seen = _identity(own)
@@ -175,50 +170,15 @@ def open_run(settings, kind: str) -> Run:
     return Run(kind, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
 
 
+def _held(folder: Path):
+    return held(folder / LOCK, f"--output-dir {folder}")
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         return path.stat().st_ino, path.stat().st_mtime_ns
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder/.lock``, which says who does. The system lets go of it when the process ends, however it ends."""
-    if fcntl is None:
-        yield
-        return
-    path = folder / LOCK
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise InputError(
-                f"--output-dir {folder} is in use by {holder}; wait for it, or choose another folder"
-            ) from None
-        except OSError as error:
-            warn(f"{folder} knows no locks ({error.strerror}): a second run into it would not be noticed")
-        if os.fstat(descriptor).st_ino == (_identity(path) or [None])[0]:  # else its last holder has just removed it
-            break
-        os.close(descriptor)
-    try:
-        holder = f"process {os.getpid()} ({shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])})"
-        try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, holder.encode())
-        except OSError as error:
-            raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
 
 
 def _command_to_go_on(arguments: Sequence[str]) -> str:

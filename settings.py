@@ -123,6 +123,7 @@ class Settings:
     weight_decay: float = _number("weight decay", float, 0)
     flip: bool = _switch("mirror training images at random")
     precision: str = _choice("arithmetic of the networks", "fp32", "bf16")
+    cache_dir: str = _text("where the decoded images of a folder are kept; can be deleted")
     skip_bad_images: bool = _switch("skip and count images that cannot be read")
     hold_back: float = _number("share of the training images to judge on instead of the test images", float, 0, 0.5)
     seed: int = _number("seed of every random choice", int, 0, 2**32 - 1)
@@ -169,8 +170,8 @@ FILE_FLAGS = {
     "output": "the PNG to write (default: gradcam.png)",
 }
 _TRAINING = (
-    "dataset data_dir method loss_form epochs batch_size momentum weight_decay flip precision skip_bad_images "
-    "hold_back seed device deterministic save_interval save_interval_steps resume overwrite output_dir"
+    "dataset data_dir method loss_form epochs batch_size momentum weight_decay flip precision cache_dir "
+    "skip_bad_images hold_back seed device deterministic save_interval save_interval_steps resume overwrite output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size lr {_TRAINING}", "", ""),
@@ -179,7 +180,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
         "teacher",
         "student",
     ),
-    "demo": ("dataset data_dir skip_bad_images device output_dir", "teacher student", "images"),
+    "demo": ("dataset data_dir cache_dir skip_bad_images device output_dir", "teacher student", "images"),
     "gradcam": ("", "checkpoint image", "class_name layer output"),
 }
 

