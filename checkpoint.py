@@ -20,10 +20,15 @@ import io
 import math
 import os
 import pickletools
+import re
+import struct
+import sys
 import tempfile
+import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +54,24 @@ STEP_KINDS = {"classes": list, "dataset": str, "data_dir": str, "hold_back": flo
 STEP_KINDS |= {"group_accuracy": list}
 TRAINING_KINDS = {"epochs": int, "teacher": str, "optimizer": dict, "schedule": dict, "generator": Tensor}
 TRAINING_KINDS |= {"torch_rng": Tensor, "log": list}
+LAST_OF_TEACHER = {"epoch", "loss", "test_accuracy"}  # what the scripts say of the last epoch
+LAST_OF_STUDENT = LAST_OF_TEACHER | {
+    f"test_{name}_{group}" for name in ("accuracy", "task_aware") for group in ("old", "new")
+}
 ADDED_IN_2 = {"position": None, "images": None, "machine": {}}
 
-MOST_STRUCTURE = 16 * 2**20  # bytes of the archive's pickle: everything but the tensors' numbers
-MOST_VALUES = 10**6
+MOST_STRUCTURE = 8 * 2**20  # bytes of the archive's pickle (everything but the tensors' numbers) and of its contents
+MOST_OPCODES = 10**6  # of the pickle; reading them takes seconds
+MOST_TUPLES = 10**4  # of the pickle; a tensor takes four
+MOST_VALUES = 400_000  # a log of ten thousand epochs with twenty columns; a value takes at most two opcodes
 MOST_DEPTH = 12
-ALLOWED_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Size"}
+MOST_NUMBER = 2**64  # Python does not print one of thousands of digits, and can make dicts slow with such
+MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
+ALLOWED_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 ALLOWED_GLOBALS |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte")}
+UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
 CODE_OPCODES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+TENSOR_OPCODES = re.compile(r"[)t\x85-\x87]\x89[chj]\)Rt")  # strides, no gradient, OrderedDict(), the end of the tuple
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -105,7 +120,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
     checkpoint = {"format": FORMAT, "version": VERSION, **checkpoint}
-    _check_plain(checkpoint, math.inf)  # what could not be loaded again is not to be saved
+    _plain(checkpoint, math.inf)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getbuffer())
@@ -121,22 +136,28 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        size = _check_archive(path)
-        # Mapped, the tensors are views of the file: their sizes can be checked before anything is allocated.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _check_plain(checkpoint, size)
-        return _in_memory(_upgraded(checkpoint))
+        with warnings.catch_warnings(action="ignore"):  # what torch and zipfile wonder at is no concern of the user
+            size = _check_archive(path)
+            # Mapped, the tensors are views of the file: their sizes can be checked before anything is allocated.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _upgraded(_in_memory(_plain(checkpoint, size)))
     except _Refused as error:
-        raise InputError(f"{path}: {error}") from error
+        _refuse(path, str(error), error)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        _refuse(path, f"cannot be read ({error.strerror or error})", error)
     except Exception as error:  # torch raises many kinds for an archive that it cannot make sense of
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a checkpoint of this project, or damaged ({reason[:120]})") from error
+        _refuse(path, f"not a checkpoint of this project, or damaged ({reason[:120]})", error)
 
 
 class _Refused(ValueError):
     """What the file is instead of a checkpoint."""
+
+
+def _refuse(path: Path, what: str, error: Exception) -> NoReturn:
+    """One line of bearable length, whatever the file's author put into a name: it goes to a terminal."""
+    what = what if len(what) <= 300 else f"{what[:300]} ..."
+    raise InputError(f"{path}: {''.join(c if c.isprintable() else ' ' for c in what)}") from error
 
 
 def _check_archive(path: Path) -> int:
@@ -151,34 +172,59 @@ def _check_archive(path: Path) -> int:
         head = file.read(4096)
         if not head.startswith(b"PK\3\4"):
             raise _Refused(_what_else(head))
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         try:
+            file.seek(max(0, size - 98))
+            _check_table(file.read(), size)
             archive = zipfile.ZipFile(file)
             members = archive.infolist()
+            # torch does not tell capitals from small letters, and zipfile ends a name at its first zero.
+            if len({member.orig_filename.lower() for member in members}) < len(members):
+                raise _Refused("damaged: two things in it have one name")
+            structure = [member for member in members if member.filename.lower().endswith("/data.pkl")]
+            if len(structure) != 1:
+                raise _Refused("is a zip archive, but not of torch")
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise _Refused("is a compressed archive, which could fill the memory; torch writes none")
+                raise _Refused("is a compressed archive, which could fill the memory; no checkpoint is one")
             if sum(member.file_size for member in members) > size:
                 raise _Refused(f"damaged, or made to fill the memory: says that it holds more than its {size} bytes")
-            structure = [member for member in members if member.filename.endswith("/data.pkl")]
-            if len(structure) != 1 or len({member.filename for member in members}) < len(members):
-                raise _Refused("is a zip archive, but not of torch")
             if structure[0].file_size > MOST_STRUCTURE:
                 raise _Refused(f"its structure alone takes {structure[0].file_size} bytes; no checkpoint of ours does")
             broken = archive.testzip()
             if broken:
                 raise _Refused(f"damaged: {broken!r} in it is not what was written")
+            # torch would turn the bytes of each tensor round, however many share them.
+            if any(
+                archive.read(m) != sys.byteorder.encode() for m in members if m.filename.lower().endswith("/byteorder")
+            ):
+                raise _Refused("was written by a machine with another order of bytes")
             pickled = archive.read(structure[0])
         except _Refused:
             raise
         except Exception as error:  # zipfile has many kinds for an archive that was cut off or written over
             raise _Refused("damaged or cut off: it begins as a torch file but is not a whole one") from error
-    _check_names_no_code(pickled)
+    _check_opcodes(pickled)
     return size
+
+
+def _check_table(tail: bytes, size: int) -> None:
+    """The table of contents is where the archive's end says, and there is one end.
+
+    zipfile and torch look for it in different ways: else what the one checks need not be what the other reads.
+    """
+    wide = tail[-42:-38] == b"PK\6\7"
+    length, start = struct.unpack("<QQ", tail[-58:-42]) if wide else struct.unpack("<LL", tail[-10:-2])
+    good = tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0" and start + length == size - (98 if wide else 22)
+    good = good and (not wide or struct.unpack("<Q", tail[-34:-26])[0] == size - 98)
+    if not good or length > MOST_STRUCTURE:
+        raise _Refused("damaged or cut off: it begins as a torch file but does not end as one")
 
 
 def _what_else(head: bytes) -> str:
     if not head:
         return "is empty"
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
+        return "is an image, a checkpoint file is needed"
     if head[:1] == b"\x80":
         return "is a bare pickle, which can run code when it is read, so it was not read"
     try:
@@ -188,53 +234,80 @@ def _what_else(head: bytes) -> str:
     return "is not a torch file" if b"\0" in head else "is a text file, not a checkpoint"
 
 
-def _check_names_no_code(pickled: bytes) -> None:
-    """``weights_only`` allows more than a checkpoint needs, such as an array of any size made from one number."""
-    for opcode, argument, _ in pickletools.genops(pickled):
-        named = argument if opcode.name == "GLOBAL" else opcode.name if opcode.name in CODE_OPCODES else None
-        if named and named not in ALLOWED_GLOBALS:
-            raise _Refused(
-                f"wants to run code when it is read ({str(named).replace(' ', '.')[:80]}); a checkpoint of this "
-                "project is data alone, so it was not read"
-            )
+def _check_opcodes(pickled: bytes) -> None:
+    """``weights_only`` runs no code, but it allows more than a checkpoint needs.
+
+    Such as an array of any size made from one number, a dict made from a large list again and again, a tensor of a
+    million dimensions, or keys that were chosen to have one hash.
+    """
+    last, marks, tuples, built = "", [], 0, False  # last: opcodes, without those that put something into the memo
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+        name, good = opcode.name, count < MOST_OPCODES and tuples < MOST_TUPLES
+        if name == "GLOBAL" or name in CODE_OPCODES:
+            named = argument if name == "GLOBAL" else name
+            if named not in ALLOWED_GLOBALS:
+                raise _Refused(
+                    f"wants to run code when it is read ({named.replace(' ', '.')[:80]}); a checkpoint of this "
+                    "project is data alone, so it was not read"
+                )
+        elif name == "MARK":
+            marks.append(count)
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            first = marks.pop() if marks else count
+            good = good and (name != "TUPLE" or count - first < 50)
+        elif name == "REDUCE":  # nothing but OrderedDict() and a tensor is made
+            good = good and (last[-1:] == ")" or TENSOR_OPCODES.fullmatch(last))
+        elif name == "BUILD":  # one: the attributes of the state_dict
+            good, built = good and not built, True
+        elif name == "LONG1" and abs(argument) >= MOST_NUMBER:
+            raise _Refused("damaged: holds a number of absurd size")
+        if not good:
+            raise _Refused("its structure is larger than that of any checkpoint, or another one")
+        tuples += name.startswith("TUPLE")
+        if name not in ("BINPUT", "LONG_BINPUT"):
+            last = last[-5:] + opcode.code
 
 
-def _check_plain(checkpoint: Any, size: float) -> None:
-    """Nothing but the plain kinds, not deep and not many, and no more tensor than the file has bytes."""
+def _plain(checkpoint: Any, size: float) -> Any:
+    """The same in dicts and lists, holding nothing but plain kinds: not deep, not many, no more tensor than ``size``.
+
+    The file can name objects of its own in an OrderedDict's attributes: its methods are not asked for.
+    """
     values, tensor_bytes = 0, 0
 
-    def visit(value: Any, depth: int) -> None:
+    def visit(value: Any, depth: int) -> Any:
         nonlocal values, tensor_bytes
         values += 1
         if values > MOST_VALUES or depth > MOST_DEPTH:
             raise _Refused("its structure is deeper or larger than that of any checkpoint")
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if type(key) not in (str, int):
-                    raise _Refused("damaged: a key in it is neither text nor number")
-                visit(item, depth + 1)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item, depth + 1)
-        elif type(value) is Tensor:
+        if type(value) in (dict, OrderedDict):
+            if not all(type(key) in (str, int) for key in dict.keys(value)):
+                raise _Refused("damaged: a key in it is neither text nor number")
+            return {visit(key, depth + 1): visit(item, depth + 1) for key, item in dict.items(value)}
+        if type(value) in (list, tuple):
+            return [visit(item, depth + 1) for item in value]
+        if type(value) is Tensor:
             if value.layout != torch.strided:
                 raise _Refused("damaged: a tensor in it is not of a plain kind")
             # A view can repeat its numbers, and many tensors can share them: what counts is what a copy takes.
             tensor_bytes += value.numel() * value.element_size()
             if tensor_bytes > size:
                 raise _Refused(f"made to fill the memory: its tensors are larger than its {size} bytes")
-        elif not (value is None or type(value) in (bool, int, float, str)):
+        elif not (
+            value is None or type(value) in (bool, float, str) or (type(value) is int and abs(value) < MOST_NUMBER)
+        ):
             raise _Refused(f"damaged: holds a {type(value).__name__}, which no checkpoint does")
+        return value
 
-    visit(checkpoint, 0)
+    return visit(checkpoint, 0)
 
 
 def _in_memory(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_memory(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_in_memory(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _upgraded(checkpoint: Any) -> dict[str, Any]:
@@ -260,38 +333,45 @@ def _require(good: bool, what: str) -> None:
         raise _Refused(f"damaged: {what}")
 
 
+def _number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
+
+
 def _check_kinds(values: dict, kinds: dict[str, type], where: str) -> None:
     for key, kind in kinds.items():
         value = values.get(key)
         fits = type(value) in (int, float) if kind is float else type(value) is kind
-        if kind is dict:
-            fits = isinstance(value, dict)
         _require(fits, f"{key!r}{where} is missing or not a {kind.__name__}")
 
 
 def _check_schema(checkpoint: dict[str, Any]) -> None:
     _check_kinds(checkpoint, KINDS, "")
     names, steps, training = checkpoint["class_names"], checkpoint["steps"], checkpoint["training"]
-    _require(all(type(name) is str and name for name in names), "a class name is not a text")
+    _require(
+        all(type(name) is str and name and not UNPRINTABLE.search(name) for name in names), "a class name is no text"
+    )
     _require(len(set(names)) == len(names) > 0, "the class names are not unique, or there are none")
     _require(8 <= checkpoint["image_size"] <= 1024, "the image size is out of range")
     _require(checkpoint["loss_form"] in ("binary", "softmax", "softmax-all"), "the loss form is unknown")
-    for key in ("mean", "std"):
+    for key, least in (("mean", -1e3), ("std", 1e-6)):
         numbers = checkpoint[key]
-        finite = len(numbers) == 3 and all(type(x) is float and math.isfinite(x) for x in numbers)
-        _require(finite and (key == "mean" or min(numbers) > 0), f"{key!r} is not three numbers to normalise with")
+        fit = len(numbers) == 3 and all(type(x) is float and least <= x <= 1e3 for x in numbers)
+        _require(fit, f"{key!r} is not three numbers to normalise with")
     taught = []
     for step in steps:
         _require(isinstance(step, dict), "a step is not a dict")
         _check_kinds(step, STEP_KINDS, " of a step")
+        lists = [key for key, value in step.items() if isinstance(value, list | dict | Tensor)]
+        _require(set(lists) == {"classes", "group_accuracy"}, "a setting of a step is none")
+        _require(_number(step["hold_back"], 0, 0.5) and step["epochs"] > 0, "a setting of a step is out of range")
         accuracies = step["group_accuracy"]
-        _require(all(x is None or type(x) is float for x in accuracies), "a step's accuracy is not a number")
+        _require(all(x is None or _number(x, 0, 100) for x in accuracies), "a step's accuracy is not one in percent")
         _require(len(accuracies) <= len(steps), "a step has accuracies of groups that do not exist")
         taught += step["classes"]
-    _require(taught == names, "the steps' classes are not the class names")
+    _require(taught == names and all(step["classes"] for step in steps), "the steps' classes are not the class names")
     _check_weights(checkpoint)
     if training or not checkpoint["finished"]:
-        _check_training(training)
+        _check_training(training, checkpoint["finished"], len(steps))
 
 
 def _check_weights(checkpoint: dict[str, Any]) -> None:
@@ -303,7 +383,7 @@ def _check_weights(checkpoint: dict[str, Any]) -> None:
         raise _Refused(str(error)) from error
     expected, found = model.state_dict(), checkpoint["model"]
     odd = sorted(map(str, expected.keys() ^ found.keys()))
-    _require(not odd, f"the weights do not fit {checkpoint['architecture']} ({odd[0] if odd else ''})")
+    _require(not odd, f"the weights do not fit {checkpoint['architecture']} ({odd[:1]})")
     for name, like in expected.items():
         tensor = found[name]
         _require(isinstance(tensor, Tensor), f"the weights {name!r} are not a tensor")
@@ -313,25 +393,41 @@ def _check_weights(checkpoint: dict[str, Any]) -> None:
             f"({name!r} is {list(tensor.shape)} {tensor.dtype}, {list(like.shape)} {like.dtype} is needed)",
         )
         _require(bool(tensor.isfinite().all()), f"the weights {name!r} are not finite")
+        negative = name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any())
+        _require(not negative, f"the statistics {name!r} are negative")
 
 
-def _check_training(training: dict[str, Any]) -> None:
+def _check_training(training: dict[str, Any], finished: bool, steps: int) -> None:
     _check_kinds(training, TRAINING_KINDS, " of the training state")
     _require(training.keys() >= ADDED_IN_2.keys(), "the training state is not whole")
     for key in ("generator", "torch_rng"):
         _check_random_state(training[key])
-    for row in training["log"]:
+    epochs, log = training["epochs"], training["log"]
+    whole = len(log) == epochs
+    _require(epochs > 0 and len(log) <= epochs and (whole or not finished), "the log is not as long as the training")
+    for number, row in enumerate(log, 1):
         fits = isinstance(row, dict) and all(type(key) is str for key in row)
-        _require(fits and all(x is None or type(x) in (int, float) for x in row.values()), "a row of the log")
+        fits = fits and all(x is None or type(x) in (int, float) for x in row.values())
+        # A row may lack the accuracies alone: not every epoch is judged, but the last one is.
+        fits = fits and row.get("epoch") == number and row.keys() >= {key for key in log[0] if key[:5] != "test_"}
+        _require(fits, "a row of the log is none")
+    if whole:
+        judged = log[-1].keys() >= (LAST_OF_TEACHER if steps == 1 else LAST_OF_STUDENT)
+        _require(judged and (steps > 1 or log[-1]["test_accuracy"] is not None), "the last epoch is not judged")
     _require(training["images"] is None or type(training["images"]) is str, "the hash of the images is not a text")
-    _require(isinstance(training["machine"], dict), "what it was trained on is not a dict")
+    machine = training["machine"]
+    _require(isinstance(machine, dict), "what it was trained on is not a dict")
+    _require(all(type(x) in (int, str) for x in machine.values()), "what it was trained on is neither text nor number")
     position = training["position"]
     if position is not None:
         _require(isinstance(position, dict), "the position inside the epoch is not a dict")
         kinds = {"batches": int, "order": Tensor, "learning_rate": float, "seconds": float, "sums": dict}
         _check_kinds(position, kinds, " of the position")
         _check_random_state(position["order"])
-        _require(all(type(x) is float for x in position["sums"].values()), "the sums of the loss terms")
+        fits = all(_number(position[key], 0, 1e12) for key in ("batches", "learning_rate", "seconds"))
+        _require(fits, "a number of the position is out of range")
+        fits = all(type(key) is str and type(x) is float for key, x in position["sums"].items())
+        _require(fits, "the sums of the loss terms are none")
 
 
 def _check_random_state(state: Tensor) -> None:
@@ -344,11 +440,12 @@ def _check_random_state(state: Tensor) -> None:
 def checked_state(saved: Any, fresh: Any, what: str) -> Any:
     """The part of a saved state that a ``fresh`` one has too (other versions of torch have more or fewer entries).
 
-    Raises InputError where an entry is of another kind: loading it would make something else of the object.
+    Raises InputError where an entry is of another kind: loading it would make something else of the object. All
+    numbers of SGD and of the cosine are positive, or zero from the start.
     """
     fits = type(saved) is type(fresh)
-    if isinstance(fresh, float):
-        fits = type(saved) in (int, float)
+    if type(fresh) in (int, float):
+        fits = (fits or type(fresh) is float) and _number(saved, 0, MOST_STEPS) and (saved > 0 or fresh == 0)
     if isinstance(fresh, list) and fits:
         fits = len(saved) == len(fresh)
     if not fits:
@@ -362,7 +459,10 @@ def checked_state(saved: Any, fresh: Any, what: str) -> Any:
 
 def checked_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The saved state of SGD for ``optimizer``, which is fresh. Raises InputError where it is not one for it."""
-    groups = checked_state(saved.get("param_groups"), optimizer.state_dict()["param_groups"], "optimiser")
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = checked_state(saved.get("param_groups"), fresh, "optimiser")
+    # The schedule changes the learning rate; all else is as the settings and the order of the parameters make it.
+    groups = [new | {"lr": old.get("lr", new["lr"])} for old, new in zip(groups, fresh, strict=True)]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved.get("state")
     good = isinstance(state, dict)

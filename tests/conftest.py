@@ -84,6 +84,29 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
     } | changes
 
 
+def training_of(model: torch.nn.Module, epochs: int = 2, **changes: Any) -> dict[str, Any]:
+    """The training state of a run that was stopped in its second epoch; the network makes one step for it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5 * epochs)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    schedule.step()
+    random = torch.Generator().manual_seed(0).get_state()
+    return {
+        "epochs": epochs,
+        "teacher": "",
+        "images": "8, abc",
+        "machine": {"device": "cpu", "threads": 2},
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "generator": random,
+        "torch_rng": random,
+        "log": [{"epoch": 1, "loss": 0.5, "accuracy": 60.0, "lr": 0.1, "test_accuracy": 55.5}],
+        "position": {"batches": 3, "order": random, "learning_rate": 0.05, "seconds": 1.5, "sums": {"total": 7.0}},
+    } | changes
+
+
 def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) -> torch.nn.Module:
     """A float64 network whose batch-norms and head are no longer at their plain initial values."""
     torch.manual_seed(seed)
