@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -54,6 +55,9 @@ def warn(text: str) -> None:
 
 def import_opencv() -> ModuleType:
     """The cv2 module. Raises InputError where the system lacks the libraries that it draws windows with."""
+    # Read when cv2 is first imported. Its decoders take up to 24 bytes a pixel: 1.2 GB, imagefiles.MEMORY.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what is wrong with an image is said by its reader
     try:
         import cv2
     except ImportError as error:

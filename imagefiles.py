@@ -1,23 +1,58 @@
-"""Image files, from any format that Pillow or OpenCV reads to uint8 arrays. Needs no torch."""
+"""Image files, from any format that Pillow or OpenCV reads to uint8 arrays. Needs no torch.
+
+A file may come from a stranger: none takes more memory than is said here, hangs, runs a program or writes to stderr.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from errors import InputError, import_opencv, warn
 
+MEMORY = 1_200_000_000  # bytes that the pixels of one image take while it is read: Pillow's limit, 179 Mpx, fits
+FILE_SIZE = 2**29  # bytes of a file; some decoders hold all of it besides
+JPEG_WORK = 10**10  # scans x pixels, some seconds: a progressive JPEG of 100 kB can hold thousands of scans
+
+# Pillow hands EPS to Ghostscript and WMF to Windows, and opens what lies inside an IPTC file as any format, EPS too.
+# The JPEG or JPEG 2000 inside a BLP or ICNS file may be larger than the file says, which is found when it is decoded.
+REFUSED_FORMATS = {"BLP", "EPS", "ICNS", "IPTC", "WMF"}
 OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
+# How the files start that OpenCV alone reads: Radiance, OpenEXR, PAM. It gets no others, since it would be a second
+# parser for a file that broke the first, and its libraries write to stderr.
+OPENCV_ONLY_STARTS = (b"#?RADIANCE", b"#?RGBE", b"v/1\x01", b"P7")
+# The memory that reading a pixel takes, its file aside: the most that was measured over a format's variants; 24 for
+# the formats that are not here, whose decoders keep the image in several forms.
+BYTES_A_PIXEL = dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA"), 6)
+BYTES_A_PIXEL |= {"JPEG2000": 28, "TIFF": 14}
+UPRIGHT = {  # what undoes each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler its errors go to stderr
 
 
 def image_files(folder: Path) -> list[Path]:
     """The files in a folder that have an image's suffix, in the order of their names."""
-    suffixes = set(Image.registered_extensions()) | OPENCV_ONLY_SUFFIXES
-    return sorted(e for e in folder.iterdir() if e.suffix.lower() in suffixes and not e.name.startswith("."))
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in REFUSED_FORMATS}
+    known |= OPENCV_ONLY_SUFFIXES
+    # Folders, pipes, devices and dead links of such a name are in it: decode_files then names or counts them.
+    return sorted(e for e in folder.iterdir() if e.suffix.lower() in known and not e.name.startswith("."))
 
 
 def decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
@@ -44,39 +79,98 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     Pillow reads it, or OpenCV where Pillow does not know the format. Raises InputError for a file neither can read.
     """
     try:
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                image = _to_rgb(ImageOps.exif_transpose(opened))
-        except UnidentifiedImageError:
-            image = _decode_with_opencv(path)
-    except InputError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _check_file(path)
+            try:
+                image = _decode_with_pillow(path, size)
+            except UnidentifiedImageError:
+                image = _fit(_decode_with_opencv(path), size)
+            return np.asarray(image).transpose(2, 0, 1).copy()
     except Exception as error:  # each decoder has errors of its own kinds for a file that is broken
-        raise InputError(f"{path}: the image cannot be read ({error}); repair or remove it") from error
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1).copy()
+        why = str(error) or type(error).__name__
+        if not isinstance(error, InputError):
+            why = f"the image cannot be read ({why}); repair or remove it"
+        # One line, whatever a stranger put into the file or its name: control characters would reach the terminal.
+        text = "".join(character if character.isprintable() else "?" for character in f"{path}: {why}")
+        raise InputError(text) from error
+
+
+def _check_file(path: str | Path) -> None:
+    """Opened is what has an end: a pipe would wait for ever for its writer, and a device need not have one."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError("is not a file; remove it")
+    if status.st_size > FILE_SIZE:
+        raise InputError(f"is larger than {FILE_SIZE >> 20} MiB; make it smaller or remove it")
+
+
+def _decode_with_pillow(path: str | Path, size: int) -> Image.Image:
+    Image.init()
+    with Image.open(path, formats=[kind for kind in Image.ID if kind not in REFUSED_FORMATS]) as opened:
+        _check_work(path, opened)
+        with _without_stderr() if opened.format == "TIFF" else contextlib.nullcontext():
+            opened.load()
+        orientation = opened.getexif().get(ExifTags.Base.Orientation) if len(opened.info.get("exif", "")) < 2**20 else 1
+        # Turned when it is small: a second copy of a large photo would double the memory.
+        small = _fit(_to_rgb(opened), size)
+        return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """libtiff writes to the descriptor what it finds wrong, and Pillow gives it no other place."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_work(path: str | Path, image: Image.Image) -> None:
+    """Refuses, by what the header says, what would take too much memory or time."""
+    pixels, cost, scans = image.width * image.height, BYTES_A_PIXEL.get(image.format, 24), 1
+    if image.format == "TIFF":  # a whole tile is decoded, however small the image
+        pixels = max(pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0)))
+    if image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
+        cost = max(cost, 12)  # it becomes RGB in several steps
+    if "progressive" in image.info:
+        cost = max(cost, 10)
+        scans = Path(path).read_bytes().count(b"\xff\xda")
+    if pixels * cost > MEMORY or pixels * scans > JPEG_WORK:
+        raise InputError(
+            f"reading {pixels} pixels of this kind ({image.format}, {image.mode}, {scans} scans) takes too much memory "
+            "or time; make it smaller, save it in another format, or remove it"
+        )
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # 0..1 where nothing is larger, else 0..255
-        values = np.asarray(image)
-        values = values * 255 if values.max(initial=0) <= 1 else values
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel; floats: 0..1 where none is larger, or 0..255
+        scale = 1 / 257 if image.mode != "F" else 255 if image.getextrema()[1] <= 1 else 1
+        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
+    elif image.has_transparency_data:
+        white = Image.new("RGB", image.size, "white")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white.paste(image, mask=image)
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decode_with_opencv(path: str | Path) -> Image.Image:
-    content = np.fromfile(path, np.uint8)
-    cv2 = import_opencv()
-    pixels = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    pixels = None
+    with open(path, "rb") as file:
+        if file.read(10).startswith(OPENCV_ONLY_STARTS):
+            cv2 = import_opencv()
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
-        raise InputError(f"{path}: is not an image that Pillow or OpenCV reads; repair or remove it")
+        raise InputError("is not an image that Pillow or OpenCV reads; repair or remove it")
     return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
