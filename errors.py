@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -31,21 +32,43 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        code, text = 0, None
         try:
             main(argv)
         except (InputError, RunError) as error:
-            text = " ".join(str(error).split())
-            print(f"error: {text}", file=sys.stderr)
-            return 2 if isinstance(error, InputError) else 1
+            code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
         except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            return 128 + stop.signum
+            code, text = 128 + stop.signum, stop
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 128 + signal.SIGINT
-        return 0
+            code, text = 128 + signal.SIGINT, "interrupted"
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            reason = (str(error) or "MemoryError").splitlines()[0]
+            code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
+        _say(text)
+        return code
 
     return wrapped
+
+
+def _say(text: object) -> None:
+    """Where a pipe has nobody left to read it, as Ctrl-C ends the ``tee`` behind it too, the exit code still counts."""
+    try:
+        if text is not None:
+            print(text, file=sys.stderr)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                os.dup2(nowhere, stream.fileno())  # for the flush at the end of the process
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """torch has no one kind for it on all devices."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def warn(text: str) -> None:

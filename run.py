@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -126,9 +127,8 @@ class Run:
 
     def what_is_left(self) -> str:
         """For a run that breaks off: what can be gone on from."""
-        if not self.model.exists():
-            return "there is no checkpoint to go on from"
-        return f"the last checkpoint, {self.model}, is whole"
+        last = next((path for path in (self.model, self.source) if os.path.exists(path)), None)
+        return f"the last checkpoint, {last}, is whole" if last else "there is no checkpoint to go on from"
 
     @contextlib.contextmanager
     def _losing_nothing(self) -> Iterator[None]:

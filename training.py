@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from checkpoint import checked_optimizer, checked_state
+from checkpoint import VERSION, checked_optimizer, checked_state
 from data import Images, augment, batches, to_input
-from errors import InputError, Interrupted, RunError
+from errors import InputError, Interrupted, RunError, is_lack_of_memory
 from models import Output
 from run import Row, Run
 
@@ -132,8 +132,10 @@ class StopSignal:
         self.received = signum
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        # print could not be used: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
+        # print could not be used: the signal may have come in the middle of one. And Ctrl-C ends the reader of a pipe,
+        # such as tee, as well.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
 
 
 @contextlib.contextmanager
@@ -141,8 +143,7 @@ def _out_of_memory_named(device: torch.device, batch_size: int, run: Run) -> Ite
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        if isinstance(error, RunError) or not is_lack_of_memory(error):
             raise
         raise RunError(
             f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
@@ -191,8 +192,8 @@ def fit(
     with run.writing(), StopSignal() as stop, _out_of_memory_named(loop.device, settings.batch_size, run):
         if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
             run.write_log(rows)
-        if len(rows) == step["epochs"] and not run.model.exists():
-            loop.save(finished=True)
+        if len(rows) == step["epochs"] and not run.model.exists():  # finished in another folder
+            run.save(run.resumed | {"version": VERSION})
         loop.train = train.to(loop.device)
         for epoch in range(len(rows) + 1, step["epochs"] + 1):
             row = loop.epoch(epoch, stop)
@@ -247,6 +248,7 @@ class _Loop:
         self.model.load_state_dict(saved["model"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
+        self.head["steps"][-1]["group_accuracy"] = saved["steps"][-1]["group_accuracy"]
         if saved["finished"]:
             more = self.epochs - len(self.rows)
             done = f"{len(self.rows)} epochs are done, "

@@ -21,7 +21,6 @@ import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from data import Place, open_source
 from evaluation import predict
-from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "resnet32", "--image-size", "16"]
@@ -331,88 +330,6 @@ def test_the_other_networks(tmp_path, architecture):
     assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *output]) == 0
     models = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
     assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
-
-
-class Stop(Exception):
-    """Stands for a run that was killed."""
-
-
-def stop_after(monkeypatch, epochs: int) -> None:
-    write = Run.write_log
-
-    def write_and_stop(run, log):
-        write(run, log)
-        if len(log) == epochs:
-            raise Stop
-
-    monkeypatch.setattr(Run, "write_log", write_and_stop)
-
-
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, teacher, monkeypatch, kind):
-    """Stopped in the fourth epoch, after the save of the third: weights, optimiser and log are those of one run."""
-    common = ["--epochs", "6", "--save-interval", "3"]
-    main, flags = trainer.main, [*common, *TINY]
-    if kind == "student":
-        main, flags = incremental.main, [*common, "--teacher", teacher]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main([*flags, "--output-dir", str(whole)]) == 0
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 4)
-        main([*flags, "--output-dir", str(broken)])
-    assert checkpoint.load(broken / f"{kind}_model.pth")["finished"] is False
-    again = ["--output-dir", str(broken), "--resume"]
-    if kind == "student":
-        again += ["--student", str(broken / "student_model.pth")]
-    assert main([*flags, *again]) == 0
-    one, other = (checkpoint.load(folder / f"{kind}_model.pth") for folder in (whole, broken))
-    assert same(one["model"], other["model"])
-    momenta = [[s["momentum_buffer"] for s in c["training"]["optimizer"]["state"].values()] for c in (one, other)]
-    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
-    logs = [rows(folder / f"{kind}_log.csv") for folder in (whole, broken)]
-    for row in logs[0] + logs[1]:
-        del row["images_per_second"]
-    assert logs[0] == logs[1]
-
-
-def test_resume_of_a_finished_run(tmp_path, teacher, capsys):
-    flags = ["--teacher", teacher, "--output-dir", str(tmp_path), "--resume"]
-    assert incremental.main([*flags, *FAST]) == 0
-    assert "a fresh start" in capsys.readouterr().out
-    before = files(tmp_path)
-    assert incremental.main([*flags, *FAST]) == 0
-    assert {k: v for k, v in files(tmp_path).items() if not k.endswith(".png")} == {
-        k: v for k, v in before.items() if not k.endswith(".png")
-    }
-    assert incremental.main([*flags, "--epochs", "3"]) == 0
-    assert "1 more with a new cosine" in capsys.readouterr().out
-    assert len(rows(tmp_path / "student_log.csv")) == 3
-    assert "--epochs 3 or more" in refused(capsys, incremental.main, *flags, *FAST)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [(["--gamma", "7"], "gamma was"), (["--new-classes", "2,4"], "class_names"), (["--seed", "1"], "seed")],
-)
-def test_resume_refuses_another_run(quick, teacher, student, capsys, flags, words):
-    before = files(quick)
-    base = ["--teacher", teacher, "--output-dir", str(quick), "--resume", "--student", student, *FAST]
-    assert words in refused(capsys, incremental.main, *base, *flags)
-    assert files(quick) == before
-
-
-def test_resume_refuses_another_teacher(tmp_path, quick, student, capsys):
-    assert trainer.main([*SMALL, "--seed", "5", "--output-dir", str(tmp_path)]) == 0
-    base = ["--teacher", str(tmp_path / "teacher_model.pth"), "--output-dir", str(quick), "--resume", *FAST]
-    assert "teacher (hash of its weights)" in refused(capsys, incremental.main, *base)
-
-
-def test_an_unfinished_teacher_is_refused(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 1)
-        trainer.main([*SMALL, "--save-interval", "1", "--output-dir", str(tmp_path)])
-    base = ["--teacher", str(tmp_path / "teacher_model.pth"), "--output-dir", str(tmp_path)]
-    assert "not finished" in refused(capsys, incremental.main, *base)
 
 
 def test_a_new_class_without_test_images_is_refused(tmp_path, capsys):
