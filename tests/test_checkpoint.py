@@ -31,6 +31,7 @@ from torch import nn
 import checkpoint
 import incremental_learning_system as incremental
 import models
+import torchfile
 import train_teacher_model as trainer
 from errors import InputError, RunError
 from run import Run
@@ -324,7 +325,7 @@ def test_no_code_of_a_file_is_run(tmp_path, example, writer, wrapped):
 
 
 def test_torch_is_told_to_run_no_code_either(tmp_path, example, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_check_opcodes", lambda pickled: None)
+    monkeypatch.setattr(torchfile, "_check_opcodes", lambda pickled: None)
     write(tmp_path / "model.pth", example, {"training": {"x": Trap(tmp_path / "sprung")}})
     assert "not a checkpoint" in refused(tmp_path / "model.pth")
     assert not (tmp_path / "sprung").exists()
