@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
-from imagefiles import decode_image
+from imagefiles import decode_all
 from lock import held
 
 VERSION = 1  # to be raised when a file would be decoded to other pixels
@@ -96,12 +96,10 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
         temporary.mkdir()
         pixels, bad, kept = temporary / "pixels", {}, 0
         with pixels.open("wb") as file:
-            for first, chunk, wrong in _chunks(paths, image_size):
+            for first, chunk, wrong in _chunks(paths, image_size, skip_bad_images):
                 file.write(chunk)
                 kept += len(chunk)
                 bad |= {first + index: text for index, text in wrong.items()}
-                if bad and not skip_bad_images:
-                    raise InputError(next(iter(bad.values())))
             file.flush()
             os.fsync(file.fileno())
         (temporary / "bad.json").write_text(json.dumps(bad))
@@ -113,10 +111,12 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _chunks(paths: Sequence[Path], image_size: int) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
+def _chunks(
+    paths: Sequence[Path], image_size: int, skip_bad_images: bool
+) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
     """The images in order, some at a time: the index of the first, the pixels that could be read, the errors."""
     parts = [paths[first : first + CHUNK] for first in range(0, len(paths), CHUNK)]
-    decode = functools.partial(decode_all, image_size=image_size)
+    decode = functools.partial(decode_all, image_size=image_size, skip_bad_images=skip_bad_images)
     workers = os.cpu_count() or 1
     with tqdm(total=len(paths), desc="decoding", disable=None, leave=False, unit="image") as bar:
         if len(paths) < WORTH_WORKERS or workers == 1:
@@ -137,14 +137,3 @@ def _counted(results, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[int, st
     for number, (pixels, wrong) in enumerate(results):
         bar.update(len(pixels) + len(wrong))
         yield number * CHUNK, pixels, wrong
-
-
-def decode_all(paths: Sequence[Path], image_size: int) -> tuple[np.ndarray, dict[int, str]]:
-    """As ``decoded`` where bad images are skipped, into memory."""
-    good, bad = [], {}
-    for index, path in enumerate(paths):
-        try:
-            good.append(decode_image(path, image_size))
-        except InputError as error:
-            bad[index] = str(error)
-    return np.stack(good) if good else np.empty((0, 3, image_size, image_size), np.uint8), bad

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache import decode_all, decoded
+from cache import decoded
 from errors import InputError, warn
-from imagefiles import decode_files, image_files
+from imagefiles import decode_all, decode_files, image_files
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25
@@ -73,7 +73,6 @@ class Source:
     classes: dict[str, Sequence[str]]  # split -> class names
     listing: Callable[[str, str], Sequence]
     decode: Callable[[Sequence], tuple[np.ndarray, dict[int, str]]]
-    skip_bad_images: bool = False
     sealed: set[str] = field(default_factory=set)
 
     def seal(self, class_names: Sequence[str]) -> None:
@@ -124,8 +123,6 @@ class Source:
         names = [self._chosen(split, name) for name in wanted]
         self._require_enough(split, wanted, list(map(len, names)), [0] * len(names))
         pixels, bad = self.decode(list(itertools.chain.from_iterable(names)))  # at once: one file of a cache
-        if bad and not self.skip_bad_images:
-            raise InputError(next(iter(bad.values())))
         starts = list(itertools.accumulate(map(len, names), initial=0))
         skipped = [sum(start <= index < end for index in bad) for start, end in itertools.pairwise(starts)]
         kept = [len(listed) - lost for listed, lost in zip(names, skipped, strict=True)]
@@ -340,11 +337,13 @@ def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Pat
         return _hash_split(image_files(root / "train" / name), name, root)[split]
 
     def decode(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
-        return decoded(paths, image_size, cache_dir, skip_bad_images) if cache_dir else decode_all(paths, image_size)
+        if cache_dir:
+            return decoded(paths, image_size, cache_dir, skip_bad_images)
+        return decode_all(paths, image_size, skip_bad_images)
 
     train = class_names("train")
     classes = {"train": train, "test": class_names("test") if has_test else train}
-    return Source(place, classes, listing, decode, skip_bad_images)
+    return Source(place, classes, listing, decode)
 
 
 def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:

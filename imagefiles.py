@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +57,30 @@ def image_files(folder: Path) -> list[Path]:
 
 def decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
     """The files that could be read, and their pixels, uint8 (n, 3, size, size)."""
-    pixels, kept = [], []
-    for path in tqdm(paths, desc=f"reading {paths[0].parent.name}", disable=None, leave=False):
+    folder = paths[0].parent
+    bar = tqdm(paths, desc=f"reading {folder.name}", disable=None, leave=False)
+    pixels, bad = decode_all(bar, image_size, skip_bad_images)
+    if bad:
+        warn(f"{len(bad)} of {len(paths)} images in {folder} cannot be read and are skipped")
+    if not len(pixels):
+        raise InputError(f"{folder}: none of its {len(paths)} images can be read")
+    return [path for index, path in enumerate(paths) if index not in bad], pixels
+
+
+def decode_all(paths: Iterable[Path], image_size: int, skip_bad_images: bool) -> tuple[np.ndarray, dict[int, str]]:
+    """The pixels of the files that can be read, uint8 (n, 3, size, size), and what is wrong with the others, by index.
+
+    Raises InputError for the first file that cannot be read, unless those are skipped.
+    """
+    good, bad = [], {}
+    for index, path in enumerate(paths):
         try:
-            pixels.append(decode_image(path, image_size))
-            kept.append(path)
-        except InputError:
+            good.append(decode_image(path, image_size))
+        except InputError as error:
             if not skip_bad_images:
                 raise
-    if len(kept) < len(paths):
-        skipped = len(paths) - len(kept)
-        warn(f"{skipped} of {len(paths)} images in {paths[0].parent} cannot be read and are skipped")
-    if not kept:
-        raise InputError(f"{paths[0].parent}: none of its {len(paths)} images can be read")
-    return kept, np.stack(pixels)
+            bad[index] = str(error)
+    return np.stack(good) if good else np.empty((0, 3, image_size, image_size), np.uint8), bad
 
 
 def decode_image(path: str | Path, size: int) -> np.ndarray:

@@ -87,8 +87,9 @@ def measure(options) -> dict:
 
 
 def private_memory() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith("RssAnon:"))) * 1024 / 1e6
+    from step_cost import resident
+
+    return resident("RssAnon") * 2**20 / 1e6
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ accuracies) and a bare loop over batches that are ready, on the device and alrea
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,40 +19,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from step_cost import NEW, OLD, SETTINGS, network, wait
+from step_cost import NEW, OLD, SETTINGS, arguments, network, report, wait
 
 import losses
 import models
 import training
 from data import Images
-from reproduce import machine
 from run import Run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32", choices=["resnet18", "resnet32", "resnet110"])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="of an epoch (default: 20)")
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each (default: 5)")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     training.keep_freed_memory()
     pairs = [(scripts_epoch(options), bare_epoch(options)) for _ in range(options.repeats + 1)][1:]
     ratios = [scripts / bare for scripts, bare in pairs]
-    figures = {
-        "command": f"python3 benchmarks/epoch_overhead.py {' '.join(sys.argv[1:])}".strip(),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "seconds": [[round(seconds, 3) for seconds in pair] for pair in pairs],
-        **machine(),
-    }
+    figures = report(
+        options,
+        ratio=round(statistics.median(ratios), 3),
+        ratios=[round(ratio, 3) for ratio in ratios],
+        seconds=[[round(seconds, 3) for seconds in pair] for pair in pairs],
+    )
     print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def scripts_epoch(options) -> float:

@@ -29,34 +29,51 @@ from gradcam import autograd_map
 from reproduce import machine
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
+LEVERS = ("memory", "folding")  # training.keep_freed_memory, models.fold_batch_norm
 OLD, NEW = 10, 10
 SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "student"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32", choices=["resnet18", "resnet32", "resnet110"])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser = arguments(__doc__)
     parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
+    parser.add_argument("--without", nargs="+", default=[], choices=LEVERS, help="levers that are left out")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; each method runs once in each (default: 15)")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(peak_memory(step_of(options, options.memory_of), options.device))
         return
-    training.keep_freed_memory()
+    if "memory" not in options.without:
+        training.keep_freed_memory()
     cases = {method: step_of(options, method) for method in METHODS}
     cases |= {f"forward, {mode}": forward_of(options, mode) for mode in ("train", "eval")}
     seconds = interleaved(cases, options.repeats)
     memory = {method: memory_in_a_process_of_its_own(method) for method in METHODS}
-    figures = summary(options, seconds, memory)
+    figures = report(options, **summary(options, seconds, memory))
     print(table(figures))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What every benchmark of a step or an epoch asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32", choices=["resnet18", "resnet32", "resnet110"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    return parser
+
+
+def report(options, **figures) -> dict:
+    """The figures with the command, the date and the machine; written to --json where that is given."""
+    script = Path(sys.argv[0])
+    command = f"python3 {script.parent.name}/{script.name} {' '.join(sys.argv[1:])}".strip()
+    figures = {"command": command, **figures, **machine()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 # The cases --------------------------------------------------------------------------------------------------------
@@ -81,7 +98,8 @@ def step_of(options, method: str) -> Callable[[], object]:
     teacher = None
     if method != "finetune":
         original = network(options, OLD).eval().requires_grad_(False)
-        teacher = original if method == "lwm-autograd" else models.fold_batch_norm(original)
+        folds = method != "lwm-autograd" and "folding" not in options.without
+        teacher = models.fold_batch_norm(original) if folds else original
     inputs = images(options)
     labels = torch.arange(options.batch_size, device=inputs.device) % NEW + OLD
     form = {"finetune": "softmax-all", "lwf": "softmax"}.get(method, "binary")
@@ -113,7 +131,7 @@ def autograd_loss(student, teacher, inputs: torch.Tensor) -> Callable:
 def forward_of(options, mode: str) -> Callable[[], object]:
     """A forward pass: in train mode with what the backward pass needs, in eval mode as the teacher's."""
     model = network(options, OLD).train(mode == "train")
-    if mode == "eval":
+    if mode == "eval" and "folding" not in options.without:
         model = models.fold_batch_norm(model)
     if options.compile:
         model.compile()
@@ -179,7 +197,6 @@ def summary(options, seconds: dict[str, list[float]], memory: dict[str, float]) 
     ratios = {name: [a / b for a, b in zip(times, base, strict=True)] for name, times in seconds.items()}
     ratio = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
     return {
-        "command": f"python3 benchmarks/step_cost.py {' '.join(sys.argv[1:])}".strip(),
         "ratio": ratio,
         "ratio_quartiles": {name: [round(q, 3) for q in quartiles(values)] for name, values in ratios.items()},
         "floor": round(1 + ratio["forward, eval"], 3),
@@ -192,7 +209,6 @@ def summary(options, seconds: dict[str, list[float]], memory: dict[str, float]) 
         },
         "memory_mib": {name: round(value, 1) for name, value in memory.items()},
         "memory_ratio": {name: round(value / memory["finetune"], 3) for name, value in memory.items()},
-        **machine(),
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import write_images
 
 import cache
+import imagefiles
 from cache import decoded
 from errors import InputError
 from imagefiles import decode_image
@@ -27,7 +28,7 @@ def count_decodes(monkeypatch) -> list[Path]:
         seen.append(path)
         return decode_image(path, size)
 
-    monkeypatch.setattr(cache, "decode_image", decode)
+    monkeypatch.setattr(imagefiles, "decode_image", decode)
     return seen
 
 
@@ -146,7 +147,7 @@ def test_a_build_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cache, "decode_image", interrupt)
+        patch.setattr(imagefiles, "decode_image", interrupt)
         decoded(paths, 16, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
     assert decoded(paths, 16, tmp_path / "cache")[0].shape == (3, 3, 16, 16)
@@ -157,9 +158,9 @@ def test_a_killed_build_is_begun_anew_and_its_rest_is_gone(tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import cache
+import cache, imagefiles
 from pathlib import Path
-cache.decode_image = lambda path, size: (print("decoding", flush=True), time.sleep(60))
+imagefiles.decode_image = lambda path, size: (print("decoding", flush=True), time.sleep(60))
 cache.decoded([Path(p) for p in {[str(p) for p in paths]!r}], 16, Path({str(tmp_path / "cache")!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
