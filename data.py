@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from cache import decoded
 from errors import InputError, warn
 from imagefiles import decode_all, decode_files, image_files
+from lock import held
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25
@@ -293,8 +294,14 @@ def _cifar(place: Place, image_size: int) -> Source:
 
     @functools.cache
     def split_of(split: str):
+        with contextlib.suppress(OSError, RuntimeError):  # the usual case: it is there
+            return kind(place.data_dir, train=split == "train")
         try:
-            return kind(place.data_dir, train=split == "train", download=place.download)
+            with contextlib.ExitStack() as stack:
+                if place.download:  # of several processes one downloads, and the others wait
+                    Path(place.data_dir).mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(held(Path(place.data_dir) / ".lock", place.data_dir, wait=True))
+                return kind(place.data_dir, train=split == "train", download=place.download)
         except (OSError, RuntimeError) as error:
             if made:
                 with contextlib.suppress(OSError):  # it stays where something was downloaded to it
@@ -381,10 +388,10 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def to_input(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def to_input(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of the same shape, (pixel / 255 - mean) / std for each channel."""
-    centre = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
-    spread = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
+    centre = torch.as_tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    spread = torch.as_tensor(std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels.float() / 255 - centre) / spread
 
 
@@ -396,16 +403,23 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[Te
     return torch.randperm(count, generator=generator).tensor_split(-(-count // batch_size))
 
 
-def augment(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crops after padding by an eighth with black, and random mirror images; uint8 (B, 3, H, W) to the same."""
+def draw_augmentation(count: int, width: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """For each of ``count`` images of ``width`` px: rows and columns to be shifted by, and whether it is mirrored.
+
+    int64 (count, 3), shifts from 0 to twice an eighth of the width.
+    """
+    shifts = torch.randint(0, 2 * (width // 8) + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5 if flip else torch.zeros(count, 1)
+    return torch.cat([shifts[0], shifts[1], mirrored.long()], dim=1)
+
+
+def augment(pixels: Tensor, drawn: Tensor) -> Tensor:
+    """Crops after padding by an eighth with black, and mirror images, as ``drawn``; uint8 (B, 3, H, W) to the same."""
     count, _, height, width = pixels.shape
     padding = width // 8
-    offsets = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5 if flip else torch.zeros(count, 1, dtype=torch.bool)
-    rows = offsets[0] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
-    columns = offsets[1] + torch.where(mirrored, width - 1 - columns, columns)
-    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
+    rows = drawn[:, :1] + torch.arange(height, device=pixels.device)
+    columns = torch.arange(width, device=pixels.device)
+    columns = drawn[:, 1:2] + torch.where(drawn[:, 2:] > 0, width - 1 - columns, columns)
     padded = F.pad(pixels, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
     which = torch.arange(count, device=pixels.device).view(-1, 1, 1)
     # Read out as (B, H, W, 3): seen as (B, 3, H, W) that is the channels-last layout, which convolutions like.

@@ -26,18 +26,18 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     import evaluation
+    import hardware
     import plots
-    import training
     from checkpoint import load, make_folder, restore_model, write_atomically
 
     with settings.naming("device"):
-        device = training.pick_device(settings.device)
+        device = hardware.pick_device(settings.device)
     with settings.naming("teacher"):
         before = load(settings.teacher)
-        teacher = training.to_device(restore_model(before), device)
+        teacher = hardware.to_device(restore_model(before), device)
     with settings.naming("student"):
         after = load(settings.student)
-        student = training.to_device(restore_model(after), device)
+        student = hardware.to_device(restore_model(after), device)
     names, old = after["class_names"], len(before["class_names"])
     if names[:old] != before["class_names"] or len(names) == old:
         raise InputError(

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 
@@ -27,14 +27,23 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def process_number() -> int:
+    """Which process of a torchrun job this is, from 0; 0 where there is only one."""
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
-    """Wrap a script's ``main`` so that it returns an exit code and reports in one line."""
+    """Wrap a script's ``main`` so that it returns an exit code and reports in one line.
+
+    Of the processes of a torchrun job the first one speaks; the others say only what stopped them alone.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         code, text = 0, None
         try:
-            main(argv)
+            with _nothing_printed() if process_number() else contextlib.nullcontext():
+                main(argv)
         except (InputError, RunError) as error:
             code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
         except Interrupted as stop:
@@ -46,10 +55,20 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
                 raise
             reason = (str(error) or "MemoryError").splitlines()[0]
             code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
+        if process_number():
+            # What the user gave is the same for all processes of a machine: its first one says what is wrong with it.
+            told = code != 1 and os.environ.get("LOCAL_RANK") != "0"
+            text = None if text is None or told else f"process {process_number()}: {text}"
         _say(text)
         return code
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _say(text: object) -> None:
@@ -73,7 +92,8 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 def warn(text: str) -> None:
     """Say something the user should know, on stderr; the run goes on."""
-    print(f"warning: {text}", file=sys.stderr)
+    if not process_number():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def import_opencv() -> ModuleType:

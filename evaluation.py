@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import distributed
 from data import to_input
 
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -21,11 +22,16 @@ ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "tas
 def predict(
     model: nn.Module, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> Tensor:
-    """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode."""
+    """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode.
+
+    Of several processes each answers its share, and all have the whole.
+    """
     model.eval()
+    distributed.same_buffers(model)
     device = next(model.parameters()).device
-    parts = [model(to_input(part.to(device), mean, std)).logits.cpu() for part in pixels.split(batch_size)]
-    return torch.cat(parts).float()
+    own = distributed.share(pixels).split(batch_size)
+    logits = torch.cat([model(to_input(part.to(device), mean, std)).logits.cpu() for part in own]).float()
+    return distributed.gathered(logits, len(pixels))
 
 
 def _percent(correct: Tensor) -> float | None:

@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     import checkpoint
+    import distributed
     import evaluation
+    import hardware
     import losses
     import models
     import plots
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from data import Place, find_test_images, open_source, test_places
     from run import describe_step, open_run
 
-    device = training.prepare(settings)
+    settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
         before = checkpoint.load(settings.teacher)
     old, new = before["class_names"], list(settings.new_classes)
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":
         models.start_at_prior(student, first=len(old))
-    teacher, student = training.to_device(teacher, device), training.to_device(student, device)
+    teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     head = {
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
         "class_names": old + new,
@@ -84,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher if settings.method != "finetune" else None,
         checkpoint.fingerprint(before),
     )
+    if distributed.rank():  # of several processes the first one reports
+        return
     plots.curves(log, run.curves, f"Student ({settings.method})")
     last = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):

@@ -98,3 +98,29 @@ def side_by_side(
     figure.suptitle(title, fontsize=10)
     figure.colorbar(heat, ax=grid, label="Grad-CAM of the class named at the image", shrink=0.6)
     _write(figure, path)
+
+
+def growth(tables: dict[str, Sequence[dict[str, str]]], path: Path) -> None:
+    """How a step's cost grows: rows of benchmarks/growth.py's CSVs by "classes", "size" and "steps"."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+
+    def column(name: str, key: str) -> list[float]:
+        return [float(row[key]) for row in tables[name]]
+
+    for place, name, key, label in ((0, "classes", "outputs", "outputs"), (1, "size", "px", "image size, px")):
+        for method, shown in (("finetune", "fine-tuning"), ("lwm", "lwm")):
+            axes[place].loglog(column(name, key), column(name, f"{method}_ms"), "o-", label=shown)
+        axes[place].set(xlabel=label, ylabel="ms a step")
+        axes[place].set_xticks(column(name, key), [row[key] for row in tables[name]])
+        axes[place].minorticks_off()
+    axes[0].set_ylim(bottom=min(column("classes", "finetune_ms")) / 2, top=2 * max(column("classes", "lwm_ms")))
+    axes[0].set_title("128 images of 32 px")
+    axes[1].set_title("32 images")
+    steps = column("steps", "step")
+    axes[2].plot(steps, column("steps", "images_per_second"), "o-", label="images/s in training")
+    axes[2].plot(steps, column("steps", "checkpoint_kb"), "s--", label="checkpoint, kB")
+    axes[2].set(xlabel="step (0: the teacher's)", ylim=(0, None), title="ten steps in a row")
+    for each in axes:
+        each.grid(alpha=0.3)
+        each.legend(fontsize=8)
+    _write(figure, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint as checkpoints
-from errors import InputError, RunError
+from errors import InputError, RunError, process_number
 from lock import held
 
 Row = dict[str, Any]
@@ -99,8 +99,12 @@ class Run:
     def writing(self) -> Iterator[None]:
         """Hold the folder for this run alone, and clear away what a killed one left half-written.
 
-        Raises InputError where another run holds it, or has written there since this run was opened.
+        Raises InputError where another run holds it, or has written there since this run was opened. Of the processes
+        of a torchrun job the first one holds and writes.
         """
+        if process_number():
+            yield
+            return
         checkpoints.make_folder(self.folder)
         with _held(self.folder):
             if _identity(self.model) != self.seen:
@@ -112,11 +116,15 @@ class Run:
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Raises RunError where it cannot be written; the last checkpoint stays whole."""
+        if process_number():
+            return
         with self._losing_nothing():
             checkpoints.save(self.model, checkpoint)
 
     def write_log(self, rows: list[Row]) -> None:
         """The CSV of the epochs; a column for everything that any row has, empty where it has none."""
+        if process_number():
+            return
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -145,7 +153,7 @@ def open_run(settings, kind: str) -> Run:
     teacher or would replace a model unasked.
     """
     folder = Path(settings.output_dir)
-    if (folder / LOCK).exists():  # somebody's, or left by a run that was killed
+    if (folder / LOCK).exists() and not process_number():  # somebody's, or left by a run that was killed
         with _held(folder):
             pass
     own = folder / f"{kind}_model.pth"
@@ -185,7 +193,11 @@ def _command_to_go_on(arguments: Sequence[str]) -> str:
     """The command line as it was given, going on from the run's own model."""
     given = list(arguments)
     program = ["python3", *sys.argv[:1]]
-    if given == sys.argv[1:]:
+    processes, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes != "1":
+        several = [f"--nnodes={int(processes) // int(here)}"] if processes != here else ["--standalone"]
+        program = ["torchrun", *several, f"--nproc_per_node={here}", *sys.argv[:1]]
+    elif given == sys.argv[1:]:
         program = sys.orig_argv[: len(sys.orig_argv) - len(given)]
     kept = []
     while given:

@@ -122,7 +122,7 @@ class Settings:
     momentum: float = _number("momentum of SGD", float, 0, 0.999)
     weight_decay: float = _number("weight decay", float, 0)
     flip: bool = _switch("mirror training images at random")
-    precision: str = _choice("arithmetic of the networks", "fp32", "bf16")
+    precision: str = _choice("arithmetic of the networks", "auto", "fp32", "bf16")
     cache_dir: str = _text("where the decoded images of a folder are kept; can be deleted")
     skip_bad_images: bool = _switch("skip and count images that cannot be read")
     hold_back: float = _number("share of the training images to judge on instead of the test images", float, 0, 0.5)

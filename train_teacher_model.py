@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    import distributed
     import evaluation
+    import hardware
     import models
     import plots
     import training
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from losses import first_step
     from run import describe_step, open_run
 
-    device = training.prepare(settings)
+    settings, device = hardware.prepare(settings)
     run = open_run(settings, "teacher")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
     with settings.naming("data_dir"):
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     model = models.build(settings.model, len(classes), settings.image_size)
     if settings.loss_form == "binary":
         models.start_at_prior(model, first=0)
-    model = training.to_device(model, device)
+    model = hardware.to_device(model, device)
     head = {
         "architecture": settings.model,
         "class_names": classes,
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         return {"test_accuracy": accuracy[0]}, accuracy
 
     log = training.fit(run, model, train, first_step, settings, head, judge)
+    if distributed.rank():  # of several processes the first one reports
+        return
     plots.curves(log, run.curves, "Teacher")
     print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
 

@@ -1,9 +1,8 @@
-"""The one training loop, and what surrounds it: device, seeds, progress, stopping, going on from a save."""
+"""The one training loop, and what surrounds it: seeds, progress, stopping, going on from a save."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import threading
@@ -17,59 +16,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+import distributed
 from checkpoint import VERSION, checked_optimizer, checked_state
-from data import Images, augment, batches, to_input
+from data import Images, augment, batches, draw_augmentation, to_input
 from errors import InputError, Interrupted, RunError, is_lack_of_memory
+from hardware import has_room_for, moved
 from models import Output
 from run import Row, Run
 
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises InputError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("mps: there is none on this machine; use cpu or auto")
-    return device
-
-
-def prepare(settings) -> torch.device:
-    """The device of a training run, set up as the settings say. Raises InputError for what it cannot do."""
-    with settings.naming("device"):
-        device = pick_device(settings.device)
-    if settings.precision == "bf16" and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise InputError(
-                    f"{settings.where('precision')}: bf16: {torch.cuda.get_device_name()} has no bf16; use fp32"
-                )
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
-    keep_freed_memory()
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next step, instead of giving it back to the system each time.
-
-    A step with a teacher frees and takes some more than one without, and the pages would be cleared anew:
-    docs/performance.md has the figures. Only glibc knows these two options (mallopt(3)).
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below it come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is kept
-
-
-def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Channels-last memory: the layout in which convolutions are fastest on CPUs and GPUs alike."""
-    return model.to(device, memory_format=torch.channels_last)
 
 
 def forward(model: nn.Module, inputs: Tensor, precision: str) -> Output:
@@ -89,19 +44,20 @@ def optimisation_step(
     loss: Callable[..., dict[str, Tensor]],
     settings,
     optimizer: torch.optim.Optimizer,
+    weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """One step on normalised ``inputs`` (B, 3, H, W); returns the loss terms and "correct", the share of right answers
-    in percent, detached and still on the device.
+    in percent, detached and still on the device. ``weight`` multiplies the gradient.
     """
     student_output = forward(model, inputs, settings.precision)
     teacher_output = None
     if teacher is not None:
         with torch.no_grad():
             teacher_output = forward(teacher, inputs, settings.precision)
-    heads = (model.fc.weight, teacher.fc.weight if teacher is not None else None)
+    heads = (distributed.unwrapped(model).fc.weight, teacher.fc.weight if teacher is not None else None)
     terms = loss(student_output, teacher_output, labels, heads, settings)
     optimizer.zero_grad(set_to_none=True)
-    terms["total"].backward()
+    (weight * terms["total"]).backward()
     optimizer.step()
     terms = {name: term.detach() for name, term in terms.items()}
     return terms | {"correct": 100 * (student_output.logits.argmax(1) == labels).float().mean()}
@@ -125,8 +81,10 @@ class StopSignal:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # Where another process has ended, torchrun sends SIGTERM: what went wrong is to be said first.
+        ends_with_others = error[0] is not None and distributed.size() > 1
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if ends_with_others else handler)
 
     def _note(self, signum: int, frame: object) -> None:
         self.received = signum
@@ -134,16 +92,25 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
         # print could not be used: the signal may have come in the middle of one. And Ctrl-C ends the reader of a pipe,
         # such as tee, as well.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
+        if distributed.size() == 1:  # torchrun sends one where another process has failed, too
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
+
+    def agreed(self) -> int | None:
+        """The signal that any of the processes has received; all of them ask at once."""
+        return distributed.largest(self.received or 0) or None
 
 
 @contextlib.contextmanager
-def _out_of_memory_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
+def _failures_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RunError) or not is_lack_of_memory(error):
+        if isinstance(error, RunError):
+            raise
+        if distributed.is_loss_of_a_process(error):
+            raise RunError(f"another process of this run has ended; {run.what_is_left()}") from error
+        if not is_lack_of_memory(error):
             raise
         raise RunError(
             f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
@@ -183,18 +150,20 @@ def fit(
     ``head`` is the checkpoint without weights and training state; the learning rate and the number of epochs are
     those of its last step. ``judge(model)`` returns columns for the log and the accuracy of each group of classes;
     it is asked every SAVE_INTERVAL epochs. The model that is saved last is that of the last epoch: nothing is chosen
-    by accuracy. A run that was interrupted goes on to the same bits.
+    by accuracy. A run that was interrupted goes on to the same bits. Of several processes, which ``fit`` ends, each
+    trains on its share of every batch, and batch size, terms and accuracies are those of all.
     Raises InputError where the run to go on from was another one, RunError where a loss term is no longer finite,
     memory runs out or a save fails, and Interrupted after a signal.
     """
     loop = _Loop(run, model, teacher, train, loss, settings, head, teacher_hash)
     step, rows = head["steps"][-1], loop.rows
-    with run.writing(), StopSignal() as stop, _out_of_memory_named(loop.device, settings.batch_size, run):
+    with run.writing(), StopSignal() as stop, _failures_named(loop.device, settings.batch_size, run):
         if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
             run.write_log(rows)
         if len(rows) == step["epochs"] and not run.model.exists():  # finished in another folder
             run.save(run.resumed | {"version": VERSION})
-        loop.train = train.to(loop.device)
+        if has_room_for(train.pixels, loop.device):
+            loop.train = train.to(loop.device)
         for epoch in range(len(rows) + 1, step["epochs"] + 1):
             row = loop.epoch(epoch, stop)
             finished = epoch == step["epochs"]
@@ -203,12 +172,14 @@ def fit(
                 columns, step["group_accuracy"] = judge(model)
                 row.update(columns)
             rows.append(row)
-            signum = stop.received  # asked once: it may come at any moment
+            signum = stop.agreed()  # asked once: it may come at any moment
             if judged or signum:
                 loop.save(finished)
             run.write_log(rows)
             if signum and not finished:
+                distributed.leave()
                 raise Interrupted(signum, f"stopped after epoch {epoch}; go on with: {run.command}")
+        distributed.leave()
     return rows
 
 
@@ -227,6 +198,7 @@ class _Loop:
             "machine": {
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
+                "processes": distributed.size(),
                 "torch": str(torch.__version__),
             },
         }
@@ -242,6 +214,17 @@ class _Loop:
         self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.epochs - len(self.rows)) * self.steps))
         if run.resumed:
             self._go_on(run.resumed)
+        smallest, processes = len(train.labels) // self.steps, distributed.size()
+        if processes > 1 and smallest < 2 * processes:
+            raise InputError(
+                f"a batch of {smallest} images is too small for {processes} processes; raise --batch-size or take fewer"
+            )
+        done = f"{len(self.rows)} epochs and {self.part.batches if self.part else 0} steps"
+        distributed.require_same(
+            teacher=teacher_hash, images=self.identity["images"], what_is_done=done, class_names=head.get("class_names")
+        )
+        self.replica = distributed.replicated(model)
+        self.mean, self.std = (torch.tensor(head[name], device=self.device) for name in ("mean", "std"))
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         state = saved["training"]
@@ -262,6 +245,8 @@ class _Loop:
             if not 0 < position["batches"] < self.steps:
                 raise InputError(f"cannot resume: {self.run.source} is damaged, its epoch has no such step")
             sums = torch.tensor(list(position["sums"].values()), device=self.device)
+            if distributed.rank():  # they are those of all processes, and the first one goes on from them
+                sums.zero_()
             self.part = Part(
                 position["order"],
                 position["learning_rate"],
@@ -283,7 +268,7 @@ class _Loop:
             )
         position = part and {
             **{name: getattr(part, name) for name in ("order", "learning_rate", "batches", "seconds")},
-            "sums": dict(zip(part.names, part.sums.tolist(), strict=True)),
+            "sums": dict(zip(part.names, distributed.summed(part.sums).tolist(), strict=True)),
         }
         training = {
             **self.identity,
@@ -312,12 +297,12 @@ class _Loop:
             about,
             total=len(order),
             initial=part.batches,
-            disable=None,
+            disable=True if distributed.rank() else None,
             leave=False,
             unit="batch",
         )
         for index in bar:
-            terms = self.step(index.to(self.device))
+            terms = self.step(index)
             part.seconds = time.perf_counter() - started
             if not bar.disable and part.batches % 20 == 1:
                 shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
@@ -325,20 +310,22 @@ class _Loop:
                 bar.set_postfix(shown | {"images/s": rate})
             last = part.batches == len(order)
             due = self.settings.save_interval_steps and part.batches % self.settings.save_interval_steps == 0
-            signum = stop.received  # asked once: it may come at any moment
+            signum = stop.agreed()  # asked once: it may come at any moment
             saves = (due or signum) and not last
             if saves or last or part.batches % CHECK_INTERVAL == 0:
                 self._check_terms(about)
             if saves:
                 self.save()
             if signum and not last:
+                distributed.leave()
                 raise Interrupted(
                     signum,
                     f"stopped in {about} after step {part.batches} of {len(order)}, and saved; "
                     f"go on with: {self.run.command}",
                 )
         self.part = None
-        means = dict(zip(part.names, (part.sums / len(self.train.labels)).tolist(), strict=True))
+        means = (distributed.summed(part.sums) / len(self.train.labels)).tolist()
+        means = dict(zip(part.names, means, strict=True))
         return {
             "epoch": number,
             "loss": means.pop("total"),
@@ -349,18 +336,25 @@ class _Loop:
         }
 
     def step(self, index: Tensor) -> dict[str, Tensor]:
-        """One step of the optimiser on the images ``index``; returns the loss terms, still on the device."""
-        head, part = self.head, self.part
-        labels = self.train.labels[index]
-        pixels = augment(self.train.pixels[index], self.settings.flip, self.generator)
+        """One step of the optimiser on the images ``index``, or on this process's share of them; returns its loss
+        terms, still on the device.
+        """
+        train, part = self.train, self.part
+        # Drawn for the whole batch, so that it does not depend on the number of processes.
+        drawn = draw_augmentation(len(index), train.pixels.shape[-1], self.settings.flip, self.generator)
+        where = train.pixels.device
+        own, drawn = (moved(distributed.share(rows), where) for rows in (index, drawn))
+        pixels = moved(augment(train.pixels[own], drawn), self.device)
         terms = optimisation_step(
-            self.model,
+            self.replica,
             self.teacher,
-            to_input(pixels, head["mean"], head["std"]),
-            labels,
+            to_input(pixels, self.mean, self.std),
+            moved(train.labels[own], self.device),
             self.loss,
             self.settings,
             self.optimizer,
+            # The terms are means over the share, and the processes' gradients are averaged: a share counts by its size.
+            distributed.size() * len(own) / len(index),
         )
         self.schedule.step()
         values = torch.stack(list(terms.values()))
@@ -369,7 +363,7 @@ class _Loop:
             part.broken = torch.full_like(values, -1)
         elif part.names != list(terms):
             raise InputError(f"cannot resume: {self.run.source} has sums of {part.names}, not {list(terms)}")
-        part.sums += values * len(labels)
+        part.sums += values * len(own)
         part.broken = torch.where((part.broken < 0) & ~values.isfinite(), part.batches, part.broken)
         part.batches += 1
         return terms
@@ -378,7 +372,7 @@ class _Loop:
         self.model.train()
         if self.settings.batch_norm == "frozen" and self.teacher is not None:
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
     def _check_terms(self, about: str) -> None:

@@ -49,13 +49,14 @@ def main() -> None:
 def measure(options) -> dict:
     import torch
 
+    import hardware
     import models
     import training
     from data import Place, open_source
     from losses import first_step
     from run import Run
 
-    training.keep_freed_memory()
+    hardware.keep_freed_memory()
     row = {"images": 0, "px": options.image_size}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         cache = Path(folder) / "cache"
@@ -76,7 +77,7 @@ def measure(options) -> dict:
         settings = types.SimpleNamespace(**values, save_interval_steps=0)
         head = {"mean": [0.5] * 3, "std": [0.25] * 3}
         head["steps"] = [{"epochs": 2, "learning_rate": 0.01, "group_accuracy": []}]
-        model = training.to_device(models.build("resnet32", len(chosen), options.image_size), torch.device("cpu"))
+        model = hardware.to_device(models.build("resnet32", len(chosen), options.image_size), torch.device("cpu"))
         run = Run("teacher", Path(folder), Path(folder) / "teacher_model.pth", None)
         log = training.fit(run, model, train, first_step, settings, head, lambda model: ({}, []))
         row["epoch_seconds"] = [round(row["images"] / epoch["images_per_second"], 2) for epoch in log]

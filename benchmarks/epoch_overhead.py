@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from step_cost import NEW, OLD, SETTINGS, arguments, network, report, wait
 
+import hardware
 import losses
 import models
 import training
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of an epoch (default: 20)")
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each (default: 5)")
     options = parser.parse_args()
-    training.keep_freed_memory()
+    hardware.keep_freed_memory()
     pairs = [(scripts_epoch(options), bare_epoch(options)) for _ in range(options.repeats + 1)][1:]
     ratios = [scripts / bare for scripts, bare in pairs]
     figures = report(
@@ -63,7 +64,7 @@ def scripts_epoch(options) -> float:
 def bare_epoch(options) -> float:
     """Seconds of as many steps on batches that are ready."""
     student, teacher, settings = parts(options)
-    device = training.pick_device(options.device)
+    device = hardware.pick_device(options.device)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
     batches = [torch.randn(shape).to(device, memory_format=torch.channels_last) for _ in range(options.steps)]
     labels = torch.arange(options.batch_size, device=device) % NEW + OLD

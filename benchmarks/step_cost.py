@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import hardware
 import losses
 import models
 import training
@@ -29,7 +30,6 @@ from gradcam import autograd_map
 from reproduce import machine
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
-LEVERS = ("memory", "folding")  # training.keep_freed_memory, models.fold_batch_norm
 OLD, NEW = 10, 10
 SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "student"}
 
@@ -37,15 +37,13 @@ SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "s
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
-    parser.add_argument("--without", nargs="+", default=[], choices=LEVERS, help="levers that are left out")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; each method runs once in each (default: 15)")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(peak_memory(step_of(options, options.memory_of), options.device))
         return
-    if "memory" not in options.without:
-        training.keep_freed_memory()
+    hardware.keep_freed_memory()
     cases = {method: step_of(options, method) for method in METHODS}
     cases |= {f"forward, {mode}": forward_of(options, mode) for mode in ("train", "eval")}
     seconds = interleaved(cases, options.repeats)
@@ -82,30 +80,35 @@ def report(options, **figures) -> dict:
 def network(options, classes: int) -> torch.nn.Module:
     torch.manual_seed(0)
     model = models.build(options.model, classes, options.image_size)
-    return training.to_device(model, training.pick_device(options.device))
+    return hardware.to_device(model, hardware.pick_device(options.device))
 
 
 def images(options) -> torch.Tensor:
     """A batch on the device, in the layout that the training loop has."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
-    return pixels.to(training.pick_device(options.device), memory_format=torch.channels_last)
+    return pixels.to(hardware.pick_device(options.device), memory_format=torch.channels_last)
 
 
-def step_of(options, method: str) -> Callable[[], object]:
-    """One step of the optimiser of a method, as the training loop takes it, on images that are in place."""
-    student = network(options, OLD + NEW).train()
+def step_of(
+    options, method: str, old: int = OLD, fold: bool = True, layout=torch.channels_last, **sgd
+) -> Callable[[], object]:
+    """One step of the optimiser of a method, as the training loop takes it, on images that are in place.
+
+    ``fold``, ``layout`` and what SGD takes differ from the scripts' in levers.py alone.
+    """
+    student = network(options, old + NEW).train().to(memory_format=layout)
     teacher = None
     if method != "finetune":
-        original = network(options, OLD).eval().requires_grad_(False)
-        folds = method != "lwm-autograd" and "folding" not in options.without
-        teacher = models.fold_batch_norm(original) if folds else original
-    inputs = images(options)
-    labels = torch.arange(options.batch_size, device=inputs.device) % NEW + OLD
+        original = network(options, old).eval().requires_grad_(False)
+        teacher = models.fold_batch_norm(original) if fold and method != "lwm-autograd" else original
+        teacher = teacher.to(memory_format=layout)
+    inputs = images(options).contiguous(memory_format=layout)
+    labels = torch.arange(options.batch_size, device=inputs.device) % NEW + old
     form = {"finetune": "softmax-all", "lwf": "softmax"}.get(method, "binary")
     settings = types.SimpleNamespace(**SETTINGS, loss_form=form, precision=options.precision)
     loss = losses.METHODS.get(method) or autograd_loss(student, teacher, inputs)
-    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4, **sgd)
     if options.compile:
         student.compile()
         if teacher is not None:
@@ -131,7 +134,7 @@ def autograd_loss(student, teacher, inputs: torch.Tensor) -> Callable:
 def forward_of(options, mode: str) -> Callable[[], object]:
     """A forward pass: in train mode with what the backward pass needs, in eval mode as the teacher's."""
     model = network(options, OLD).train(mode == "train")
-    if mode == "eval" and "folding" not in options.without:
+    if mode == "eval":
         model = models.fold_batch_norm(model)
     if options.compile:
         model.compile()
@@ -175,7 +178,7 @@ def memory_in_a_process_of_its_own(method: str) -> float:
 
 def peak_memory(step: Callable[[], object], device: str) -> float:
     """MiB that three steps take at the most: of the device, or of the process beyond what it had before them."""
-    if training.pick_device(device).type == "cuda":
+    if hardware.pick_device(device).type == "cuda":
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() / 2**20

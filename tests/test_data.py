@@ -848,9 +848,14 @@ def crops(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
     return found
 
 
+def augmented(pixels: torch.Tensor, flip: bool, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return data.augment(pixels, data.draw_augmentation(len(pixels), pixels.shape[-1], flip, generator))
+
+
 def moves(pixels: torch.Tensor, flip: bool, seed: int = 0) -> list[tuple[int, int, bool]]:
     """What augment did to each image; a KeyError where it did something else."""
-    out = data.augment(pixels, flip, torch.Generator().manual_seed(seed))
+    out = augmented(pixels, flip, seed)
     assert out.shape == pixels.shape
     assert out.dtype == torch.uint8
     return [
@@ -891,7 +896,7 @@ def test_augment_is_fixed_by_its_generator_and_by_nothing_else():
     outs = []
     for seed, state in ((5, 0), (5, 1), (6, 0)):
         torch.manual_seed(state)
-        outs.append(data.augment(pixels, True, torch.Generator().manual_seed(seed)))
+        outs.append(augmented(pixels, True, seed))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
@@ -900,7 +905,7 @@ def test_augment_is_fixed_by_its_generator_and_by_nothing_else():
 def test_augment_gives_the_channels_last_layout_and_leaves_its_input(layout):
     pixels = noise(4, 16, 16).contiguous(memory_format=layout)
     before = pixels.clone()
-    out = data.augment(pixels, True, torch.Generator().manual_seed(0))
+    out = augmented(pixels, True, 0)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert data.to_input(out, [0.5] * 3, [0.2] * 3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(pixels, before)

@@ -27,6 +27,7 @@ from PIL import Image
 import checkpoint
 import config
 import data
+import hardware
 import incremental_learning_system as incremental
 import losses
 import plots
@@ -708,9 +709,9 @@ def test_deterministic_is_asked_of_torch(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    training.prepare(read_settings("train_teacher_model", ["--device", "cpu"]))
+    hardware.prepare(read_settings("train_teacher_model", ["--device", "cpu"]))
     assert asked == []
-    training.prepare(read_settings("train_teacher_model", ["--device", "cpu", "--deterministic"]))
+    hardware.prepare(read_settings("train_teacher_model", ["--device", "cpu", "--deterministic"]))
     assert asked == [True]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import picture
 
+import hardware
 import losses
 import models
 import training
@@ -146,13 +147,13 @@ def test_bf16_leaves_the_network_as_fp32_and_differs_from_it(pair):
 def test_a_device_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="0 CUDA devices"):
-        training.pick_device("cuda")
+        hardware.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="2 CUDA devices"):
-        training.pick_device("cuda:2")
-    assert training.pick_device("cuda:1") == torch.device("cuda:1")
+        hardware.pick_device("cuda:2")
+    assert hardware.pick_device("cuda:1") == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert training.pick_device("auto") == torch.device("cpu")
+    assert hardware.pick_device("auto") == torch.device("cpu")
     with pytest.raises(InputError, match="mps"):
-        training.pick_device("mps")
+        hardware.pick_device("mps")

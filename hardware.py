@@ -1,0 +1,87 @@
+"""What a run computes on: the device and its precision, memory, and whether networks are compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+
+import torch
+from torch import Tensor, nn
+
+import distributed
+from errors import InputError
+from settings import Settings
+
+
+def prepare(settings: Settings) -> tuple[Settings, torch.device]:
+    """The device of a training run, set up as the settings say; "auto" is decided in the settings that return.
+
+    Meets the other processes of a torchrun job. Raises InputError for what the machine cannot do.
+    """
+    with settings.naming("device"):
+        device = distributed.join(pick_device(settings.device))
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+        print(f"PRECISION = {precision} (auto, on {device})")
+    elif precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise InputError(f"{settings.where('precision')}: bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+    keep_freed_memory()
+    return dataclasses.replace(settings, precision=precision), device
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("mps: there is none on this machine; use cpu or auto")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself, rather than by way of fp32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the older releases do not tell
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step, instead of giving it back to the system each time.
+
+    A step with a teacher frees and takes some more than one without, and the pages would be cleared anew:
+    docs/performance.md has the figures. Only glibc knows these two options (mallopt(3)).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below it come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is kept
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Channels-last memory: the layout in which convolutions are fastest on CPUs and GPUs alike."""
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``, without waiting for what the device is doing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def has_room_for(pixels: Tensor, device: torch.device) -> bool:
+    """Whether all images of a run can lie on the device; half of its free memory is left to the networks."""
+    return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
