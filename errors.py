@@ -60,6 +60,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             told = code != 1 and os.environ.get("LOCAL_RANK") != "0"
             text = None if text is None or told else f"process {process_number()}: {text}"
         _say(text)
+        if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(code)  # not by way of the others' connections, whose threads would wait or abort
         return code
 
     return wrapped

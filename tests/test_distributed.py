@@ -115,6 +115,7 @@ def process_of_a_case(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.join(torch.device("cpu"))
     torch.save(CASES[name](folder), folder / f"{name}{distributed.rank()}.pt")
+    distributed.leave()
 
 
 def torchrun(*command: str | Path, processes: int = 2) -> subprocess.CompletedProcess:
@@ -344,6 +345,7 @@ def test_bad_input_is_said_once(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_out_is_said(tmp_path):
     done = torchrun(*teacher_of(tmp_path, "--batch-size", "3", "--epochs", "1"))
+    assert "exitcode  : 2" in done.stderr
     assert "a batch of 3 images is too small for 2 processes; raise --batch-size or take fewer" in done.stderr
     assert not (tmp_path / "teacher_model.pth").exists()
 
