@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from epoch_overhead import scripts_epoch
+from epoch_overhead import bare_epoch, scripts_epoch
 from step_cost import NEW, OLD, arguments, network, report
 
 import distributed
@@ -67,17 +67,13 @@ def measure(options) -> None:
     """What one process of a run does; the first prints the milliseconds."""
     torch.set_num_threads(1)
     hardware.keep_freed_memory()
-    cpu = torch.device("cpu")
-    distributed.join(cpu)
+    bare_epoch(options)  # warms up
+    distributed.join(torch.device("cpu"))
     gradients = torch.zeros(sum(p.numel() for p in network(options, OLD + NEW).parameters()))
     all_reduce = timed(lambda: distributed.summed(gradients))
     agreement = timed(lambda: distributed.largest(0))
-    distributed.leave()
-    seconds = []
-    for _ in range(3):  # the first warms up
-        distributed.join(cpu)
-        seconds.append(scripts_epoch(options))  # leaves
-    row = {"step_ms": 1e3 * min(seconds[1:]) / options.steps, "all_reduce_ms": all_reduce, "agreement_ms": agreement}
+    step = 1e3 * scripts_epoch(options) / options.steps
+    row = {"step_ms": step, "all_reduce_ms": all_reduce, "agreement_ms": agreement}
     if not distributed.rank():
         print(json.dumps(row))
 
