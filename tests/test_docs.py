@@ -43,7 +43,8 @@ def test_the_settings_table_is_what_is_recommended():
 def test_every_flag_and_constant_that_the_documents_name_exists():
     known = {"--" + f.name.replace("_", "-") for f in fields(settings.Settings)}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields(settings.Settings)}
-    known |= {"--help", "--nproc_per_node", "--nnodes", "--standalone"}  # the last three are torchrun's
+    known |= {"--help"}
+    known |= {"--nproc_per_node", "--nnodes", "--standalone", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
     for script in [ROOT / "reproduce.py", *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
     text = README + "".join(path.read_text() for path in ROOT.glob("docs/*.md"))
