@@ -138,11 +138,12 @@ MODEL = None  # resnet18, resnet32 or resnet110
 IMAGE_SIZE = None  # px; images are scaled and cut to this square
 
 # The method: L = L_C + BETA * L_D + GAMMA * L_AD.
-METHOD = "lwm"  # finetune, lwf, lwf-mc or lwm
+METHOD = "lwm"  # finetune, frozen, lwf, lwf-mc or lwm
 LOSS_FORM = None  # binary, softmax or softmax-all; None: the form that belongs to METHOD
 BETA = None  # weight of the logits' distillation, L_D
 GAMMA = None  # weight of the attention distillation, L_AD
 TEMPERATURE = 2.0  # of softmax distillation
+ATTENTION = "grad-cam"  # what L_AD compares; the others are controls: losses._compared says what they are
 ATTENTION_CLASS = "student"  # whose top old class the two maps explain: student (the paper) or teacher
 BATCH_NORM = "train"  # in the student's step: train, or frozen at the old running statistics
 

@@ -26,16 +26,16 @@ if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
     from torch import Tensor, nn
 
 
-def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor) -> Tensor:
+def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor, relu: bool = True) -> Tensor:
     """Grad-CAM at the feature map that pooling and the linear head see.
 
-    features (B, C, h, w), head_weight (outputs, C), classes int64 (B,); returns (B, h, w), >= 0.
+    features (B, C, h, w), head_weight (outputs, C), classes int64 (B,); returns (B, h, w), >= 0 with ``relu``.
     """
     # index_select, not head_weight[classes]: the backward of the latter adds in no fixed order on several threads.
     rows = head_weight.index_select(0, classes)
     height, width = features.shape[2:]
     weighted = rows.unsqueeze(1).bmm(features.flatten(2)).squeeze(1) / (height * width)
-    return weighted.relu().unflatten(1, (height, width))
+    return (weighted.relu() if relu else weighted).unflatten(1, (height, width))
 
 
 def autograd_map(model: nn.Module, images: Tensor, classes: Tensor, layer: str, create_graph: bool = False) -> Tensor:

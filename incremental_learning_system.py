@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":
         models.start_at_prior(student, first=len(old))
+    if settings.method == "frozen":
+        models.freeze_backbone(student)
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     head = {
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
@@ -72,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     def judge(model):
         logits = evaluation.predict(model, test.pixels, head["mean"], head["std"], settings.batch_size)
         columns = evaluation.accuracies(logits, test.labels, len(old))
-        groups = evaluation.group_accuracies(logits, test.labels, [len(step["classes"]) for step in head["steps"]])
+        sizes = [len(step["classes"]) for step in head["steps"]]
+        columns["task_aware"] = evaluation.task_aware(logits, test.labels, sizes)
+        groups = evaluation.group_accuracies(logits, test.labels, sizes)
         return {f"test_{name}": value for name, value in columns.items()}, groups
 
     log = training.fit(

@@ -7,7 +7,7 @@ terms, "total" among them: the training loop minimises that one and logs them al
     student, teacher   models.Output: logits (B, N+K) and (B, N), features (B, C, h, w); teacher None in step 0
     labels             int64 (B,), position of the class in the student's outputs
     heads              the two rows-by-class weights of the heads, (N+K, C) and (N, C)
-    settings           anything with loss_form, beta, gamma, temperature and attention_class
+    settings           anything with loss_form, beta, gamma, temperature, attention_class and attention
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def distillation_softmax(student: Tensor, teacher: Tensor, temperature: float) -
 
 
 def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Each map (B, h, w) as a row (B, h*w) of L2 length 1, and which rows are not all zero."""
+    """Each map (B, ...) as a row (B, pixels) of L2 length 1, and which rows are not all zero."""
     rows = maps.flatten(1)
-    peak = rows.detach().amax(1, keepdim=True)
+    peak = rows.detach().abs().amax(1, keepdim=True)
     alive = peak > 0
     # Division by the peak changes nothing after normalisation, and squares of tiny maps no longer underflow.
     rows = rows / peak.where(alive, 1.0)
@@ -69,7 +69,7 @@ def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """L_AD (paper, section 3.2, eq. 4): L1 distance of the L2-normalised maps, both (B, h, w) and >= 0.
+    """L_AD (paper, section 3.2, eq. 4): L1 distance of the L2-normalised maps, both (B, h, w).
 
     Summed over pixels, mean over the batch. Returns the loss and the share of images for which either map is all
     zero: they contribute 0, and their gradient is 0.
@@ -123,16 +123,41 @@ def lwm(student, teacher, labels, heads, settings) -> Terms:
     Both maps are those of one old class an image: the top one of the student, as in the paper, or of the teacher.
     """
     terms = _classify_and_distil(student, teacher, labels, settings.loss_form, settings)
-    old = teacher.logits.shape[1]
-    judge = student.logits[:, :old] if settings.attention_class == "student" else teacher.logits
-    top_old_class = judge.detach().argmax(1)
-    student_head, teacher_head = heads
-    attention, zero_maps = attention_distillation(
-        closed_form_map(student.features, student_head, top_old_class),
-        closed_form_map(teacher.features, teacher_head, top_old_class).detach(),
-    )
+    attention, zero_maps = attention_distillation(*_compared(student, teacher, labels, heads, settings))
     total = terms["total"] + settings.gamma * attention
     return {**terms, "total": total, "attention": attention, "zero_maps": zero_maps}
 
 
-METHODS = {"finetune": finetune, "lwf": lwf, "lwf-mc": lwf_mc, "lwm": lwm}
+def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor]:
+    """What L_AD compares, of student and teacher: by default the paper's maps, otherwise a control of the ablation.
+
+    ``grad-cam``: maps (B, h, w) of one old class. ``signed``: the same without the ReLU. ``through-features`` and
+    ``through-head``: the same maps, but the gradient reaches the student through A alone, or through alpha alone.
+    ``new-class``: maps of the image's own class, both by the student's head since the teacher has none for it.
+    ``features``: the feature maps (B, C, h, w) themselves.
+    """
+    student_head, teacher_head = heads
+    features, what = student.features, settings.attention
+    if what == "features":
+        return features, teacher.features.detach()
+    if what == "new-class":
+        theirs = closed_form_map(teacher.features, student_head, labels).detach()
+        return closed_form_map(features, student_head, labels), theirs
+    judge = student.logits[:, : len(teacher_head)] if settings.attention_class == "student" else teacher.logits
+    classes, relu = judge.detach().argmax(1), what != "signed"
+    ours = closed_form_map(
+        features.detach() if what == "through-head" else features,
+        student_head.detach() if what == "through-features" else student_head,
+        classes,
+        relu,
+    )
+    return ours, closed_form_map(teacher.features, teacher_head, classes, relu).detach()
+
+
+def frozen(student, teacher, labels, heads, settings) -> Terms:
+    """A lower bound: L_C alone over the new logits, for a student whose backbone does not move."""
+    classification = classification_loss(student.logits, labels, teacher.logits.shape[1], settings.loss_form)
+    return {"total": classification, "classification": classification}
+
+
+METHODS = {"finetune": finetune, "frozen": frozen, "lwf": lwf, "lwf-mc": lwf_mc, "lwm": lwm}

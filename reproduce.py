@@ -1,11 +1,11 @@
 """Run a whole protocol through the three scripts and make its table.
 
     python3 reproduce.py digits-2+2 --seeds 0,1,2,3,4
-    python3 reproduce.py photos32-10+10 --data-dir photos32 --seeds 0,1,2
+    python3 reproduce.py photos32-search --data-dir photos32 --ablation
 
-Every cell (a variant with a seed) lies in its own folder under --work-dir: what is finished is skipped, what was
-interrupted is resumed. results/<protocol>/ gets accuracy.csv, table.md and environment.json. ``--table`` only makes
-the table again from the CSV.
+protocols.py says what there is. Every cell (a method with a seed) lies in its own folder under --work-dir: what is
+finished is skipped, what was interrupted is resumed. results/<protocol>/ gets accuracy.csv (ablation.csv with
+--ablation), a row a step, its table and environment.json. ``--table`` only makes the tables again from the CSVs.
 """
 
 from __future__ import annotations
@@ -14,104 +14,32 @@ import argparse
 import concurrent.futures
 import csv
 import datetime
+import io
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
+from protocols import JOINT, PROTOCOLS, Protocol
 from settings import OneLineParser, require_folder
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = ["accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new", "forgetting"]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """One step on top of a teacher: ``old`` classes of the pool, then ``new`` ones.
-
-    ``pool`` is a slice of the class order; each seed starts ``rotation`` classes further on in the pool, so that
-    settings are not chosen for one pair of groups alone.
-    """
-
-    about: str
-    dataset: str
-    pool: slice
-    old: int
-    new: int
-    rotation: int
-    flags: str  # of both training scripts
-    variants: dict[str, str]  # name -> flags; a teacher is trained for each loss form and shared
-
-
-METHODS = {
-    "finetune": "--method finetune",
-    "lwf": "--method lwf",
-    "lwf-mc": "--method lwf-mc",
-    "lwm": "--method lwm",
+COLUMNS = {
+    "average": "average of the steps",
+    "accuracy": "all",
+    "accuracy_old": "old",
+    "accuracy_new": "new",
+    "task_aware": "task-aware",
+    "forgetting": "forgetting",
 }
-PHOTOS = "--model resnet32 --image-size 32 --precision bf16"
-
-
-def grid(rates: list[float], gammas: list[float]) -> dict[str, str]:
-    """Variants of lwm for a search over the student's learning rate and gamma."""
-    pairs = [(rate, gamma) for rate in rates for gamma in gammas]
-    return {f"lr {r}, gamma {g}": f"--method lwm --incremental-lr {r} --gamma {g}" for r, g in pairs}
-
-
-PROTOCOLS = {
-    "digits-2+2": Protocol(
-        about="scikit-learn digits, ResNet-18: teacher 0 and 1, student 2 and 3, judged on the test images",
-        dataset="digits",
-        pool=slice(0, 4),
-        old=2,
-        new=2,
-        rotation=0,
-        flags="",
-        # The last two are no choices of ours: learned faster, they lean to the new classes and show the frontier.
-        variants=METHODS
-        | {
-            "lwm, lr 0.02": "--method lwm --incremental-lr 0.02",
-            "lwm, lr 0.02, gamma 1": "--method lwm --incremental-lr 0.02 --gamma 1",
-        },
-    ),
-    "digits-search": Protocol(
-        about="scikit-learn digits 4 to 9, ResNet-18: 4 and 5 then 6 and 7 (seed 0), 6 and 7 then 8 and 9 (seed 1), "
-        "8 and 9 then 4 and 5 (seed 2), judged on a fifth of the training images, held back",
-        dataset="digits",
-        pool=slice(4, 10),
-        old=2,
-        new=2,
-        rotation=2,
-        flags="--hold-back 0.2",
-        variants=grid([0.01, 0.0125], [0, 0.1, 1]) | grid([0.02], [0, 1]),
-    ),
-    "photos32-10+10": Protocol(
-        about="mini-ImageNet at 32 px, ResNet-32: classes 1-10 of the order, then 11-20, judged on the test images",
-        dataset="folder",
-        pool=slice(0, 20),
-        old=10,
-        new=10,
-        rotation=0,
-        flags=PHOTOS,
-        variants=METHODS,
-    ),
-    "photos32-search": Protocol(
-        about="mini-ImageNet at 32 px, ResNet-32: classes 81-90 of the order, then 91-100, judged on a tenth of the "
-        "training images, held back",
-        dataset="folder",
-        pool=slice(80, 100),
-        old=10,
-        new=10,
-        rotation=0,
-        flags=f"{PHOTOS} --hold-back 0.1",
-        variants={"finetune": METHODS["finetune"], "lwf": METHODS["lwf"], **grid([0.1], [0, 0.1])},
-    ),
-}
+SETTINGS = ("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm", "learning_rate", "epochs")
+SETTINGS += ("precision",)
 
 
 @one_line_errors
@@ -122,29 +50,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--data-dir", help="the folder of a protocol on photos32, with train/ and test/")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
-    parser.add_argument("--variants", help="names, separated by semicolons (default: all of the protocol)")
+    parser.add_argument("--methods", help="comma-separated (default: all of the protocol)")
+    parser.add_argument("--ablation", action="store_true", help="the ablation's variants in place of the methods")
     parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
     parser.add_argument("--work-dir", default="runs/reproduce")
-    parser.add_argument("--table", action="store_true", help="only make table.md again from accuracy.csv")
+    parser.add_argument("--table", action="store_true", help="only make the tables again from the CSVs")
     options = parser.parse_args(argv)
     protocol = PROTOCOLS[options.protocol]
     results = ROOT / "results" / options.protocol
-    chosen = list(protocol.variants) if options.variants is None else options.variants.split(";")
-    for name in chosen:
-        if name not in protocol.variants:
-            raise InputError(f"--variants: {options.protocol} has no {name!r}: {'; '.join(protocol.variants)}")
-    seeds = [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in options.seeds.split(",")]
-    for flag, values in (("--variants", chosen), ("--seeds", seeds)):
-        if len(set(values)) < len(values):  # two runs at once in one folder
-            raise InputError(f"{flag}: {statistics.mode(values)!r} is named twice")
-    options.jobs = whole_number("--jobs", options.jobs, 1, 1024)
     if not options.table:
-        run_cells(options, protocol, chosen, seeds, results)
-    rows = read_rows(results / "accuracy.csv")
-    if not rows:
-        raise InputError(f"--table: there is no row in {results / 'accuracy.csv'}; run the protocol without it first")
-    (results / "table.md").write_text(table(protocol, rows))
-    print(table(protocol, rows))
+        table = "ablation" if options.ablation or not protocol.methods else "accuracy"
+        run_cells(options, protocol, results / f"{table}.csv")
+    made = [path for path in (results / "accuracy.csv", results / "ablation.csv") if read_rows(path)]
+    if not made:
+        raise InputError(f"--table: there is no row in {results}; run the protocol without it first")
+    for path in made:
+        text = table_of(protocol, path)
+        table_path(path).write_text(text)
+        print(text)
+
+
+def table_path(path: Path) -> Path:
+    return path.with_name("table.md" if path.stem == "accuracy" else f"{path.stem}_table.md")
+
+
+def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
+    return protocol.ablation if path.stem == "ablation" else protocol.methods
 
 
 def whole_number(flag: str, text: str, least: int, most: int) -> int:
@@ -154,48 +85,93 @@ def whole_number(flag: str, text: str, least: int, most: int) -> int:
     return number
 
 
-def run_cells(options, protocol: Protocol, variants: list[str], seeds: list[int], results: Path) -> None:
-    """Teachers first, then the students of every seed; the CSV grows by a row as each is done."""
+def run_cells(options, protocol: Protocol, path: Path) -> None:
+    """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
+    variants = variants_of(protocol, path)
+    chosen = list(variants) if options.methods is None else options.methods.split(",")
+    for name in chosen:
+        if name not in variants:
+            raise InputError(f"--methods: {options.protocol} has no {name!r}: {', '.join(variants)}")
+    seeds = [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in options.seeds.split(",")]
+    for flag, values in (("--methods", chosen), ("--seeds", seeds)):
+        if len(set(values)) < len(values):  # two runs at once in one folder
+            raise InputError(f"{flag}: {statistics.mode(values)!r} is named twice")
+    jobs = whole_number("--jobs", options.jobs, 1, 1024)
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
-    results.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    work = Path(options.work_dir) / options.protocol
-    common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--resume"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    common = [*protocol.flags.split(), "--dataset", protocol.dataset]
     if options.data_dir:
         common += ["--data-dir", options.data_dir]
+    writing = threading.Lock()
 
-    def classes(seed: int, first: int, count: int) -> str:
-        start = first + seed * protocol.rotation
-        return ",".join(pool[(start + index) % len(pool)] for index in range(count))
+    def flags_of(seed: int, name: str) -> list[str]:
+        return [*common, *variants[name].split(), "--seed", str(seed)]
 
-    def teacher(seed: int, form: str) -> None:
-        folder = work / f"seed{seed}" / f"teacher-{form}"
-        if not (folder / "done").exists():
-            flags = ["--old-classes", classes(seed, 0, protocol.old), "--loss-form", form, "--seed", str(seed)]
-            call("train_teacher_model.py", [*common, *flags, "--output-dir", str(folder)], threads)
-            (folder / "done").touch()
+    def folder_of(seed: int, name: str) -> Path:
+        return Path(options.work_dir) / options.protocol / f"seed{seed}" / name.replace(" ", "_")
 
-    def student(seed: int, variant: str) -> dict:
-        flags = protocol.variants[variant].split()
-        first = work / f"seed{seed}" / f"teacher-{form_of(flags)}" / "teacher_model.pth"
-        folder = work / f"seed{seed}" / variant.replace(" ", "_").replace(",", "")
-        if not (folder / "metrics.json").exists():
-            new = [*common, *flags, "--new-classes", classes(seed, protocol.old, protocol.new), "--seed", str(seed)]
-            output = ["--teacher", str(first), "--output-dir", str(folder)]
-            call("incremental_learning_system.py", [*new, *output], threads)
-            call("demo.py", [*output, "--student", str(folder / "student_model.pth")], threads)
-        return row_of(options.protocol, variant, seed, folder)
+    def first(seed: int, form: str) -> Path:
+        old = ",".join(groups_of(protocol, pool, seed)[0])
+        flags = [*common, "--seed", str(seed), "--old-classes", old, "--loss-form", form]
+        return step("train_teacher_model.py", folder_of(seed, f"first-{form}"), flags, threads)
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as workers:
-        forms = sorted({form_of(protocol.variants[name].split()) for name in variants})
-        list(workers.map(lambda cell: teacher(*cell), [(seed, form) for seed in seeds for form in forms]))
-        cells = [workers.submit(student, seed, name) for seed in seeds for name in variants]
-        for cell in concurrent.futures.as_completed(cells):
-            row = cell.result()
-            print(f"{row['variant']}, seed {row['seed']}: {row['accuracy']:.1f} %", flush=True)
-            write_rows(results / "accuracy.csv", row)
-    (results / "environment.json").write_text(json.dumps(environment(options, threads), indent=1) + "\n")
+    def cell(seed: int, name: str) -> None:
+        flags, groups = flags_of(seed, name), groups_of(protocol, pool, seed)
+
+        def write(model: Path) -> dict:
+            row = row_of(options.protocol, name, seed, len(groups) - 1 if name == JOINT else None, model)
+            with writing:
+                write_rows(path, row)
+            return row
+
+        if name == JOINT:
+            everything = ["--old-classes", ",".join(name for group in groups for name in group)]
+            row = write(step("train_teacher_model.py", folder_of(seed, name), [*flags, *everything], threads))
+        else:
+            model = first(seed, form_of(variants[name].split()))
+            write(model)
+            for number, group in enumerate(groups[1:], 1):
+                more = ["--teacher", str(model), "--new-classes", ",".join(group)]
+                folder = folder_of(seed, name) / str(number)
+                model = step("incremental_learning_system.py", folder, [*flags, *more], threads)
+                row = write(model)
+        print(f"{name}, seed {seed}: {row['accuracy']:.1f} % after the last step", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as workers:
+        forms = sorted({form_of(variants[name].split()) for name in chosen if name != JOINT})
+        list(workers.map(lambda pair: first(*pair), [(seed, form) for seed in seeds for form in forms]))
+        list(workers.map(lambda pair: cell(*pair), [(seed, name) for seed in seeds for name in chosen]))
+    about = json.dumps(environment(options, jobs, threads), indent=1) + "\n"
+    path.with_name("environment.json" if path.stem == "accuracy" else f"{path.stem}_environment.json").write_text(about)
+
+
+def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:
+    """The classes of each step."""
+    import numpy as np
+
+    if protocol.shuffle and seed:
+        pool = [pool[index] for index in np.random.RandomState(seed).permutation(len(pool))]
+    start, groups = seed * protocol.rotation, []
+    for size in protocol.groups:
+        groups.append([pool[(start + index) % len(pool)] for index in range(size)])
+        start += size
+    return groups
+
+
+def step(script: str, folder: Path, flags: list[str], threads: int) -> Path:
+    """The model that the script leaves in ``folder``; it is called unless it has finished there with these flags."""
+    model = folder / ("teacher_model.pth" if script.startswith("train") else "student_model.pth")
+    done, command = folder / "done", [script, *flags]
+    before = [part.parent / "done" for part in map(Path, flags) if part.name.endswith("_model.pth")]
+    said = "\n".join([shlex.join(command), *(path.read_text() for path in before)])
+    if not (done.exists() and done.read_text() == said):
+        how = "--overwrite" if done.exists() else "--resume"
+        done.unlink(missing_ok=True)
+        call(script, [*flags, "--output-dir", str(folder), how], threads)
+        done.write_text(said)
+    return model
 
 
 def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
@@ -233,26 +209,32 @@ def call(script: str, flags: list[str], threads: int) -> None:
         raise RunError(f"{script} {' '.join(flags)}: {done.stderr.strip()[-300:]}")
 
 
-def row_of(protocol: str, variant: str, seed: int, folder: Path) -> dict:
-    """A row of accuracy.csv from what the demo and the log of a student say."""
+def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -> dict:
+    """A row of the CSV from what a checkpoint says of its last step; ``step`` is its number, unless that counts."""
     from checkpoint import load
+    from evaluation import forgetting
 
-    metrics = json.loads((folder / "metrics.json").read_text())
-    saved = load(folder / "student_model.pth")
-    step, last = saved["steps"][-1], saved["training"]["log"][-1]
-    names = ["method", "loss_form", "learning_rate", "epochs", "batch_norm", "precision"]
-    unused = {"finetune": ["beta", "gamma"], "lwm": []}.get(step["method"], ["gamma"])
+    saved = load(model)
+    made, last = saved["steps"][-1], saved["training"]["log"][-1]
+    first = len(saved["steps"]) == 1
+    history = [done["group_accuracy"] for done in saved["steps"]]
+    losses = [] if first else [lost for lost in forgetting(history[:-1], history[-1]) if lost is not None]
+    unused = {"lwf": ["gamma"], "lwf-mc": ["gamma"], "lwm": []}.get(made["method"], ["beta", "gamma"])
+    unused += ["attention", "attention_class"] if "gamma" in unused else []
     return {
         "protocol": protocol,
-        "variant": variant,
+        "method": name,
         "seed": seed,
-        "step": len(saved["steps"]) - 1,
-        **{name: metrics["student"][name] for name in COLUMNS[:-1]},
-        "forgetting": metrics["steps"][0]["forgetting"],
-        "teacher_accuracy": metrics["teacher"]["accuracy"],
+        "step": len(saved["steps"]) - 1 if step is None else step,
+        "accuracy": last["test_accuracy"],
+        "accuracy_old": last.get("test_accuracy_old"),
+        "accuracy_new": last.get("test_accuracy_new"),
+        "task_aware": last.get("test_task_aware"),
+        "forgetting": statistics.mean(losses) if losses else None,
         "zero_maps": last.get("zero_maps"),
-        **{name: step[name] for name in names},
-        **{name: None if name in unused else step[name] for name in ("beta", "gamma")},
+        **{key: None if key in unused or first else made[key] for key in ("beta", "gamma")},
+        **{key: None if key in unused or first else made[key] for key in ("attention", "attention_class")},
+        **{key: made[key] for key in SETTINGS if key not in ("beta", "gamma", "attention", "attention_class")},
     }
 
 
@@ -264,41 +246,61 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def write_rows(path: Path, row: dict) -> None:
-    """Put a row in its place by variant and seed, replacing an earlier one."""
-    rows = [r for r in read_rows(path) if (r["variant"], r["seed"]) != (row["variant"], str(row["seed"]))]
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-    rows = sorted([*rows, rounded], key=lambda r: (r["variant"], int(r["seed"])))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    """Put a row in its place by method, seed and step, replacing an earlier one."""
+    key = ("method", "seed", "step")
+    rows = [other for other in read_rows(path) if any(other[name] != str(row[name]) for name in key)]
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+    rows = sorted([*rows, rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"])))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text.getvalue())
+    temporary.replace(path)
 
 
-def table(protocol: Protocol, rows: list[dict]) -> str:
-    """Mean and standard deviation over the seeds, in percent, a line a variant in the protocol's order."""
-    head = ["variant", "all", "old", "new", "task-aware old", "task-aware new", "forgetting", "seeds"]
-    lines = [f"{protocol.about}.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for variant in protocol.variants:
-        found = [row for row in rows if row["variant"] == variant]
-        if not found:
-            continue
-        cells = []
-        for column in COLUMNS:
-            values = [float(row[column]) for row in found]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {variant} | {' | '.join(cells)} | {len(found)} |")
+def table_of(protocol: Protocol, path: Path) -> str:
+    """Mean and standard deviation over the seeds, in percent, after the last step; a line a method."""
+    rows = read_rows(path)
+    columns = [name for name in COLUMNS if name != "average" or len(protocol.groups) > 2]
+    heads = ["method", *(COLUMNS[name] for name in columns), "seeds"]
+    lines = [f"{protocol.about}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in variants_of(protocol, path):
+        values = per_seed(rows, name, len(protocol.groups) - 1)
+        if values:
+            cells = [mean_and_spread([row[column] for row in values]) for column in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(values)} |")
     return "\n".join(lines) + "\n"
 
 
-def environment(options, threads: int) -> dict:
+def per_seed(rows: list[dict], name: str, last: int) -> list[dict]:
+    """For each seed that has finished: its last row in numbers, None where a cell is empty, with the average accuracy
+    over all steps, the first one included.
+    """
+    found = []
+    for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
+        own = {int(row["step"]): row for row in rows if (row["method"], row["seed"]) == (name, seed)}
+        if last in own:
+            numbers = {key: float(own[last][key]) if own[last][key] else None for key in COLUMNS if key != "average"}
+            steps = [float(row["accuracy"]) for row in own.values()]
+            found.append({"average": statistics.mean(steps) if len(own) == last + 1 else None, **numbers})
+    return found
+
+
+def mean_and_spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"  # noqa: RUF001
+    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+
+
+def environment(options, jobs: int, threads: int) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    folder = "--data-dir photos32 " if options.data_dir else ""
-    return {
-        "command": f"python3 reproduce.py {options.protocol} {folder}--seeds {options.seeds} --jobs {options.jobs}",
-        "commit": commit,
-        **machine(threads),
-    }
+    words = [options.protocol, *(["--data-dir", "photos32"] if options.data_dir else [])]
+    words += [*(["--methods", options.methods] if options.methods else []), "--seeds", options.seeds]
+    words += [*(["--ablation"] if options.ablation else []), "--jobs", str(jobs)]
+    return {"command": f"python3 reproduce.py {shlex.join(words)}", "commit": commit, **machine(threads)}
 
 
 def machine(threads: int | None = None) -> dict:

@@ -19,8 +19,9 @@ from lock import held
 
 Row = dict[str, Any]
 # Recorded for each step, and compared when a run goes on.
-STEP_SETTINGS = ("method", "loss_form", "beta", "gamma", "temperature", "attention_class", "batch_norm")
-STEP_SETTINGS += ("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed")
+STEP_SETTINGS = ("method", "loss_form", "beta", "gamma", "temperature", "attention", "attention_class")
+STEP_SETTINGS += ("batch_norm", "batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed")
+ADDED = {"attention": "grad-cam"}  # what it was where a checkpoint of an earlier release does not say
 LOCK = ".lock"
 
 
@@ -72,7 +73,9 @@ class Run:
             raise InputError(f"cannot resume: {self.source} holds a network alone, without the state of a run")
         step, now = was["steps"][-1], head["steps"][-1]
         pairs = [(key, was[key], head[key]) for key in ("architecture", "image_size", "class_names")]
-        pairs += [(key, step.get(key), now[key]) for key in ("dataset", *STEP_SETTINGS, "learning_rate")]
+        pairs += [
+            (key, step.get(key, ADDED.get(key)), now[key]) for key in ("dataset", *STEP_SETTINGS, "learning_rate")
+        ]
         pairs += [("teacher (hash of its weights)", training["teacher"], identity["teacher"])]
         if training["images"] is not None:
             pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]

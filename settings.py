@@ -108,11 +108,14 @@ class Settings:
     new_classes: tuple[str, ...] = _names("classes that the student learns on top")
     model: str = _choice("architecture", "resnet18", "resnet32", "resnet110")
     image_size: int = _number("side of the square images, px", int, 8, 1024)
-    method: str = _choice("method of the student", "finetune", "lwf", "lwf-mc", "lwm")
+    method: str = _choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
     loss_form: str = _choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
     beta: float = _number("weight of L_D", float, 0)
     gamma: float = _number("weight of L_AD", float, 0)
     temperature: float = _number("temperature of softmax distillation", float, 0, above=True)
+    attention: str = _choice(
+        "what L_AD compares", "grad-cam", "signed", "through-features", "through-head", "new-class", "features"
+    )
     attention_class: str = _choice("whose top old class the maps explain", "student", "teacher")
     batch_norm: str = _choice("batch-norm statistics of the student", "train", "frozen")
     epochs: int = _number("epochs", int, 1, 1_000_000)
@@ -176,7 +179,7 @@ _TRAINING = (
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size lr {_TRAINING}", "", ""),
     "incremental_learning_system": (
-        f"new_classes incremental_lr beta gamma temperature attention_class batch_norm {_TRAINING}",
+        f"new_classes incremental_lr beta gamma temperature attention attention_class batch_norm {_TRAINING}",
         "teacher",
         "student",
     ),
@@ -184,7 +187,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
     "gradcam": ("", "checkpoint image", "class_name layer output"),
 }
 
-METHOD_FORMS = {"finetune": "softmax-all", "lwf": "softmax", "lwf-mc": "binary"}  # lwm takes any
+METHOD_FORMS = {"finetune": "softmax-all", "lwf": "softmax", "lwf-mc": "binary"}  # the others take any
 _SMALL_PHOTOS = {
     "model": "resnet32",
     "image_size": 32,

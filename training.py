@@ -208,7 +208,10 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(settings.seed)
         rate = head["steps"][-1]["learning_rate"]
         self.optimizer = torch.optim.SGD(
-            model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay
+            (parameter for parameter in model.parameters() if parameter.requires_grad),
+            rate,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
         )
         self.steps = len(batches(len(train.labels), settings.batch_size, torch.Generator()))  # of an epoch
         self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.epochs - len(self.rows)) * self.steps))
@@ -370,10 +373,10 @@ class _Loop:
 
     def _to_train_mode(self) -> None:
         self.model.train()
-        if self.settings.batch_norm == "frozen" and self.teacher is not None:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        keeps_statistics = self.settings.batch_norm == "frozen" and self.teacher is not None
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(not keeps_statistics and module.weight.requires_grad)
 
     def _check_terms(self, about: str) -> None:
         part = self.part

@@ -31,7 +31,7 @@ from reproduce import machine
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
 OLD, NEW = 10, 10
-SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "student"}
+SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "student", "attention": "grad-cam"}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from models.resnet import CifarResNet, Output, ResNet18
 
-__all__ = ["Output", "build", "fold_batch_norm", "start_at_prior", "widen_head"]
+__all__ = ["Output", "build", "fold_batch_norm", "freeze_backbone", "start_at_prior", "widen_head"]
 
 
 def build(architecture: str, classes: int, image_size: int) -> nn.Module:
@@ -41,6 +41,12 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
                 setattr(block, convolution, fuse_conv_bn_eval(*pair))
                 setattr(block, norm, nn.Identity())
     return folded
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """From now on only the head is trained; the loop leaves batch-norms that are not trained in eval mode."""
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
 
 
 def widen_head(model: nn.Module, new_classes: int) -> None:

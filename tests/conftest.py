@@ -29,7 +29,14 @@ hypothesis.settings.load_profile("project")
 
 def loss_settings(**changes: Any) -> types.SimpleNamespace:
     """The settings that a loss reads."""
-    values = {"loss_form": "binary", "beta": 1.0, "gamma": 1.0, "temperature": 2.0, "attention_class": "student"}
+    values = {
+        "loss_form": "binary",
+        "beta": 1.0,
+        "gamma": 1.0,
+        "temperature": 2.0,
+        "attention": "grad-cam",
+        "attention_class": "student",
+    }
     return types.SimpleNamespace(**(values | changes))
 
 

@@ -60,7 +60,14 @@ def train(folder: Path) -> dict:
     """Two epochs of three steps on 19 images: batches of 7, 6 and 6, that two processes share as 4 + 3 and 3 + 3."""
     teacher, student = pair()
     values = {"method": "lwm", "loss_form": "binary", "beta": 1.0, "gamma": 1.0, "temperature": 2.0, "seed": 0}
-    values |= {"attention_class": "student", "batch_norm": "frozen", "batch_size": 7, "momentum": 0.9, "flip": False}
+    values |= {
+        "attention": "grad-cam",
+        "attention_class": "student",
+        "batch_norm": "frozen",
+        "batch_size": 7,
+        "momentum": 0.9,
+        "flip": False,
+    }
     values |= {"weight_decay": 1e-3, "precision": "fp32", "save_interval": 2, "save_interval_steps": 0}
     head = {"mean": [0.5] * 3, "std": [0.25] * 3, "class_names": list("abcde")}
     head["steps"] = [{"epochs": 2, "learning_rate": 2e-3, "group_accuracy": []}]

@@ -11,17 +11,17 @@ import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = sorted(path.parent for path in ROOT.glob("results/*/accuracy.csv"))
+RESULTS = sorted([*ROOT.glob("results/*/accuracy.csv"), *ROOT.glob("results/*/ablation.csv")])
 
 
 def test_there_are_results_for_every_protocol():
-    assert {folder.name for folder in RESULTS} == set(reproduce.PROTOCOLS)
+    assert {path.parent.name for path in RESULTS} == set(reproduce.PROTOCOLS)
 
 
-@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
-def test_the_tables_are_those_of_the_csv(folder):
-    made = reproduce.table(reproduce.PROTOCOLS[folder.name], reproduce.read_rows(folder / "accuracy.csv"))
-    assert (folder / "table.md").read_text() == made
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}, {path.stem}")
+def test_the_tables_are_those_of_the_csv(path):
+    made = reproduce.table_of(reproduce.PROTOCOLS[path.parent.name], path)
+    assert reproduce.table_path(path).read_text() == made
     assert made in (ROOT / "docs" / "results.md").read_text()
 
 

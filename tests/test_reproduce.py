@@ -1,64 +1,221 @@
-"""The protocols: their rows, their table, what they refuse. The runs themselves are those of the three scripts."""
+"""The protocols: their steps, their rows, their tables, what they refuse. The runs are those of the scripts."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import checkpoint_of, step_of
 
+import checkpoint
+import models
+import protocols
 import reproduce
+from protocols import JOINT, METHODS, PROTOCOLS, Protocol
 from settings import read_settings
 
-
-def row(variant: str, seed: int, accuracy: float) -> dict:
-    return {"variant": variant, "seed": seed, **dict.fromkeys(reproduce.COLUMNS, accuracy)}
+FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, shuffle=True)
 
 
-def test_the_table_has_mean_and_spread_in_the_order_of_the_protocol(tmp_path):
+def row(method: str, seed: int, step: int, accuracy: float | None) -> dict:
+    columns = [name for name in reproduce.COLUMNS if name != "average"]
+    return {"method": method, "seed": seed, "step": step, **dict.fromkeys(columns, accuracy)}
+
+
+def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_protocol(tmp_path):
     path = tmp_path / "accuracy.csv"
-    values = {"lwm": [50.0, 61.0, 55.0], "finetune": [30.0]}
-    for variant, accuracies in values.items():
-        for seed, accuracy in enumerate(accuracies):
-            reproduce.write_rows(path, row(variant, seed, accuracy))
-    lines = reproduce.table(reproduce.PROTOCOLS["digits-2+2"], reproduce.read_rows(path)).splitlines()[4:]
-    mean, spread = np.mean(values["lwm"]), np.std(values["lwm"], ddof=1)
-    assert [line.split(" | ")[0] for line in lines] == ["| finetune", "| lwm"]
-    assert lines[0].split(" | ")[1] == "30.0"
-    assert lines[1].split(" | ")[1] == f"{mean:.1f} ± {spread:.1f}"
+    values = {"lwm": [[90.0, 50.0], [80.0, 61.0], [70.0, 55.0]], "finetune": [[60.0, 30.0]], JOINT: [[None, 99.0]]}
+    for method, seeds in values.items():
+        for seed, accuracies in enumerate(seeds):
+            for step, accuracy in zip((3, 4), accuracies, strict=True):
+                if accuracy is not None:
+                    reproduce.write_rows(path, row(method, seed, step, accuracy))
+    lines = reproduce.table_of(FIVE, path).splitlines()[4:]
+    assert [line.split(" | ")[0] for line in lines] == ["| finetune", "| lwm", f"| {JOINT}"]
+    assert lines[0].split(" | ")[2] == "30.0"
+    last = [50.0, 61.0, 55.0]
+    assert lines[1].split(" | ")[2] == f"{np.mean(last):.1f} ± {np.std(last, ddof=1):.1f}"
+    assert lines[1].split(" | ")[1] == "–"  # noqa: RUF001  not all steps are there
     assert lines[1].endswith("| 3 |")
+    for step in range(3):
+        reproduce.write_rows(path, row("finetune", 0, step, 100.0))
+    finetune = reproduce.table_of(FIVE, path).splitlines()[4]
+    assert finetune.split(" | ")[1] == f"{(3 * 100 + 60 + 30) / 5:.1f}"
+    assert "average" not in reproduce.table_of(PROTOCOLS["digits-2+2"], path)
 
 
 def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
     path = tmp_path / "accuracy.csv"
     for accuracy in (10.0, 20.0):
-        reproduce.write_rows(path, row("lwm", 3, accuracy))
-    assert [r["accuracy"] for r in reproduce.read_rows(path)] == ["20.0"]
+        reproduce.write_rows(path, row("lwm", 3, 1, accuracy))
+    reproduce.write_rows(path, row("lwm", 3, 2, 30.0))
+    assert [r["accuracy"] for r in reproduce.read_rows(path)] == ["20.0", "30.0"]
 
 
-@pytest.mark.parametrize("name", reproduce.PROTOCOLS)
-def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name, capsys):
-    protocol = reproduce.PROTOCOLS[name]
+def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
+    pool = [str(digit) for digit in range(10)]
+    assert reproduce.groups_of(FIVE, pool, 0) == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"], ["8", "9"]]
+    orders = [reproduce.groups_of(FIVE, pool, seed) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(sum(order, [])) == pool for order in orders)  # noqa: RUF017
+    turned = reproduce.groups_of(PROTOCOLS["digits-search"], pool[4:], 2)
+    assert turned == [["8", "9"], ["4", "5"]]
+
+
+# A whole protocol, with scripts that only say what they were asked ------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path) -> list[dict]:
+    """What the scripts are called with; each leaves a checkpoint whose accuracy is the number of its classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setitem(PROTOCOLS, "five", FIVE)
+    seen: list[dict] = []
+
+    def call(script: str, flags: list[str], threads: int) -> None:
+        settings = read_settings(script.removesuffix(".py"), flags)
+        folder = Path(settings.output_dir)
+        steps, kind = [step_of(settings.old_classes, group_accuracy=[90.0])], "teacher"
+        if settings.teacher:
+            kind, steps = "student", checkpoint.load(settings.teacher)["steps"]
+            names = list(settings.new_classes)
+            accuracies = [accuracy - 10 for accuracy in steps[-1]["group_accuracy"]]
+            steps.append(step_of(names, group_accuracy=[*accuracies, 90.0]))
+        names = [name for step in steps for name in step["classes"]]
+        steps[-1] |= {name: getattr(settings, name) for name in reproduce.SETTINGS if hasattr(settings, name)}
+        steps[-1] |= {"method": settings.method, "learning_rate": settings.lr}
+        log = [{"epoch": 1, "loss": 1.0, "test_accuracy": float(len(names)), "test_task_aware": 99.0}]
+        if settings.teacher:
+            log[0] |= {"test_accuracy_old": 1.0, "test_accuracy_new": 2.0}
+        model = models.build("resnet32", len(names), 8)
+        folder.mkdir(parents=True, exist_ok=True)
+        training = {"epochs": 1, "log": log}
+        saved = checkpoint_of(model, "resnet32", names, 8, steps=steps, training=training)
+        monkeypatch.setattr(checkpoint, "load", lambda path: kept[Path(path)])
+        kept[folder / f"{kind}_model.pth"] = saved
+        seen.append({"script": script, "settings": settings, "names": names})
+
+    kept: dict[Path, dict] = {}
+    monkeypatch.setattr(reproduce, "call", call)
+    return seen
+
+
+def five(*flags: str) -> int:
+    return reproduce.main(["five", "--seeds", "1", *flags])
+
+
+def test_steps_are_chained_and_the_first_is_shared(calls, tmp_path):
+    assert five("--methods", "lwf-mc,lwm,frozen") == 0
+    assert [call["script"] for call in calls].count("train_teacher_model.py") == 1
+    assert len(calls) == 1 + 3 * 4
+    order = reproduce.groups_of(FIVE, [str(digit) for digit in range(10)], 1)
+    last = [call for call in calls if len(call["names"]) == 10]
+    assert [call["names"] for call in last] == [sum(order, [])] * 3  # noqa: RUF017
+    rows = reproduce.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
+    assert len(rows) == 3 * 5
+    own = [r for r in rows if r["method"] == "lwm"]
+    assert [float(r["accuracy"]) for r in own] == [2, 4, 6, 8, 10]
+    assert [r["forgetting"] for r in own] == ["", "10.0", "15.0", "20.0", "25.0"]
+    assert [r["gamma"] for r in own] == ["", *["0.1"] * 4]
+    assert {r["gamma"] for r in rows if r["method"] != "lwm"} == {""}
+    assert "| lwm | 6.0 | 10.0 |" in (tmp_path / "results" / "five" / "table.md").read_text()
+    about = json.loads((tmp_path / "results" / "five" / "environment.json").read_text())
+    assert about["command"] == "python3 reproduce.py five --methods lwf-mc,lwm,frozen --seeds 1 --jobs 1"
+
+
+def test_what_is_done_is_skipped_unless_it_was_done_otherwise(calls, monkeypatch):
+    assert five("--methods", "lwm") == 0
+    before = len(calls)
+    assert five("--methods", "lwm") == 0
+    assert len(calls) == before
+    monkeypatch.setitem(METHODS, "lwm", "--method lwm --gamma 2")
+    assert five("--methods", "lwm") == 0
+    again = calls[before:]
+    assert len(again) == 4
+    assert all(call["settings"].overwrite and call["settings"].gamma == 2 for call in again)
+
+
+def test_an_interrupted_step_is_resumed(calls, tmp_path):
+    assert five("--methods", "lwm") == 0
+    (tmp_path / "runs/reproduce/five/seed1/lwm/4/done").unlink()
+    before = len(calls)
+    assert five("--methods", "lwm") == 0
+    (again,) = calls[before:]
+    assert again["settings"].resume
+    assert not again["settings"].overwrite
+
+
+def test_joint_is_trained_on_all_classes_at_once(calls, tmp_path):
+    assert five("--methods", JOINT) == 0
+    (call,) = calls
+    assert call["script"] == "train_teacher_model.py"
+    assert len(call["names"]) == 10
+    assert call["settings"].loss_form == "softmax"
+    (only,) = reproduce.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
+    assert (only["step"], only["accuracy"], only["accuracy_old"]) == ("4", "10.0", "")
+
+
+# The protocols ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
+    protocol = PROTOCOLS[name]
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
-    for flags in protocol.variants.values():
-        form = reproduce.form_of(flags.split())
+    for variant, text in (protocol.methods | protocol.ablation).items():
+        flags = shlex.split(text)
+        if variant == JOINT:
+            read_settings("train_teacher_model", [*common, *flags])
+            continue
+        form = reproduce.form_of(flags)
         first = read_settings("train_teacher_model", [*common, "--loss-form", form])
         assert first.loss_form == form
-        second = read_settings("incremental_learning_system", [*common, *flags.split(), "--teacher", "x"])
+        second = read_settings("incremental_learning_system", [*common, *flags, "--teacher", "x"])
         assert {"softmax-all": "softmax"}.get(second.loss_form, second.loss_form) == form
+        assert second.precision != "auto"
+
+
+def test_the_pool_is_as_large_as_the_steps_take_and_each_name_is_a_folder_of_its_own():
+    for protocol in PROTOCOLS.values():
+        size = protocol.pool.stop - protocol.pool.start
+        assert sum(protocol.groups) <= size
+        names = [*protocol.methods, *protocol.ablation]
+        folders = {name.replace(" ", "_") for name in names}
+        assert len(folders) == len(names)
+        assert not any("," in name or "/" in name for name in names)
 
 
 def test_settings_are_searched_on_other_classes_than_those_reported():
     for data in ("digits", "photos32"):
-        searched = reproduce.PROTOCOLS[f"{data}-search"]
-        (reported,) = (p for n, p in reproduce.PROTOCOLS.items() if n.startswith(data) and p is not searched)
-        assert reported.pool.stop <= searched.pool.start
+        searched = PROTOCOLS[f"{data}-search"]
+        for name, reported in PROTOCOLS.items():
+            if name.startswith(data) and reported is not searched:
+                assert reported.pool.stop <= searched.pool.start
+                assert "--hold-back" not in reported.flags
         assert "--hold-back" in searched.flags
-        assert "--hold-back" not in reported.flags
+
+
+def test_a_grid_names_what_it_varies():
+    made = protocols.grid("lwf lwm", incremental_lr=[0.1], gamma=[0, 1])
+    assert made["lwm incremental_lr=0.1 gamma=1"] == "--method lwm --incremental-lr 0.1 --gamma 1"
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["digits-2+2", "--variants", "x"], "has no 'x'"), (["photos32-search"], "--data-dir")],
+    [(["digits-2+2", "--methods", "x"], "has no 'x'"), (["photos32-search"], "--data-dir")],
 )
 def test_what_is_refused_is_said_in_a_line(flags, words, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     assert reproduce.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_the_command_that_is_recorded_parses(monkeypatch):
+    options = argparse.Namespace(protocol="photos32-search", data_dir="x", methods=None, seeds="0", ablation=True)
+    words = shlex.split(reproduce.environment(options, 2, 1)["command"])
+    assert words[2:] == ["photos32-search", "--data-dir", "photos32", "--seeds", "0", "--ablation", "--jobs", "2"]

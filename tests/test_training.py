@@ -26,6 +26,7 @@ def settings(**changes):
         "beta": 1.0,
         "gamma": 0.5,
         "temperature": 2.0,
+        "attention": "grad-cam",
         "attention_class": "student",
         "batch_norm": "train",
         "batch_size": 6,
