@@ -108,14 +108,13 @@ def growth(tables: dict[str, Sequence[dict[str, str]]], path: Path) -> None:
         return [float(row[key]) for row in tables[name]]
 
     for place, name, key, label in ((0, "classes", "outputs", "outputs"), (1, "size", "px", "image size, px")):
-        for method, shown in (("finetune", "fine-tuning"), ("lwm", "lwm")):
-            axes[place].loglog(column(name, key), column(name, f"{method}_ms"), "o-", label=shown)
-        axes[place].set(xlabel=label, ylabel="ms a step")
+        for method, shown, line in (("finetune", "fine-tuning", "o-"), ("lwm", "lwm", "s--")):
+            axes[place].plot(column(name, key), column(name, f"{method}_ms"), line, label=shown)
+        axes[place].set(xlabel=label, ylabel="ms a step", xscale="log")
         axes[place].set_xticks(column(name, key), [row[key] for row in tables[name]])
         axes[place].minorticks_off()
-    axes[0].set_ylim(bottom=min(column("classes", "finetune_ms")) / 2, top=2 * max(column("classes", "lwm_ms")))
-    axes[0].set_title("128 images of 32 px")
-    axes[1].set_title("32 images")
+    axes[0].set(title="128 images of 32 px", ylim=(0, 1.2 * max(column("classes", "lwm_ms"))))
+    axes[1].set(title="32 images", yscale="log")
     steps = column("steps", "step")
     axes[2].plot(steps, column("steps", "images_per_second"), "o-", label="images/s in training")
     axes[2].plot(steps, column("steps", "checkpoint_kb"), "s--", label="checkpoint, kB")

@@ -1,6 +1,7 @@
 """The protocols: their steps, their rows, their tables, what they refuse. The runs are those of the scripts."""
 
 import argparse
+import copy
 import json
 import shlex
 from pathlib import Path
@@ -80,7 +81,7 @@ def calls(monkeypatch, tmp_path) -> list[dict]:
         folder = Path(settings.output_dir)
         steps, kind = [step_of(settings.old_classes, group_accuracy=[90.0])], "teacher"
         if settings.teacher:
-            kind, steps = "student", checkpoint.load(settings.teacher)["steps"]
+            kind, steps = "student", copy.deepcopy(checkpoint.load(settings.teacher)["steps"])
             names = list(settings.new_classes)
             accuracies = [accuracy - 10 for accuracy in steps[-1]["group_accuracy"]]
             steps.append(step_of(names, group_accuracy=[*accuracies, 90.0]))
