@@ -60,6 +60,18 @@ def test_none_for_classes_and_groups_without_images():
     assert evaluation.confusion(LOGITS[nothing], LABELS[nothing]).tolist() == [[0] * 4] * 4
 
 
+def test_told_the_step_the_best_of_its_classes_is_the_answer():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(60, 6, generator=generator), torch.arange(60) % 6
+    steps = [[0, 1, 2], [3], [4, 5]]
+    right = 0
+    for scores, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        (own,) = [step for step in steps if label in step]
+        right += max(own, key=lambda c: scores[c]) == label
+    assert evaluation.task_aware(logits, labels, [3, 1, 2]) == pytest.approx(100 * right / 60)
+    assert evaluation.task_aware(logits[:0], labels[:0], [3, 1, 2]) is None
+
+
 def test_a_teacher_has_no_new_classes():
     result = evaluation.accuracies(LOGITS[:4, :2], LABELS[:4], 2)
     assert result["accuracy_new"] is None

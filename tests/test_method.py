@@ -374,6 +374,57 @@ def test_attention_reaches_the_student_through_features_and_head_and_never_the_t
     assert teachers == [None, None, None]
 
 
+def attention_of(what: str) -> tuple[float, list[torch.Tensor | None]]:
+    """L_AD with a control of the ablation, and its gradients in A, in the student's head and in the teacher."""
+    student, teacher, labels, heads = case(seed=0)
+    attention = METHODS["lwm"](student, teacher, labels, heads, loss_settings(attention=what))["attention"]
+    leaves = (student.features, heads[0], teacher.features, heads[1])
+    return attention.item(), list(torch.autograd.grad(attention, leaves, allow_unused=True))
+
+
+def test_the_two_routes_are_the_parts_of_the_whole_gradient():
+    value, (through_a, through_alpha, *_) = attention_of("grad-cam")
+    for what, own, other in (("through-features", 0, 1), ("through-head", 1, 0)):
+        same, gradients = attention_of(what)
+        assert same == value
+        torch.testing.assert_close(gradients[own], (through_a, through_alpha)[own])
+        assert gradients[other] is None
+
+
+def test_the_controls_of_the_ablation_compare_what_they_say():
+    student, teacher, labels, heads = case(seed=0)
+    ours, theirs, head, old_head = (x.detach().numpy() for x in (student.features, teacher.features, *heads))
+    classes = student.logits[:, :3].detach().argmax(1).numpy()
+
+    def signed(features: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return np.stack([np.tensordot(weight[c], a, 1) for a, c in zip(features, classes, strict=True)])
+
+    expected = {
+        "signed": numpy_attention(signed(ours, head), signed(theirs, old_head)),
+        "features": numpy_attention(ours, theirs),
+    }
+    for what, value in expected.items():
+        found, gradients = attention_of(what)
+        assert found == pytest.approx(value, rel=1e-12), what
+        assert gradients[2:] == [None, None]
+    maps = [numpy_map(features, head, labels.numpy()) for features in (ours, theirs)]
+    alive = np.array([all(part[i].any() for part in maps) for i in range(len(labels))])
+    assert alive.any()
+    found, gradients = attention_of("new-class")
+    value = numpy_attention(*(part[alive] for part in maps)) * alive.mean()
+    assert found == pytest.approx(value, rel=1e-12)
+    assert gradients[1][3:].abs().max() > 1e-6
+    assert gradients[2:] == [None, None]
+
+
+@pytest.mark.parametrize("form", ["binary", "softmax"])
+def test_a_frozen_backbone_learns_by_classification_alone(form):
+    student, teacher, labels, heads = case()
+    terms = METHODS["frozen"](student, teacher, labels, heads, loss_settings(loss_form=form))
+    assert set(terms) == {"total", "classification"}
+    assert terms["total"].item() == classification_loss(student.logits, labels, 3, form).item()
+
+
 @pytest.mark.parametrize("route", ["A", "alpha"])
 def test_each_route_alone_carries_a_gradient(route):
     student, teacher, _, heads = case()
@@ -387,7 +438,7 @@ def test_each_route_alone_carries_a_gradient(route):
 
 
 @pytest.mark.parametrize("form", ["binary", "softmax", "softmax-all"])
-@pytest.mark.parametrize("method", ["finetune", "lwf", "lwf-mc", "lwm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_term_of_any_method_sends_a_gradient_to_the_teacher(method, form):
     student, teacher, labels, heads = case()
     terms = METHODS[method](student, teacher, labels, heads, loss_settings(loss_form=form))

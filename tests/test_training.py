@@ -15,6 +15,7 @@ import training
 from data import Images
 from errors import InputError, RunError
 from run import Run
+from settings import read_settings
 
 CLASSES_OLD, CLASSES_NEW = 3, 2
 
@@ -100,6 +101,33 @@ def test_frozen_batch_norm_keeps_the_running_statistics(tmp_path, pair):
     assert changed(start, student.state_dict(), ("bn1.weight",))
 
 
+def test_a_frozen_backbone_stays_bit_for_bit_and_the_new_rows_learn(tmp_path, pair):
+    teacher, student = pair
+    models.freeze_backbone(student)
+    start = copy.deepcopy(student.state_dict())
+    fit(tmp_path, teacher, student, method="frozen")
+    after = student.state_dict()
+    assert {name for name in start if not torch.equal(start[name], after[name])} == {"fc.weight", "fc.bias"}
+    assert torch.equal(start["fc.weight"][:CLASSES_OLD], after["fc.weight"][:CLASSES_OLD])
+    assert not torch.equal(start["fc.weight"][CLASSES_OLD:], after["fc.weight"][CLASSES_OLD:])
+
+
+def test_nothing_in_a_step_waits_for_the_device(tmp_path, pair, monkeypatch):
+    """What would wait for a GPU is refused inside the steps of two epochs."""
+    waiting = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+    whole = training._Loop.step
+
+    def watched(loop, index):
+        with monkeypatch.context() as patch:
+            for name in waiting:
+                patch.setattr(torch.Tensor, name, lambda *arguments, name=name: pytest.fail(f"{name} in a step"))
+            # The optimiser reads its own numbers, on the CPU.
+            return whole(loop, index)
+
+    monkeypatch.setattr(training._Loop, "step", watched)
+    assert len(fit(tmp_path, *pair)) == 2
+
+
 @pytest.mark.parametrize("weight", ["gamma", "beta"])
 def test_the_weight_of_a_term_changes_the_student(tmp_path, pair, weight):
     teacher, student = pair
@@ -143,6 +171,37 @@ def test_bf16_leaves_the_network_as_fp32_and_differs_from_it(pair):
     assert not torch.equal(exact.features, short.features)
     error = (exact.features - short.features).norm() / exact.features.norm()
     assert error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, capsys, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    flags = ["--device", "cpu", "--precision", "auto"]
+    chosen, device = hardware.prepare(read_settings("train_teacher_model", flags))
+    assert chosen.precision == expected
+    assert device == torch.device("cpu")
+    assert f"PRECISION = {expected} (auto, on cpu)" in capsys.readouterr().out
+    chosen, _ = hardware.prepare(read_settings("train_teacher_model", ["--device", "cpu"]))
+    assert chosen.precision == "fp32"
+
+
+def test_images_stay_where_they_are_when_the_device_has_no_room_for_them(monkeypatch):
+    pixels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
+    assert hardware.has_room_for(pixels, torch.device("cpu"))
+    for free, fits in ((2 * pixels.nbytes + 2, True), (2 * pixels.nbytes, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert hardware.has_room_for(pixels, torch.device("cuda")) is fits
+
+
+def test_images_that_stay_behind_train_to_the_same_student(tmp_path, pair, monkeypatch):
+    teacher, student = pair
+    other = copy.deepcopy(student)
+    fit(tmp_path, teacher, student)
+    monkeypatch.setattr(training, "has_room_for", lambda pixels, device: False)
+    fit(tmp_path, teacher, other)
+    assert not changed(student.state_dict(), other.state_dict())
 
 
 def test_a_device_that_is_not_there_is_said(monkeypatch):
