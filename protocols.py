@@ -1,8 +1,9 @@
 """The protocols that reproduce.py runs: which classes, in which steps, and with which settings.
 
-A protocol takes a part of an order of classes, its pool. Digits stand in the order of their value, the photos in the
-field's shuffle of the sorted names (seed 1993, that of iCaRL's CIFAR-100). Where it says so, a seed from 1 on shuffles
-the pool once more: then the order of the classes differs between seeds, as initialisation, batches and crops always do.
+A protocol takes a part of an order of classes, its pool. Digits stand in the order of their value, the photos and
+CIFAR-100 in the field's shuffle of the sorted names (seed 1993, that of iCaRL), your own classes by name. Where it says
+so, a seed from 1 on shuffles the pool once more: then the order of the classes differs between seeds, as
+initialisation, batches and crops always do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Protocol:
     flags: str  # of both training scripts, in every step
     methods: dict[str, str]  # name -> flags of the incremental script: accuracy.csv
     ablation: dict[str, str] = field(default_factory=dict)  # likewise: ablation.csv
+    order: int | None = 1993  # seed of the shuffle of the sorted names, None for none
     shuffle: bool = False
     rotation: int = 0
 
@@ -35,6 +37,8 @@ METHODS = {
     "lwm": "--method lwm",
     JOINT: "--loss-form softmax",
 }
+DIGITS = "--model resnet18 --image-size 32 --epochs 10 --batch-size 64 --lr 0.03 --incremental-lr 0.0125"
+DIGITS += " --weight-decay 0 --no-flip --beta 1 --gamma 0.1 --precision fp32"
 PHOTOS = "--model resnet32 --image-size 32 --epochs 20 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
 PHOTOS += " --weight-decay 5e-4 --flip --beta 1 --gamma 0.1"
 BF16 = f"{PHOTOS} --precision bf16"
@@ -53,18 +57,35 @@ def grid(methods: str, **values: list[float]) -> dict[str, str]:
     }
 
 
+def gammas(values: list[float]) -> dict[str, str]:
+    """Variants of lwm in both forms of L_C and L_D; "softmax" is that over the new logits, with T = 2."""
+    forms = {"binary": "--method lwm --loss-form binary", "softmax": "--method lwm --loss-form softmax --temperature 2"}
+    return {f"{form} gamma={gamma}": f"{flags} --gamma {gamma}" for form, flags in forms.items() for gamma in values}
+
+
 def rates(method: str, values: list[float]) -> dict[str, str]:
     """A variant of a method for each learning rate."""
     return {f"{method} incremental_lr={rate}": f"{METHODS[method]} --incremental-lr {rate}" for rate in values}
 
 
+GAMMAS = gammas([0, 0.03, 0.1, 0.3, 1])
+CONTROLS = {
+    f"{name}={value}": f"--method lwm --{name.replace('_', '-')} {value}"
+    for name, values in {
+        "attention": ["signed", "through-features", "through-head", "new-class", "features"],
+        "attention_class": ["teacher"],
+        "batch_norm": ["frozen"],
+    }.items()
+    for value in values
+}
 PROTOCOLS = {
     "digits-2+2": Protocol(
         about="scikit-learn digits, ResNet-18: teacher 0 and 1, student 2 and 3, judged on the test images",
         dataset="digits",
+        order=None,
         pool=slice(0, 4),
         groups=(2, 2),
-        flags="",
+        flags=DIGITS,
         # The last two are no choices of ours: learned faster, they lean to the new classes and show the frontier.
         methods={name: METHODS[name] for name in ("finetune", "lwf", "lwf-mc", "lwm")}
         | {
@@ -76,9 +97,10 @@ PROTOCOLS = {
         about="scikit-learn digits 4 to 9, ResNet-18: 4 and 5 then 6 and 7 (seed 0), 6 and 7 then 8 and 9 (seed 1), "
         "8 and 9 then 4 and 5 (seed 2), judged on a fifth of the training images, held back",
         dataset="digits",
+        order=None,
         pool=slice(4, 10),
         groups=(2, 2),
-        flags="--hold-back 0.2",
+        flags=f"{DIGITS} --hold-back 0.2",
         methods={},
         ablation=grid("lwm", incremental_lr=[0.01, 0.0125], gamma=[0, 0.1, 1])
         | grid("lwm", incremental_lr=[0.02], gamma=[0, 1]),
@@ -99,6 +121,66 @@ PROTOCOLS = {
         groups=(10, 10),
         flags=f"{PHOTOS} --precision fp32",
         methods={"lwm": METHODS["lwm"]},
+    ),
+    "digits-5x2": Protocol(
+        about="scikit-learn digits, ResNet-18: 5 steps of 2, judged on the test images",
+        dataset="digits",
+        order=None,
+        pool=slice(0, 10),
+        groups=(2,) * 5,
+        flags=DIGITS,
+        methods=METHODS,
+        ablation=GAMMAS,
+        shuffle=True,
+    ),
+    "photos32-5x4": Protocol(
+        about="mini-ImageNet at 32 px, ResNet-32: classes 1-20 of the order in 5 steps of 4, judged on the test images",
+        dataset="folder",
+        pool=slice(0, 20),
+        groups=(4,) * 5,
+        flags=BF16,
+        methods=METHODS,
+        ablation=GAMMAS | CONTROLS,
+        shuffle=True,
+    ),
+    # Cold start and warm start of the class-incremental literature: 10 steps of 10, and 50 classes then 5 steps of 10.
+    **{
+        f"{data}-{name}": Protocol(
+            about=f"{words}, ResNet-32: {steps}, judged on the test images",
+            dataset=dataset,
+            pool=slice(0, 100),
+            groups=groups,
+            flags=BF16,
+            methods=METHODS,
+        )
+        for data, dataset, words in (
+            ("photos32", "folder", "mini-ImageNet at 32 px"),
+            ("cifar100", "cifar100", "CIFAR-100"),
+        )
+        for name, steps, groups in (
+            ("10x10", "10 steps of 10", (10,) * 10),
+            ("50+5x10", "50 classes, then 5 steps of 10", (50, *(10,) * 5)),
+        )
+    },
+    "folder": Protocol(
+        about="your own images, ResNet-18 at 64 px: the classes of the folder in the order of their names",
+        dataset="folder",
+        pool=slice(0, None),
+        order=None,
+        groups=(),  # --groups
+        flags="",
+        methods=METHODS,
+    ),
+    "photos32-search-10+10": Protocol(
+        about="mini-ImageNet at 32 px, ResNet-32: classes 81-90 of the order, then 91-100, judged on a tenth of the "
+        "training images, held back",
+        dataset="folder",
+        pool=slice(80, 100),
+        groups=(10, 10),
+        flags=f"{BF16} --hold-back 0.1",
+        methods={},
+        ablation={name: METHODS[name] for name in ("finetune", "lwf")}
+        | grid("lwm", incremental_lr=[0.1], gamma=[0, 0.1]),
     ),
     "photos32-search": Protocol(
         about="mini-ImageNet at 32 px, ResNet-32: classes 81-100 of the order in 5 steps of 4, judged on a tenth of "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import dataclasses
 import datetime
 import io
 import json
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("protocol", choices=PROTOCOLS)
-    parser.add_argument("--data-dir", help="the folder of a protocol on photos32, with train/ and test/")
+    parser.add_argument("--data-dir", help="the folder of a protocol on photos, with train/ (and test/)")
+    parser.add_argument("--groups", help="for the protocol folder: how many classes each step has, as in 10,5,5")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--methods", help="comma-separated (default: all of the protocol)")
     parser.add_argument("--ablation", action="store_true", help="the ablation's variants in place of the methods")
@@ -57,6 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only make the tables again from the CSVs")
     options = parser.parse_args(argv)
     protocol = PROTOCOLS[options.protocol]
+    if bool(options.groups) != (not protocol.groups):
+        raise InputError("--groups is for the protocol folder, and that needs it: how many classes each step has")
+    if options.groups:
+        sizes = [whole_number("--groups", size, 1, 10**6) for size in options.groups.split(",")]
+        protocol = dataclasses.replace(protocol, groups=tuple(sizes), pool=slice(0, sum(sizes)))
     results = ROOT / "results" / options.protocol
     if not options.table:
         table = "ablation" if options.ablation or not protocol.methods else "accuracy"
@@ -175,18 +182,26 @@ def step(script: str, folder: Path, flags: list[str], threads: int) -> Path:
 
 
 def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
-    """Digits by value; the photos in the field's shuffle of the sorted names (seed 1993, as iCaRL's CIFAR-100)."""
+    """The names of all classes of the data, sorted, or in the protocol's shuffle of that."""
     if protocol.dataset == "digits":
-        return [str(digit) for digit in range(10)]
-    if not data_dir or not (Path(data_dir) / "train").is_dir():
-        raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
+        names = [str(digit) for digit in range(10)]
+    elif protocol.dataset == "cifar100":
+        import config
+
+        groups = [getattr(config, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
+        names = [name for group in groups for name in group]
+    else:
+        if not data_dir or not (Path(data_dir) / "train").is_dir():
+            raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
+        names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
+        if len(names) < protocol.pool.stop:
+            needed = protocol.pool.stop
+            raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
+    if protocol.order is None:
+        return names
     import numpy as np
 
-    names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
-    if len(names) < protocol.pool.stop:
-        needed = protocol.pool.stop
-        raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
-    return [names[index] for index in np.random.RandomState(1993).permutation(len(names))]
+    return [names[index] for index in np.random.RandomState(protocol.order).permutation(len(names))]
 
 
 def form_of(flags: list[str]) -> str:

@@ -724,6 +724,7 @@ OTHER = {  # setting of the student: another value
     "beta": 2.0,
     "gamma": 2.0,
     "temperature": 3.0,
+    "attention": "features",
     "attention_class": "teacher",
     "batch_norm": "frozen",
     "batch_size": 32,
@@ -749,6 +750,14 @@ def test_another_setting_is_refused_with_both_values(whole, run, capsys, name):
     assert run("student", whole, "--resume", *given) == 2
     assert f"cannot resume: {name} was {was} and is now {OTHER[name]};" in one_line(capsys)
     assert contents(whole) == before
+
+
+def test_a_setting_that_came_later_is_what_it_was_before(tmp_path, whole, run, capsys):
+    model = tmp_path / "student_model.pth"
+    resaved(whole / "student_model.pth", model, lambda saved: saved["steps"][-1].pop("attention"))
+    assert run("student", tmp_path, "--resume", "--attention", "signed") == 2
+    assert "attention was grad-cam and is now signed" in one_line(capsys)
+    assert run("student", tmp_path, "--resume") == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import checkpoint_of, step_of
+from conftest import checkpoint_of, step_of, write_images
 
 import checkpoint
 import models
@@ -17,7 +17,7 @@ import reproduce
 from protocols import JOINT, METHODS, PROTOCOLS, Protocol
 from settings import read_settings
 
-FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, shuffle=True)
+FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, order=None, shuffle=True)
 
 
 def row(method: str, seed: int, step: int, accuracy: float | None) -> dict:
@@ -181,8 +181,8 @@ def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
 
 def test_the_pool_is_as_large_as_the_steps_take_and_each_name_is_a_folder_of_its_own():
     for protocol in PROTOCOLS.values():
-        size = protocol.pool.stop - protocol.pool.start
-        assert sum(protocol.groups) <= size
+        if protocol.groups:
+            assert sum(protocol.groups) <= protocol.pool.stop - protocol.pool.start
         names = [*protocol.methods, *protocol.ablation]
         folders = {name.replace(" ", "_") for name in names}
         assert len(folders) == len(names)
@@ -193,10 +193,47 @@ def test_settings_are_searched_on_other_classes_than_those_reported():
     for data in ("digits", "photos32"):
         searched = PROTOCOLS[f"{data}-search"]
         for name, reported in PROTOCOLS.items():
-            if name.startswith(data) and reported is not searched:
-                assert reported.pool.stop <= searched.pool.start
+            if name.startswith(data) and "search" not in name:
+                # The protocols on all classes contain those of the search.
+                everything = 10 if data == "digits" else 100
+                assert reported.pool.stop <= searched.pool.start or reported.pool == slice(0, everything)
                 assert "--hold-back" not in reported.flags
         assert "--hold-back" in searched.flags
+
+
+def test_your_own_classes_come_by_name_in_the_groups_that_you_say(calls, tmp_path):
+    for name in ("dog", "ant", "cat", "bee", "elk"):
+        for split in ("train", "test"):
+            write_images(tmp_path / "mine" / split / name, 2)
+    flags = ["folder", "--data-dir", "mine", "--methods", "lwm"]
+    assert reproduce.main([*flags, "--groups", "2,1"]) == 0
+    assert [call["names"] for call in calls] == [["ant", "bee"], ["ant", "bee", "cat"]]
+    assert [row["step"] for row in reproduce.read_rows(tmp_path / "results/folder/accuracy.csv")] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("folder --data-dir mine", "--groups"),
+        ("digits-2+2 --groups 2,2", "--groups"),
+        ("folder --groups 2,x", "--groups is 'x'"),
+        ("folder --data-dir mine --groups 3,3", "5 classes in train, and the protocol needs 6"),
+    ],
+)
+def test_groups_that_cannot_be_are_said(calls, tmp_path, capsys, flags, words):
+    for name in "abcde":
+        (tmp_path / "mine" / "train" / name).mkdir(parents=True)
+    assert reproduce.main(flags.split()) == 2
+    assert words in capsys.readouterr().err
+    assert calls == []
+
+
+def test_cifar_comes_in_the_order_of_the_field():
+    names = reproduce.class_order(PROTOCOLS["cifar100-10x10"], None)
+    assert len(set(names)) == 100
+    # iCaRL's shuffle of the class numbers with seed 1993 begins 68, 56, 78, 8, 23, 84, 90, 65, 74, 76.
+    alphabet = sorted(names)
+    assert [alphabet.index(name) for name in names[:10]] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
 
 
 def test_a_grid_names_what_it_varies():
