@@ -145,7 +145,11 @@ def on_two(name: str, folder: Path) -> list:
 def trained(tmp_path_factory) -> tuple[dict, list[dict], Path]:
     """What one process, and each of two, made of the same training; and the folder of the two."""
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    return train(alone), on_two("train", together), together
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = train(alone)
+    torch.set_num_threads(threads)
+    return one, on_two("train", together), together
 
 
 def test_two_processes_train_as_one_to_the_precision_of_float64(trained):
