@@ -78,6 +78,10 @@ CONTROLS = {
     }.items()
     for value in values
 }
+# What a method or a variant is compared with, in pairs by seed.
+REFERENCES = {"lwm": "lwf-mc", "lwf-mc": "finetune"}
+REFERENCES |= {name: f"{name.split()[0]} gamma=0" for name in GAMMAS if not name.endswith("=0")}
+REFERENCES |= dict.fromkeys(CONTROLS, "binary gamma=0.1")
 PROTOCOLS = {
     "digits-2+2": Protocol(
         about="scikit-learn digits, ResNet-18: teacher 0 and 1, student 2 and 3, judged on the test images",
@@ -115,7 +119,7 @@ PROTOCOLS = {
         methods={name: METHODS[name] for name in ("finetune", "lwf", "lwf-mc", "lwm")},
     ),
     "photos32-10+10-fp32": Protocol(
-        about="lwm of photos32-10+10 in both precisions, the teacher's too",
+        about="photos32-10+10 with teacher and student in fp32",
         dataset="folder",
         pool=slice(0, 20),
         groups=(10, 10),

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import csv
 import dataclasses
 import datetime
-import io
 import json
 import os
 import platform
@@ -29,16 +27,9 @@ from pathlib import Path
 from errors import InputError, RunError, one_line_errors
 from protocols import JOINT, PROTOCOLS, Protocol
 from settings import OneLineParser, require_folder
+from tables import read_rows, table_of, table_path, variants_of, write_rows
 
 ROOT = Path(__file__).resolve().parent
-COLUMNS = {
-    "average": "average of the steps",
-    "accuracy": "all",
-    "accuracy_old": "old",
-    "accuracy_new": "new",
-    "task_aware": "task-aware",
-    "forgetting": "forgetting",
-}
 SETTINGS = ("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm", "learning_rate", "epochs")
 SETTINGS += ("precision",)
 
@@ -75,14 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         text = table_of(protocol, path)
         table_path(path).write_text(text)
         print(text)
-
-
-def table_path(path: Path) -> Path:
-    return path.with_name("table.md" if path.stem == "accuracy" else f"{path.stem}_table.md")
-
-
-def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
-    return protocol.ablation if path.stem == "ablation" else protocol.methods
 
 
 def whole_number(flag: str, text: str, least: int, most: int) -> int:
@@ -251,63 +234,6 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
         **{key: None if key in unused or first else made[key] for key in ("attention", "attention_class")},
         **{key: made[key] for key in SETTINGS if key not in ("beta", "gamma", "attention", "attention_class")},
     }
-
-
-def read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, row: dict) -> None:
-    """Put a row in its place by method, seed and step, replacing an earlier one."""
-    key = ("method", "seed", "step")
-    rows = [other for other in read_rows(path) if any(other[name] != str(row[name]) for name in key)]
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-    rows = sorted([*rows, rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"])))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, row, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    temporary.replace(path)
-
-
-def table_of(protocol: Protocol, path: Path) -> str:
-    """Mean and standard deviation over the seeds, in percent, after the last step; a line a method."""
-    rows = read_rows(path)
-    columns = [name for name in COLUMNS if name != "average" or len(protocol.groups) > 2]
-    heads = ["method", *(COLUMNS[name] for name in columns), "seeds"]
-    lines = [f"{protocol.about}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in variants_of(protocol, path):
-        values = per_seed(rows, name, len(protocol.groups) - 1)
-        if values:
-            cells = [mean_and_spread([row[column] for row in values]) for column in columns]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(values)} |")
-    return "\n".join(lines) + "\n"
-
-
-def per_seed(rows: list[dict], name: str, last: int) -> list[dict]:
-    """For each seed that has finished: its last row in numbers, None where a cell is empty, with the average accuracy
-    over all steps, the first one included.
-    """
-    found = []
-    for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
-        own = {int(row["step"]): row for row in rows if (row["method"], row["seed"]) == (name, seed)}
-        if last in own:
-            numbers = {key: float(own[last][key]) if own[last][key] else None for key in COLUMNS if key != "average"}
-            steps = [float(row["accuracy"]) for row in own.values()]
-            found.append({"average": statistics.mean(steps) if len(own) == last + 1 else None, **numbers})
-    return found
-
-
-def mean_and_spread(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "–"  # noqa: RUF001
-    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
 
 
 def environment(options, jobs: int, threads: int) -> dict:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import ResNet
@@ -26,6 +27,13 @@ class Output(NamedTuple):
 
     logits: Tensor
     features: Tensor
+
+
+def _pooled_and_classified(model: nn.Module, features: Tensor) -> Output:
+    """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.to(model.fc.weight.dtype)
+        return Output(model.fc(model.avgpool(features).flatten(1)), features)
 
 
 class ResNet18(ResNet):
@@ -43,7 +51,7 @@ class ResNet18(ResNet):
     def forward(self, images: Tensor) -> Output:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return Output(self.fc(self.avgpool(features).flatten(1)), features)
+        return _pooled_and_classified(self, features)
 
 
 class OptionAShortcut(nn.Module):
@@ -87,4 +95,4 @@ class CifarResNet(nn.Module):
     def forward(self, images: Tensor) -> Output:
         x = self.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(x)))
-        return Output(self.fc(self.avgpool(features).flatten(1)), features)
+        return _pooled_and_classified(self, features)

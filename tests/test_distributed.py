@@ -24,9 +24,11 @@ import distributed
 import evaluation
 import losses
 import models
+import train_teacher_model as trainer
 import training
 from data import Images
 from errors import InputError
+from lock import held
 from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,15 +87,22 @@ def train(folder: Path) -> dict:
         judged.extend(logits)
         return {}, []
 
+    def written(path: Path, content: bytes) -> None:
+        files.append(path.name)
+        whole(path, content)
+
     judged: list[torch.Tensor] = []
+    files: list[str] = []
+    whole = checkpoint.write_atomically
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", written)
         patch.setattr(training, "to_input", doubled)
         patch.setattr(evaluation, "to_input", doubled)
         run = Run("student", folder, folder / "student_model.pth", None)
         settings = types.SimpleNamespace(**values)
         log = training.fit(run, student, photos(19), losses.lwm, settings, head, judge, teacher)
     del log[0]["images_per_second"], log[1]["images_per_second"]
-    return {"weights": student.state_dict(), "log": log, "judged": judged, "shares": shares}
+    return {"weights": student.state_dict(), "log": log, "judged": judged, "shares": shares, "files": files}
 
 
 def disagree(folder: Path) -> str:
@@ -182,13 +191,19 @@ def test_every_test_image_is_judged_once(trained):
 
 
 def test_the_first_process_alone_writes(trained):
-    assert sorted(path.name for path in trained[2].iterdir()) == [
-        "student_log.csv",
-        "student_model.pth",
-        "train0.pt",
-        "train1.pt",
-    ]
-    assert len((trained[2] / "student_log.csv").read_text().splitlines()) == 3
+    _, both, folder = trained
+    assert sorted(set(both[0]["files"])) == ["student_log.csv", "student_model.pth"]
+    assert both[1]["files"] == []
+    assert len((folder / "student_log.csv").read_text().splitlines()) == 3
+
+
+def test_a_process_that_is_not_the_first_leaves_no_file_asks_for_no_lock_and_is_silent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # so that it waits for nobody
+    with held(tmp_path / ".lock", "the folder"):
+        assert trainer.main([*TINY, "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
 
 
 def test_what_the_processes_tell_each_other(tmp_path):
@@ -356,6 +371,7 @@ def test_bad_input_is_said_once(tmp_path):
 def test_a_batch_that_cannot_be_shared_out_is_said(tmp_path):
     done = torchrun(*teacher_of(tmp_path, "--batch-size", "3", "--epochs", "1"))
     assert "exitcode  : 2" in done.stderr
+    assert "terminate called" not in done.stderr  # the others' connections end in an abort where they are not left
     assert "a batch of 3 images is too small for 2 processes; raise --batch-size or take fewer" in done.stderr
     assert not (tmp_path / "teacher_model.pth").exists()
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import checkpoint
 import models
 import protocols
 import reproduce
+import tables
 from protocols import JOINT, METHODS, PROTOCOLS, Protocol
 from settings import read_settings
 
@@ -21,7 +23,7 @@ FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS
 
 
 def row(method: str, seed: int, step: int, accuracy: float | None) -> dict:
-    columns = [name for name in reproduce.COLUMNS if name != "average"]
+    columns = [name for name in tables.COLUMNS if name != "average"]
     return {"method": method, "seed": seed, "step": step, **dict.fromkeys(columns, accuracy)}
 
 
@@ -32,8 +34,8 @@ def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_p
         for seed, accuracies in enumerate(seeds):
             for step, accuracy in zip((3, 4), accuracies, strict=True):
                 if accuracy is not None:
-                    reproduce.write_rows(path, row(method, seed, step, accuracy))
-    lines = reproduce.table_of(FIVE, path).splitlines()[4:]
+                    tables.write_rows(path, row(method, seed, step, accuracy))
+    lines = tables.table_of(FIVE, path).splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == ["| finetune", "| lwm", f"| {JOINT}"]
     assert lines[0].split(" | ")[2] == "30.0"
     last = [50.0, 61.0, 55.0]
@@ -41,18 +43,40 @@ def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_p
     assert lines[1].split(" | ")[1] == "–"  # noqa: RUF001  not all steps are there
     assert lines[1].endswith("| 3 |")
     for step in range(3):
-        reproduce.write_rows(path, row("finetune", 0, step, 100.0))
-    finetune = reproduce.table_of(FIVE, path).splitlines()[4]
+        tables.write_rows(path, row("finetune", 0, step, 100.0))
+    finetune = tables.table_of(FIVE, path).splitlines()[4]
     assert finetune.split(" | ")[1] == f"{(3 * 100 + 60 + 30) / 5:.1f}"
-    assert "average" not in reproduce.table_of(PROTOCOLS["digits-2+2"], path)
+    assert "average" not in tables.table_of(PROTOCOLS["digits-2+2"], path)
 
 
 def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
     path = tmp_path / "accuracy.csv"
     for accuracy in (10.0, 20.0):
-        reproduce.write_rows(path, row("lwm", 3, 1, accuracy))
-    reproduce.write_rows(path, row("lwm", 3, 2, 30.0))
-    assert [r["accuracy"] for r in reproduce.read_rows(path)] == ["20.0", "30.0"]
+        tables.write_rows(path, row("lwm", 3, 1, accuracy))
+    tables.write_rows(path, row("lwm", 3, 2, 30.0))
+    assert [r["accuracy"] for r in tables.read_rows(path)] == ["20.0", "30.0"]
+
+
+def test_differences_are_taken_in_pairs_by_seed_with_an_interval(tmp_path):
+    path = tmp_path / "accuracy.csv"
+    lwm, lwf_mc = [70.0, 50.0, 61.0, 40.0], [68.0, 49.0, 58.0]  # a seed of which the other has none
+    for method, values in (("lwm", lwm), ("lwf-mc", lwf_mc)):
+        for seed, accuracy in enumerate(values):
+            tables.write_rows(path, row(method, seed, 4, accuracy))
+    text = tables.table_of(FIVE, path)
+    (line,) = [line for line in text.splitlines() if line.startswith("| lwm − lwf-mc |")]  # noqa: RUF001
+    # Of three differences 2, 1 and 3 the mean is 2; a bootstrap sample of three lies between 1 and 3.
+    assert line.split(" | ")[1:3] == ["–", "+2.0 (+1.0 to +3.0)"]  # noqa: RUF001
+    assert line.endswith("| 3 |")
+    assert "lwf-mc − finetune" not in text  # noqa: RUF001
+
+
+def test_an_interval_is_that_of_the_normal_distribution_for_many_seeds():
+    differences = np.random.default_rng(1).normal(0.5, 2, 400)
+    mean, low, high = map(float, re.findall(r"[+-][\d.]+", tables.paired([(d, 0.0) for d in differences])))
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert mean == pytest.approx(differences.mean(), abs=0.05)
+    assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.08)
 
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
@@ -115,7 +139,7 @@ def test_steps_are_chained_and_the_first_is_shared(calls, tmp_path):
     order = reproduce.groups_of(FIVE, [str(digit) for digit in range(10)], 1)
     last = [call for call in calls if len(call["names"]) == 10]
     assert [call["names"] for call in last] == [sum(order, [])] * 3  # noqa: RUF017
-    rows = reproduce.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
+    rows = tables.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
     assert len(rows) == 3 * 5
     own = [r for r in rows if r["method"] == "lwm"]
     assert [float(r["accuracy"]) for r in own] == [2, 4, 6, 8, 10]
@@ -155,7 +179,7 @@ def test_joint_is_trained_on_all_classes_at_once(calls, tmp_path):
     assert call["script"] == "train_teacher_model.py"
     assert len(call["names"]) == 10
     assert call["settings"].loss_form == "softmax"
-    (only,) = reproduce.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
+    (only,) = tables.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
     assert (only["step"], only["accuracy"], only["accuracy_old"]) == ("4", "10.0", "")
 
 
@@ -208,7 +232,7 @@ def test_your_own_classes_come_by_name_in_the_groups_that_you_say(calls, tmp_pat
     flags = ["folder", "--data-dir", "mine", "--methods", "lwm"]
     assert reproduce.main([*flags, "--groups", "2,1"]) == 0
     assert [call["names"] for call in calls] == [["ant", "bee"], ["ant", "bee", "cat"]]
-    assert [row["step"] for row in reproduce.read_rows(tmp_path / "results/folder/accuracy.csv")] == ["0", "1"]
+    assert [row["step"] for row in tables.read_rows(tmp_path / "results/folder/accuracy.csv")] == ["0", "1"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the JSONs of results/performance: python3 benchmarks/tables.py"""
+"""The tables of docs/performance.md, from the JSONs of results/performance: python3 benchmarks/performance_tables.py"""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""The CSVs of results/, and the tables made of them: means with their spread, and differences in pairs by seed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+from protocols import REFERENCES, Protocol
+
+NOT_THERE = "–"  # noqa: RUF001
+COLUMNS = {
+    "average": "average of the steps",
+    "accuracy": "all",
+    "accuracy_old": "old",
+    "accuracy_new": "new",
+    "task_aware": "task-aware",
+    "forgetting": "forgetting",
+}
+
+
+def table_path(path: Path) -> Path:
+    return path.with_name("table.md" if path.stem == "accuracy" else f"{path.stem}_table.md")
+
+
+def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
+    return protocol.ablation if path.stem == "ablation" else protocol.methods
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, row: dict) -> None:
+    """Put a row in its place by method, seed and step, replacing an earlier one."""
+    key = ("method", "seed", "step")
+    rows = [other for other in read_rows(path) if any(other[name] != str(row[name]) for name in key)]
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+    rows = sorted([*rows, rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"])))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, row, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text.getvalue())
+    temporary.replace(path)
+
+
+def table_of(protocol: Protocol, path: Path) -> str:
+    """Mean and standard deviation over the seeds, in percent, after the last step; a line a method."""
+    rows = read_rows(path)
+    columns = [name for name in COLUMNS if name != "average" or len(protocol.groups) > 2]
+    heads = ["method", *(COLUMNS[name] for name in columns), "seeds"]
+    lines = [f"{protocol.about}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in variants_of(protocol, path):
+        values = per_seed(rows, name, len(protocol.groups) - 1)
+        if values:
+            cells = [mean_and_spread([row[column] for row in values]) for column in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(values)} |")
+    return "\n".join([*lines, *_differences(protocol, path, rows, columns)]) + "\n"
+
+
+def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list[str]) -> list[str]:
+    """Lines for what is compared with something else on the same seeds, three at least."""
+    lines = []
+    for name in variants_of(protocol, path):
+        ones, others = (
+            {row["seed"]: row for row in per_seed(rows, each, len(protocol.groups) - 1)}
+            for each in (name, REFERENCES.get(name))
+        )
+        seeds = [seed for seed in ones if seed in others]
+        if len(seeds) >= 3:
+            cells = [paired([(ones[seed][column], others[seed][column]) for seed in seeds]) for column in columns]
+            lines.append(f"| {name} − {REFERENCES[name]} | {' | '.join(cells)} | {len(seeds)} |")  # noqa: RUF001
+    if lines:
+        heads = ["difference", *(COLUMNS[name] for name in columns), "seeds"]
+        return [
+            "",
+            "In pairs by seed, with the 95 % interval of the mean by bootstrap:",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+            *lines,
+        ]
+    return []
+
+
+def paired(pairs: list[tuple[float | None, float | None]]) -> str:
+    """Mean of the differences with its 95 % interval: percentile bootstrap over the seeds (Efron and Tibshirani, 1993,
+    chapter 13).
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    if any(value is None for pair in pairs for value in pair):
+        return NOT_THERE
+    differences = [one - other for one, other in pairs]
+    generator = np.random.default_rng(0)
+    found = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=generator)
+    low, high = found.confidence_interval
+    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
+    """For each seed that has finished: its last row in numbers, None where a cell is empty, with the average accuracy
+    over all steps, the first one included.
+    """
+    found = []
+    for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
+        own = {int(row["step"]): row for row in rows if (row["method"], row["seed"]) == (name, seed)}
+        if last in own:
+            numbers = {key: float(own[last][key]) if own[last][key] else None for key in COLUMNS if key != "average"}
+            steps = [float(row["accuracy"]) for row in own.values()]
+            found.append({"seed": seed, "average": statistics.mean(steps) if len(own) == last + 1 else None, **numbers})
+    return found
+
+
+def mean_and_spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return NOT_THERE
+    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
