@@ -28,12 +28,9 @@ CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still f
 
 
 def forward(model: nn.Module, inputs: Tensor, precision: str) -> Output:
-    """The network in ``precision``; logits and features leave it in fp32, so that maps and losses are exact."""
-    if precision == "fp32":
+    """The network in ``precision``; its head, and so all maps and losses, are in the precision of the weights."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model(inputs)
-    with torch.autocast(inputs.device.type, torch.bfloat16):
-        output = model(inputs)
-    return Output(output.logits.float(), output.features.float())
 
 
 def optimisation_step(

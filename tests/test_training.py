@@ -169,6 +169,9 @@ def test_bf16_leaves_the_network_as_fp32_and_differs_from_it(pair):
     short = training.forward(student, inputs, "bf16")
     assert short.logits.dtype == short.features.dtype == torch.float32
     assert not torch.equal(exact.features, short.features)
+    # The head is not in bf16, nor is what it is given once it has left the last layer.
+    assert torch.equal(short.logits, student.fc(short.features.mean((2, 3))))
+    assert torch.equal(short.features, short.features.bfloat16().float())
     error = (exact.features - short.features).norm() / exact.features.norm()
     assert error < 0.05
 
