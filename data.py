@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,9 +299,10 @@ def _cifar(place: Place, image_size: int) -> Source:
             return kind(place.data_dir, train=split == "train")
         try:
             with contextlib.ExitStack() as stack:
-                if place.download:  # of several processes one downloads, and the others wait
-                    Path(place.data_dir).mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(held(Path(place.data_dir) / ".lock", place.data_dir, wait=True))
+                if place.download:  # of several processes of a machine one downloads, and the others wait
+                    where = hashlib.sha256(str(Path(place.data_dir).resolve()).encode()).hexdigest()[:16]
+                    lock = Path(tempfile.gettempdir()) / f"{place.dataset}-{where}.lock"
+                    stack.enter_context(held(lock, place.data_dir, wait=True))
                 return kind(place.data_dir, train=split == "train", download=place.download)
         except (OSError, RuntimeError) as error:
             if made:

@@ -10,6 +10,7 @@ flat they get answers and maps.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                 "teacher": evaluation.class_accuracies(teacher_logits[is_old], images.labels[is_old]),
                 "student": evaluation.class_accuracies(student_logits, images.labels),
             },
+            "attention": attention(teacher, student, images, before, after),
             "confusion": counts.tolist(),
         }
         report(metrics, before["class_names"])
@@ -81,13 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     # One class for both maps: the true one, or for an image without a label the teacher's answer.
     explained = torch.where(judged[chosen], images.labels[chosen], teacher_logits[chosen].argmax(1))
     explained = torch.where(explained < old, explained, teacher_logits[chosen].argmax(1))
-    maps = torch.stack(
-        [
-            explain(teacher, pixels.to(device), explained.to(device), before),
-            explain(student, pixels.to(device), explained.to(device), after),
-        ],
-        dim=1,
-    )
+    both = [maps_of(model, pixels, explained, saved) for model, saved in ((teacher, before), (student, after))]
     rows = [
         (
             f"{captions[index]}\nmap of {names[explained[row]]}",
@@ -97,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         for row, index in enumerate(chosen)
     ]
     title = "What the teacher and the student answer, and where they look"
-    plots.side_by_side(pixels.numpy(), rows, maps.cpu().numpy(), title, output / "demo.png")
+    plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{' and metrics.json' if judged.any() else ''} are in {output}")
 
 
@@ -139,16 +135,31 @@ def by_step(steps: list[dict], teacher_logits, student_logits, labels, own_image
     ]
 
 
-def explain(model, pixels, classes, checkpoint: dict):
-    """Grad-CAM (n, h, w) at the last feature map."""
-    import torch
+def maps_of(model, pixels, classes, checkpoint: dict):
+    import evaluation
 
-    from data import to_input
-    from gradcam import closed_form_map
+    return evaluation.maps(model, pixels, classes, checkpoint["mean"], checkpoint["std"])
 
-    with torch.inference_mode():
-        features = model.eval()(to_input(pixels, checkpoint["mean"], checkpoint["std"])).features
-        return closed_form_map(features, model.fc.weight, classes)
+
+def attention(teacher, student, images, before: dict, after: dict) -> dict[str, list[float | None]]:
+    """How far the student's maps of the true class are from the teacher's, mean of each old class's images.
+
+    The distance is that of L_AD, the overlap that of the strongest fifth of the pixels, in percent; None where there
+    is no image, or no map that is not all zero.
+    """
+    import evaluation
+
+    old = len(before["class_names"])
+    chosen = (images.labels >= 0) & (images.labels < old)
+    if not chosen.any():
+        return {name: [None] * old for name in ("distance", "overlap")}
+    pixels, labels = images.pixels[chosen], images.labels[chosen]
+    both = [maps_of(model, pixels, labels, saved) for model, saved in ((teacher, before), (student, after))]
+    means = {}
+    for name, values in zip(("distance", "overlap"), evaluation.attention_drift(*both), strict=True):
+        by_class = [values[labels == index].nanmean().item() for index in range(old)]
+        means[name] = [None if math.isnan(mean) else mean for mean in by_class]
+    return means
 
 
 def say(logits, names: list[str], form: str) -> str:
@@ -184,11 +195,15 @@ def report(metrics: dict, old_names: list[str]) -> None:
     for number, step in enumerate(metrics["steps"]):
         print(f"step {number} ({', '.join(step['classes'][:6])}{', ...' if len(step['classes']) > 6 else ''}):", end="")
         print(f" {cell(step['accuracy'])}, forgotten {cell(step['forgetting'])} points")
-    print("class by class         teacher  student")
-    classes = metrics["classes"]
+    print("class by class         teacher  student  attention: distance, overlap %")
+    classes, attention = metrics["classes"], metrics["attention"]
     for index, name in enumerate(classes["names"]):
-        known = classes["teacher"][index] if index < len(old_names) else None
-        print(f"  {name:<20}  {cell(known)}   {cell(classes['student'][index])}")
+        known, moved = None, ""
+        if index < len(old_names):
+            known = classes["teacher"][index]
+            distance, overlap = attention["distance"][index], attention["overlap"][index]
+            moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
+        print(f"  {name:<20}  {cell(known)}   {cell(classes['student'][index])}{moved}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How good a model is: accuracies in percent, confusion, forgetting.
+"""How good a model is: accuracies in percent, confusion, forgetting, and how far its attention has moved.
 
 *Class-incremental* accuracy lets the model answer with any class it knows; *task-aware* accuracy tells it which
 group (old or new) the image belongs to, a far easier question. The two are reported side by side, never one for the
@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 import distributed
 from data import to_input
+from gradcam import closed_form_map
+from losses import attention_distances
 
+TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
 
 
@@ -32,6 +36,39 @@ def predict(
     own = distributed.share(pixels).split(batch_size)
     logits = torch.cat([model(to_input(part.to(device), mean, std)).logits.cpu() for part in own]).float()
     return distributed.gathered(logits, len(pixels))
+
+
+@torch.inference_mode()
+def maps(
+    model: nn.Module,
+    pixels: Tensor,
+    classes: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 500,
+) -> Tensor:
+    """Grad-CAM (n, h, w) at the last feature map, on the CPU, of ``classes`` int64 (n,) in uint8 (n, 3, H, W)."""
+    model.eval()
+    device = next(model.parameters()).device
+    parts = []
+    for some, explained in zip(pixels.split(batch_size), classes.split(batch_size), strict=True):
+        features = model(to_input(some.to(device), mean, std)).features
+        parts.append(closed_form_map(features, model.fc.weight, explained.to(device)).cpu())
+    return torch.cat(parts)
+
+
+def attention_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """How far two models' maps (n, h, w) of the same images are apart, NaN where one of the two is all zero.
+
+    The distance (n,) is that of L_AD, 0 for the same map. The overlap (n,) is the share in percent of the strongest
+    fifth of the pixels of one map that are among those of the other.
+    """
+    distance, alive = attention_distances(after, before)
+    rows = [each.flatten(1) for each in (before, after)]
+    count = math.ceil(TOP * rows[0].shape[1])
+    chosen = [torch.zeros_like(row).scatter(1, row.topk(count).indices, 1.0) for row in rows]
+    overlap = 100 * (chosen[0] * chosen[1]).sum(1) / count
+    return tuple(values.where(alive, torch.nan) for values in (distance, overlap))
 
 
 def _percent(correct: Tensor) -> float | None:

@@ -68,16 +68,22 @@ def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
     return rows / squares.where(alive, 1.0).sqrt(), alive.squeeze(1)
 
 
-def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """L_AD (paper, section 3.2, eq. 4): L1 distance of the L2-normalised maps, both (B, h, w).
-
-    Summed over pixels, mean over the batch. Returns the loss and the share of images for which either map is all
-    zero: they contribute 0, and their gradient is 0.
+def attention_distances(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 distance (B,) of the L2-normalised maps, both (B, h, w), summed over pixels; and where both have something
+    in them, bool (B,): elsewhere the distance says nothing.
     """
     student, student_alive = _unit_length(student_map)
     teacher, teacher_alive = _unit_length(teacher_map)
-    alive = student_alive & teacher_alive
-    distance = (teacher - student).abs().sum(1)
+    return (teacher - student).abs().sum(1), student_alive & teacher_alive
+
+
+def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+    """L_AD (paper, section 3.2, eq. 4): the mean over the batch of the distances of the maps.
+
+    Returns the loss and the share of images for which either map is all zero: they contribute 0, and their gradient
+    is 0.
+    """
+    distance, alive = attention_distances(student_map, teacher_map)
     loss = distance.where(alive, 0.0).mean()
     return loss, 1 - alive.to(loss.dtype).mean()
 

@@ -118,14 +118,18 @@ PROTOCOLS = {
         flags=BF16,
         methods={name: METHODS[name] for name in ("finetune", "lwf", "lwf-mc", "lwm")},
     ),
-    "photos32-10+10-fp32": Protocol(
-        about="photos32-10+10 with teacher and student in fp32",
-        dataset="folder",
-        pool=slice(0, 20),
-        groups=(10, 10),
-        flags=f"{PHOTOS} --precision fp32",
-        methods={"lwm": METHODS["lwm"]},
-    ),
+    # What bf16 costs: teacher and student in one precision, everything else the same.
+    **{
+        f"photos32-10+10-{precision}": Protocol(
+            about=f"photos32-10+10 with teacher and student in {precision}",
+            dataset="folder",
+            pool=slice(0, 20),
+            groups=(10, 10),
+            flags=f"{PHOTOS} --precision {precision}",
+            methods={"lwm": METHODS["lwm"]},
+        )
+        for precision in ("fp32", "bf16")
+    },
     "digits-5x2": Protocol(
         about="scikit-learn digits, ResNet-18: 5 steps of 2, judged on the test images",
         dataset="digits",

@@ -36,6 +36,7 @@ def main() -> None:
         "fine-tuning": pair["finetune"],
         "batch-norm not folded": step_of(options, "lwm", fold=False),
         "contiguous layout": step_of(options, "lwm", layout=torch.contiguous_format),
+        "teacher in inference_mode": step_of(options, "lwm", inference_mode=True),
         "fused SGD": step_of(options, "lwm", fused=True),
         "foreach SGD": step_of(options, "lwm", foreach=True),
     }

@@ -91,11 +91,17 @@ def images(options) -> torch.Tensor:
 
 
 def step_of(
-    options, method: str, old: int = OLD, fold: bool = True, layout=torch.channels_last, **sgd
+    options,
+    method: str,
+    old: int = OLD,
+    fold: bool = True,
+    layout=torch.channels_last,
+    inference_mode: bool = False,
+    **sgd,
 ) -> Callable[[], object]:
     """One step of the optimiser of a method, as the training loop takes it, on images that are in place.
 
-    ``fold``, ``layout`` and what SGD takes differ from the scripts' in levers.py alone.
+    What follows ``old`` differs from the scripts' in levers.py alone.
     """
     student = network(options, old + NEW).train().to(memory_format=layout)
     teacher = None
@@ -103,6 +109,8 @@ def step_of(
         original = network(options, old).eval().requires_grad_(False)
         teacher = models.fold_batch_norm(original) if fold and method != "lwm-autograd" else original
         teacher = teacher.to(memory_format=layout)
+        if inference_mode:
+            teacher.forward = torch.inference_mode()(teacher.forward)
     inputs = images(options).contiguous(memory_format=layout)
     labels = torch.arange(options.batch_size, device=inputs.device) % NEW + old
     form = {"finetune": "softmax-all", "lwf": "softmax"}.get(method, "binary")

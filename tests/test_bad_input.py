@@ -356,7 +356,7 @@ def test_every_bad_value_of_every_setting_is_refused_by_the_script_itself(desk, 
         ("reproduce", "", "protocol"),
         ("reproduce", "digits-2+2 --seeds a,b", "--seeds is 'a'"),
         ("reproduce", "digits-2+2 --jobs 0", "--jobs is '0'"),
-        ("reproduce", "digits-2+2 --variants ewc", "has no 'ewc'"),
+        ("reproduce", "digits-2+2 --methods ewc", "has no 'ewc'"),
         ("reproduce", "photos32-search --data-dir gone", "--data-dir is 'gone'"),
     ],
 )
@@ -375,7 +375,7 @@ def test_the_command_line_refuses_in_the_same_way(desk, script, flags, words):
         ("\n\nimport pathlib; pathlib.Path(3)\n", "config.py, line 3: TypeError"),  # raised in a line 493 elsewhere
         ("raise SystemExit(3)\n", "config.py, line 1: SystemExit: 3"),
         ("EPOCHS = '\0'\n", "config.py: source code string cannot contain null bytes"),
-        ("EPOCHS = 3\n", "config.py: ATTENTION_CLASS is missing"),
+        ("EPOCHS = 3\n", "config.py: ATTENTION is missing"),
         (None, "config.py: ModuleNotFoundError"),
     ],
 )

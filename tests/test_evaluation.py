@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 import evaluation
+from data import to_input
+from gradcam import autograd_map
 
 # Two old classes (0, 1) and two new ones (2, 3); what each image's logits answer is beside it.
 LOGITS = torch.tensor(
@@ -70,6 +72,35 @@ def test_told_the_step_the_best_of_its_classes_is_the_answer():
         right += max(own, key=lambda c: scores[c]) == label
     assert evaluation.task_aware(logits, labels, [3, 1, 2]) == pytest.approx(100 * right / 60)
     assert evaluation.task_aware(logits[:0], labels[:0], [3, 1, 2]) is None
+
+
+def test_drift_is_the_distance_of_l_ad_and_the_overlap_of_the_strongest_fifth():
+    generator = torch.Generator().manual_seed(1)
+    before, after = torch.rand(2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    after[3] = before[3] * 7  # the same map, stronger
+    after[4] = 0
+    distance, overlap = evaluation.attention_drift(before, after)
+    for index in range(4):
+        one, other = (maps[index].numpy().ravel() for maps in (before, after))
+        expected = np.abs(one / np.linalg.norm(one) - other / np.linalg.norm(other)).sum()
+        assert distance[index].item() == pytest.approx(expected, abs=1e-12)
+        strongest = [set(np.argsort(values)[-3:]) for values in (one, other)]  # of 12 pixels
+        assert overlap[index].item() == pytest.approx(100 * len(strongest[0] & strongest[1]) / 3)
+    assert (distance[3], overlap[3]) == (pytest.approx(0, abs=1e-12), 100)
+    assert distance[4].isnan()
+    assert overlap[4].isnan()
+
+
+@pytest.mark.parametrize("batch_size", [2, 500])
+def test_maps_are_those_of_the_images_classes_in_eval_mode(batch_size):
+    model = randomised("resnet32", 4, 8).float()
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    classes = torch.tensor([0, 3, 1, 1, 2])
+    found = evaluation.maps(model.train(), pixels, classes, [0.5] * 3, [0.2] * 3, batch_size)
+    inputs = to_input(pixels, [0.5] * 3, [0.2] * 3)
+    expected = autograd_map(model.eval(), inputs, classes, model.last_layer)
+    assert expected.amax() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_teacher_has_no_new_classes():

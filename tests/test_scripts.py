@@ -115,6 +115,11 @@ def test_demo_by_its_command_line(tmp_path, quick, teacher, student):
     hint = next(i for i, line in enumerate(lines) if "no hint" in line)
     assert hint < next(i for i, line in enumerate(lines) if "task-aware" in line)
     assert np.sum(metrics["confusion"]) == 180
+    attention = metrics["attention"]
+    assert [len(values) for values in attention.values()] == [2, 2]
+    seen = [pair for pair in zip(*attention.values(), strict=True) if None not in pair]
+    assert seen  # after an epoch some maps of a class may be all zero
+    assert all(0 < distance < 4 and 0 <= overlap <= 100 for distance, overlap in seen)
     group = metrics["steps"][0]
     assert group["forgetting"] == pytest.approx(metrics["teacher"]["accuracy_old"] - group["accuracy"])
     with Image.open(tmp_path / "demo.png") as image:
