@@ -153,14 +153,12 @@ def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]
 def step(script: str, folder: Path, flags: list[str], threads: int) -> Path:
     """The model that the script leaves in ``folder``; it is called unless it has finished there with these flags."""
     model = folder / ("teacher_model.pth" if script.startswith("train") else "student_model.pth")
-    done, command = folder / "done", [script, *flags]
-    before = [part.parent / "done" for part in map(Path, flags) if part.name.endswith("_model.pth")]
-    said = "\n".join([shlex.join(command), *(path.read_text() for path in before)])
-    if not (done.exists() and done.read_text() == said):
+    done, command = folder / "done", shlex.join([script, *flags])
+    if not (done.exists() and done.read_text() == command):
         how = "--overwrite" if done.exists() else "--resume"
         done.unlink(missing_ok=True)
         call(script, [*flags, "--output-dir", str(folder), how], threads)
-        done.write_text(said)
+        done.write_text(command)
     return model
 
 

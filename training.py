@@ -205,10 +205,7 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(settings.seed)
         rate = head["steps"][-1]["learning_rate"]
         self.optimizer = torch.optim.SGD(
-            (parameter for parameter in model.parameters() if parameter.requires_grad),
-            rate,
-            settings.momentum,
-            weight_decay=settings.weight_decay,
+            model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay
         )
         self.steps = len(batches(len(train.labels), settings.batch_size, torch.Generator()))  # of an epoch
         self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.epochs - len(self.rows)) * self.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import shutil
@@ -663,6 +664,25 @@ def test_cifar_is_downloaded_and_read(tmp_path, serve_cifar, kind):
     archive.unlink()
     assert len(open_source(place, 16).test([names[0]], [names[0]]).labels) == 2
     assert open_source(place, 16).test([names[0]], [names[0]]).pixels.shape == (2, 3, 16, 16)
+
+
+def test_of_several_processes_one_downloads_while_the_others_wait(tmp_path, serve_cifar, monkeypatch):
+    names = CIFAR_NAMES["cifar100"]
+    archive = serve_cifar("cifar100", names)
+    asked = []
+
+    @contextlib.contextmanager
+    def held(path, what, wait=False):
+        asked.append(wait)
+        assert not (tmp_path / "data" / archive.name).exists()
+        yield
+        assert (tmp_path / "data" / archive.name).exists()
+
+    monkeypatch.setattr(data, "held", held)
+    for _ in range(2):  # once it is there nobody waits
+        open_source(Place("cifar100", str(tmp_path / "data")), 32).train(names[:1], names)
+    assert asked[0] is True
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("kind", CIFAR_NAMES)

@@ -59,9 +59,9 @@ def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
 
 def test_differences_are_taken_in_pairs_by_seed_with_an_interval(tmp_path):
     path = tmp_path / "accuracy.csv"
-    lwm, lwf_mc = [70.0, 50.0, 61.0, 40.0], [68.0, 49.0, 58.0]  # a seed of which the other has none
+    lwm, lwf_mc = {0: 70.0, 1: 50.0, 2: 61.0, 3: 40.0}, {0: 68.0, 1: 49.0, 2: 58.0, 4: 10.0}
     for method, values in (("lwm", lwm), ("lwf-mc", lwf_mc)):
-        for seed, accuracy in enumerate(values):
+        for seed, accuracy in values.items():
             tables.write_rows(path, row(method, seed, 4, accuracy))
     text = tables.table_of(FIVE, path)
     (line,) = [line for line in text.splitlines() if line.startswith("| lwm − lwf-mc |")]  # noqa: RUF001
@@ -258,6 +258,13 @@ def test_cifar_comes_in_the_order_of_the_field():
     # iCaRL's shuffle of the class numbers with seed 1993 begins 68, 56, 78, 8, 23, 84, 90, 65, 74, 76.
     alphabet = sorted(names)
     assert [alphabet.index(name) for name in names[:10]] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
+
+
+def test_what_a_variant_is_compared_with_is_in_the_same_table():
+    assert protocols.REFERENCES["softmax gamma=0.3"] == "softmax gamma=0"
+    for protocol in PROTOCOLS.values():
+        compared = {protocols.REFERENCES.get(name) for name in protocol.ablation} - {None}
+        assert compared <= set(protocol.ablation)
 
 
 def test_a_grid_names_what_it_varies():
