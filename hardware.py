@@ -1,4 +1,4 @@
-"""What a run computes on: the device and its precision, memory, and whether networks are compiled."""
+"""What a run computes on: the device, its precision and its memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import distributed
 from errors import InputError
-from settings import Settings
 
 
-def prepare(settings: Settings) -> tuple[Settings, torch.device]:
+def prepare(settings) -> tuple[Any, torch.device]:
     """The device of a training run, set up as the settings say; "auto" is decided in the settings that return.
 
     Meets the other processes of a torchrun job. Raises InputError for what the machine cannot do.
