@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
+from step_cost import report
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from imagefiles import decode_all
-from reproduce import machine
 
 IMAGES, SIZE, CLASSES = 1_281_167, 224, 1000  # ImageNet-1k's training images (Russakovsky et al., IJCV 2015)
 FILE = (500, 375)  # px; about their average
@@ -45,11 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = measured()
     rows = [row(options, parts, gpus) for gpus in (1, 8, 64, 512)]
-    command = f"python3 benchmarks/estimate.py {' '.join(sys.argv[1:])}".strip()
-    figures = {"command": command, "measured_or_counted": parts, "estimated": rows, **machine()}
-    print(json.dumps(figures, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(report(options, measured_or_counted=parts, estimated=rows), indent=1))
 
 
 def measured() -> dict[str, float]:

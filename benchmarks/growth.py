@@ -28,6 +28,7 @@ import hardware
 import plots
 from checkpoint import load
 from reproduce import machine
+from tables import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = (20, 50, 100, 200, 500, 1000)
@@ -44,8 +45,7 @@ def main() -> None:
     parts = {"classes": by_classes, "size": by_size, "steps": by_steps}
     for name, rows in {} if options.figure else parts.items():
         write(RESULTS / f"growth-{name}.csv", list(rows(options.folder)))
-    tables = {name: read(RESULTS / f"growth-{name}.csv") for name in parts}
-    plots.growth(tables, ROOT / "docs" / "growth.png")
+    plots.growth({name: read_rows(RESULTS / f"growth-{name}.csv") for name in parts}, ROOT / "docs" / "growth.png")
 
 
 def by_classes(folder: Path) -> Iterator[dict]:
@@ -118,11 +118,6 @@ def write(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, [*rows[0], *extra], lineterminator="\n")
         writer.writeheader()
         writer.writerows(row | extra for row in rows)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
