@@ -116,7 +116,9 @@ PROTOCOLS = {
         pool=slice(0, 20),
         groups=(10, 10),
         flags=BF16,
-        methods={name: METHODS[name] for name in ("finetune", "lwf", "lwf-mc", "lwm")},
+        methods=METHODS,
+        ablation=GAMMAS,
+        shuffle=True,
     ),
     # What bf16 costs: teacher and student in one precision, everything else the same.
     **{

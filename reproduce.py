@@ -5,7 +5,9 @@
 
 protocols.py says what there is. Every cell (a method with a seed) lies in its own folder under --work-dir: what is
 finished is skipped, what was interrupted is resumed. results/<protocol>/ gets accuracy.csv (ablation.csv with
---ablation), a row a step, its table and environment.json. ``--table`` only makes the tables again from the CSVs.
+--ablation), a row a step, its table, and environment.json, an entry for each call; and
+attention.csv, what demo.py says of the old classes: a row for each of them after each step. ``--table`` only makes the
+tables and figures again from the CSVs.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ from pathlib import Path
 from errors import InputError, RunError, one_line_errors
 from protocols import JOINT, PROTOCOLS, Protocol
 from settings import OneLineParser, require_folder
-from tables import read_rows, table_of, table_path, variants_of, write_rows
+from tables import attention_path, read_rows, table_of, table_path, variants_of, write_rows
 
 ROOT = Path(__file__).resolve().parent
 SETTINGS = ("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm", "learning_rate", "epochs")
 SETTINGS += ("precision",)
+MADE = {
+    "train_teacher_model.py": "teacher_model.pth",
+    "incremental_learning_system.py": "student_model.pth",
+    "demo.py": "metrics.json",
+}
 
 
 @one_line_errors
@@ -91,6 +98,10 @@ def run_cells(options, protocol: Protocol, path: Path) -> None:
     require_folder("--work-dir", options.work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    about = path.with_name("environment.json" if path.stem == "accuracy" else f"{path.stem}_environment.json")
+    calls, this = json.loads(about.read_text()) if about.exists() else [], environment(options, jobs, threads)
+    if this not in calls:
+        about.write_text(json.dumps([*calls, this], indent=1) + "\n")
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
     if options.data_dir:
         common += ["--data-dir", options.data_dir]
@@ -107,13 +118,22 @@ def run_cells(options, protocol: Protocol, path: Path) -> None:
         flags = [*common, "--seed", str(seed), "--old-classes", old, "--loss-form", form]
         return step("train_teacher_model.py", folder_of(seed, f"first-{form}"), flags, threads)
 
+    def judge_attention(seed: int, name: str, number: int, teacher: Path, student: Path) -> None:
+        flags = [*common, "--teacher", str(teacher), "--student", str(student)]
+        metrics = step("demo.py", student.parent / "demo", flags, threads, after=student)
+        key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
+        with writing:
+            write_rows(
+                attention_path(path), [{**key, **row} for row in rows_of_classes(json.loads(metrics.read_text()))]
+            )
+
     def cell(seed: int, name: str) -> None:
         flags, groups = flags_of(seed, name), groups_of(protocol, pool, seed)
 
         def write(model: Path) -> dict:
             row = row_of(options.protocol, name, seed, len(groups) - 1 if name == JOINT else None, model)
             with writing:
-                write_rows(path, row)
+                write_rows(path, [row])
             return row
 
         if name == JOINT:
@@ -124,17 +144,16 @@ def run_cells(options, protocol: Protocol, path: Path) -> None:
             write(model)
             for number, group in enumerate(groups[1:], 1):
                 more = ["--teacher", str(model), "--new-classes", ",".join(group)]
-                folder = folder_of(seed, name) / str(number)
-                model = step("incremental_learning_system.py", folder, [*flags, *more], threads)
+                folder, teacher = folder_of(seed, name) / str(number), model
+                model = step("incremental_learning_system.py", folder, [*flags, *more], threads, after=teacher)
                 row = write(model)
+                judge_attention(seed, name, number, teacher, model)
         print(f"{name}, seed {seed}: {row['accuracy']:.1f} % after the last step", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as workers:
         forms = sorted({form_of(variants[name].split()) for name in chosen if name != JOINT})
         list(workers.map(lambda pair: first(*pair), [(seed, form) for seed in seeds for form in forms]))
         list(workers.map(lambda pair: cell(*pair), [(seed, name) for seed in seeds for name in chosen]))
-    about = json.dumps(environment(options, jobs, threads), indent=1) + "\n"
-    path.with_name("environment.json" if path.stem == "accuracy" else f"{path.stem}_environment.json").write_text(about)
 
 
 def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:
@@ -150,16 +169,19 @@ def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]
     return groups
 
 
-def step(script: str, folder: Path, flags: list[str], threads: int) -> Path:
-    """The model that the script leaves in ``folder``; it is called unless it has finished there with these flags."""
-    model = folder / ("teacher_model.pth" if script.startswith("train") else "student_model.pth")
-    done, command = folder / "done", shlex.join([script, *flags])
-    if not (done.exists() and done.read_text() == command):
-        how = "--overwrite" if done.exists() else "--resume"
+def step(script: str, folder: Path, flags: list[str], threads: int, after: Path | None = None) -> Path:
+    """What the script leaves in ``folder``; it is called unless it has finished there with these flags, and with the
+    same for the model that it comes ``after``.
+    """
+    made, done = folder / MADE[script], folder / "done"
+    history = (after.parent / "done").read_text() if after else ""
+    history += shlex.join([script, *flags]) + "\n"
+    if not (done.exists() and done.read_text() == history):
+        how = [] if script == "demo.py" else ["--overwrite" if done.exists() else "--resume"]
         done.unlink(missing_ok=True)
-        call(script, [*flags, "--output-dir", str(folder), how], threads)
-        done.write_text(command)
-    return model
+        call(script, [*flags, "--output-dir", str(folder), *how], threads)
+        done.write_text(history)
+    return made
 
 
 def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
@@ -232,6 +254,20 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
         **{key: None if key in unused or first else made[key] for key in ("attention", "attention_class")},
         **{key: made[key] for key in SETTINGS if key not in ("beta", "gamma", "attention", "attention_class")},
     }
+
+
+def rows_of_classes(metrics: dict) -> list[dict]:
+    """For each old class what demo.py found of it on its test images: accuracies and attention."""
+    classes, attention = metrics["classes"], metrics["attention"]
+    columns = {
+        "class": classes["names"],
+        "accuracy_before": classes["teacher"],
+        "accuracy": classes["student"],
+        "distance": attention["distance"],
+        "overlap": attention["overlap"],
+    }
+    old = len(attention["distance"])
+    return [{name: values[index] for name, values in columns.items()} for index in range(old)]
 
 
 def environment(options, jobs: int, threads: int) -> dict:

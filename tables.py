@@ -24,6 +24,10 @@ def table_path(path: Path) -> Path:
     return path.with_name("table.md" if path.stem == "accuracy" else f"{path.stem}_table.md")
 
 
+def attention_path(path: Path) -> Path:
+    return path.with_name("attention.csv" if path.stem == "accuracy" else f"{path.stem}_attention.csv")
+
+
 def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
     return protocol.ablation if path.stem == "ablation" else protocol.methods
 
@@ -35,16 +39,17 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, row: dict) -> None:
-    """Put a row in its place by method, seed and step, replacing an earlier one."""
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Put the rows of one method, seed and step in their place, replacing earlier ones of that step."""
     key = ("method", "seed", "step")
-    rows = [other for other in read_rows(path) if any(other[name] != str(row[name]) for name in key)]
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-    rows = sorted([*rows, rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"])))
+    others = [row for row in read_rows(path) if any(row[name] != str(rows[0][name]) for name in key)]
+    rounded = [
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, row, lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(sorted([*others, *rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"]))))
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text.getvalue())
     temporary.replace(path)

@@ -34,7 +34,7 @@ def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_p
         for seed, accuracies in enumerate(seeds):
             for step, accuracy in zip((3, 4), accuracies, strict=True):
                 if accuracy is not None:
-                    tables.write_rows(path, row(method, seed, step, accuracy))
+                    tables.write_rows(path, [row(method, seed, step, accuracy)])
     lines = tables.table_of(FIVE, path).splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == ["| finetune", "| lwm", f"| {JOINT}"]
     assert lines[0].split(" | ")[2] == "30.0"
@@ -43,7 +43,7 @@ def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_p
     assert lines[1].split(" | ")[1] == "–"  # noqa: RUF001  not all steps are there
     assert lines[1].endswith("| 3 |")
     for step in range(3):
-        tables.write_rows(path, row("finetune", 0, step, 100.0))
+        tables.write_rows(path, [row("finetune", 0, step, 100.0)])
     finetune = tables.table_of(FIVE, path).splitlines()[4]
     assert finetune.split(" | ")[1] == f"{(3 * 100 + 60 + 30) / 5:.1f}"
     assert "average" not in tables.table_of(PROTOCOLS["digits-2+2"], path)
@@ -52,8 +52,8 @@ def test_the_table_has_mean_and_spread_after_the_last_step_in_the_order_of_the_p
 def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
     path = tmp_path / "accuracy.csv"
     for accuracy in (10.0, 20.0):
-        tables.write_rows(path, row("lwm", 3, 1, accuracy))
-    tables.write_rows(path, row("lwm", 3, 2, 30.0))
+        tables.write_rows(path, [row("lwm", 3, 1, accuracy)])
+    tables.write_rows(path, [row("lwm", 3, 2, 30.0)])
     assert [r["accuracy"] for r in tables.read_rows(path)] == ["20.0", "30.0"]
 
 
@@ -62,7 +62,7 @@ def test_differences_are_taken_in_pairs_by_seed_with_an_interval(tmp_path):
     lwm, lwf_mc = {0: 70.0, 1: 50.0, 2: 61.0, 3: 40.0}, {0: 68.0, 1: 49.0, 2: 58.0, 4: 10.0}
     for method, values in (("lwm", lwm), ("lwf-mc", lwf_mc)):
         for seed, accuracy in values.items():
-            tables.write_rows(path, row(method, seed, 4, accuracy))
+            tables.write_rows(path, [row(method, seed, 4, accuracy)])
     text = tables.table_of(FIVE, path)
     (line,) = [line for line in text.splitlines() if line.startswith("| lwm − lwf-mc |")]  # noqa: RUF001
     # Of three differences 2, 1 and 3 the mean is 2; a bootstrap sample of three lies between 1 and 3.
@@ -93,7 +93,7 @@ def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
 
 
 @pytest.fixture
-def calls(monkeypatch, tmp_path) -> list[dict]:
+def calls(monkeypatch, tmp_path, judged) -> list[dict]:
     """What the scripts are called with; each leaves a checkpoint whose accuracy is the number of its classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -103,6 +103,17 @@ def calls(monkeypatch, tmp_path) -> list[dict]:
     def call(script: str, flags: list[str], threads: int) -> None:
         settings = read_settings(script.removesuffix(".py"), flags)
         folder = Path(settings.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if script == "demo.py":
+            judged.append(flags)
+            before, after = (checkpoint.load(path)["class_names"] for path in (settings.teacher, settings.student))
+            old = len(before)
+            metrics = {
+                "classes": {"names": after, "teacher": [80.0] * old, "student": [10.0 * old] * len(after)},
+                "attention": {"distance": [0.25] * (old - 1) + [None], "overlap": [60.0] * old},
+            }
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+            return
         steps, kind = [step_of(settings.old_classes, group_accuracy=[90.0])], "teacher"
         if settings.teacher:
             kind, steps = "student", copy.deepcopy(checkpoint.load(settings.teacher)["steps"])
@@ -116,7 +127,6 @@ def calls(monkeypatch, tmp_path) -> list[dict]:
         if settings.teacher:
             log[0] |= {"test_accuracy_old": 1.0, "test_accuracy_new": 2.0}
         model = models.build("resnet32", len(names), 8)
-        folder.mkdir(parents=True, exist_ok=True)
         training = {"epochs": 1, "log": log}
         saved = checkpoint_of(model, "resnet32", names, 8, steps=steps, training=training)
         monkeypatch.setattr(checkpoint, "load", lambda path: kept[Path(path)])
@@ -126,6 +136,12 @@ def calls(monkeypatch, tmp_path) -> list[dict]:
     kept: dict[Path, dict] = {}
     monkeypatch.setattr(reproduce, "call", call)
     return seen
+
+
+@pytest.fixture
+def judged() -> list[list[str]]:
+    """The flags of every call of demo.py."""
+    return []
 
 
 def five(*flags: str) -> int:
@@ -147,8 +163,46 @@ def test_steps_are_chained_and_the_first_is_shared(calls, tmp_path):
     assert [r["gamma"] for r in own] == ["", *["0.1"] * 4]
     assert {r["gamma"] for r in rows if r["method"] != "lwm"} == {""}
     assert "| lwm | 6.0 | 10.0 |" in (tmp_path / "results" / "five" / "table.md").read_text()
-    about = json.loads((tmp_path / "results" / "five" / "environment.json").read_text())
+    (about,) = json.loads((tmp_path / "results" / "five" / "environment.json").read_text())
     assert about["command"] == "python3 reproduce.py five --methods lwf-mc,lwm,frozen --seeds 1 --jobs 1"
+
+
+def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, tmp_path):
+    assert five("--methods", "lwm") == 0
+    assert five("--methods", "lwm") == 0
+    assert len(judged) == 4  # once for each step, and not again
+    rows = tables.read_rows(tmp_path / "results" / "five" / "attention.csv")
+    assert [int(r["step"]) for r in rows] == [1] * 2 + [2] * 4 + [3] * 6 + [4] * 8
+    order = sum(reproduce.groups_of(FIVE, [str(digit) for digit in range(10)], 1), [])  # noqa: RUF017
+    assert [r["class"] for r in rows[-8:]] == order[:8]
+    last = rows[-1]
+    assert [last[name] for name in ("method", "accuracy_before", "accuracy", "distance", "overlap")] == [
+        "lwm",
+        "80.0",
+        "80.0",
+        "",
+        "60.0",
+    ]
+    assert rows[-2]["distance"] == "0.25"
+
+
+def test_every_call_is_in_the_environment_once(calls, tmp_path):
+    for methods in ("lwm", "lwm", "lwf-mc"):
+        assert five("--methods", methods) == 0
+    about = json.loads((tmp_path / "results" / "five" / "environment.json").read_text())
+    assert [each["command"].split()[4] for each in about] == ["lwm", "lwf-mc"]
+
+
+def test_what_comes_after_a_model_is_made_again_when_that_was_made_otherwise(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(reproduce, "call", lambda script, flags, threads: called.append(flags[-1]))
+    teacher = tmp_path / "first" / "teacher_model.pth"
+    for folder in ("first", "student"):
+        (tmp_path / folder).mkdir()
+    for history in ("one", "one", "another"):
+        (tmp_path / "first" / "done").write_text(history)
+        reproduce.step("incremental_learning_system.py", tmp_path / "student", ["--seed", "1"], 1, after=teacher)
+    assert called == ["--resume", "--overwrite"]
 
 
 def test_what_is_done_is_skipped_unless_it_was_done_otherwise(calls, monkeypatch):
