@@ -16,9 +16,10 @@ import numpy as np
 from checkpoint import write_atomically
 
 
-def _write(figure: plt.Figure, path: Path) -> None:
+def _write(figure: plt.Figure, path: Path, drawn_from: str | None = None) -> None:
+    """``drawn_from`` goes into the file, so that it can be told from one that was drawn from other figures."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Description": drawn_from})
     plt.close(figure)
     write_atomically(path, buffer.getbuffer())
 
@@ -123,3 +124,72 @@ def growth(tables: dict[str, Sequence[dict[str, str]]], path: Path) -> None:
         each.grid(alpha=0.3)
         each.legend(fontsize=8)
     _write(figure, path)
+
+
+# Of protocols: mean over the seeds with its 95 % interval, told apart by marker and line and not by colour alone -----
+
+STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
+
+
+def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the 95 % interval of Student's t, none for a single value."""
+    from scipy.stats import sem, t
+
+    half = sem(values) * t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(half)
+
+
+def _errorbar(
+    axes: plt.Axes, number: int, label: str, places: Sequence[float], values: Sequence[Sequence[float]], **across: Any
+) -> list[float]:
+    """The means that are drawn; a method keeps its ``number`` in every panel, and with it style and colour."""
+    means, halves = zip(*(_mean_and_half(each) for each in values), strict=True)
+    look = {"fmt": STYLES[number], "color": f"C{number}", "capsize": 2, "markersize": 5, "linewidth": 1.2}
+    axes.errorbar(places, means, halves, label=label, **look, **across)
+    return list(means)
+
+
+def over_steps(
+    panels: dict[str, dict[str, dict[int, list[float]]]],
+    path: Path,
+    drawn_from: str,
+    lost: dict[str, list[tuple[float, float]]] | None = None,
+) -> None:
+    """A panel for each label of a vertical axis: for each method, step -> the values of the seeds.
+
+    ``lost`` adds one: for each method, classes in a step as (distance of the maps, accuracy lost), fifths by distance.
+    """
+    count = len(panels) + bool(lost)
+    figure, grid = plt.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False, layout="constrained")
+    for axes, (label, methods) in zip(grid[0], panels.items(), strict=False):
+        for number, (name, by_step) in enumerate(methods.items()):
+            places = [step + 0.05 * (number - len(methods) / 2) for step in by_step]
+            if places:
+                _errorbar(axes, number, name, places, list(by_step.values()))
+        axes.set(xlabel="step (0: the first classes)", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for number, (name, pairs) in enumerate((lost or {}).items()):
+        fifths = [part for part in np.array_split(np.array(sorted(pairs)), 5) if len(part)]
+        places = [part[:, 0].mean() for part in fifths]
+        if len(set(places)) > 1:  # maps that never move are not shown
+            _errorbar(grid[0][-1], number, name, places, [part[:, 1] for part in fifths])
+    if lost:
+        grid[0][-1].set(xlabel="distance of the maps (L_AD), fifths", ylabel="accuracy of the class lost, points")
+    for axes in grid[0]:
+        axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=8)
+    _write(figure, path, drawn_from)
+
+
+def plane(curves: dict[str, list[tuple[str, list[float], list[float]]]], path: Path, drawn_from: str) -> None:
+    """Old against new accuracy after the last step: a curve for each key, through (label, old, new) over the seeds."""
+    figure, axes = plt.subplots(figsize=(6.4, 5))
+    for number, (name, points) in enumerate(curves.items()):
+        new, across = zip(*(_mean_and_half(values) for _, _, values in points), strict=True)
+        old = _errorbar(axes, number, name, new, [values for _, values, _ in points], xerr=across)
+        for (label, _, _), *place in zip(points, new, old, strict=True):
+            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="accuracy of the newest classes, no hint, %", ylabel="accuracy of all older classes, no hint, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _write(figure, path, drawn_from)

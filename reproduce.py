@@ -29,7 +29,19 @@ from pathlib import Path
 from errors import InputError, RunError, one_line_errors
 from protocols import JOINT, PROTOCOLS, Protocol
 from settings import OneLineParser, require_folder
-from tables import attention_path, read_rows, table_of, table_path, variants_of, write_rows
+from tables import (
+    attention_path,
+    attention_table,
+    by_step,
+    fingerprint,
+    moved,
+    points_of,
+    read_rows,
+    table_of,
+    table_path,
+    variants_of,
+    write_rows,
+)
 
 ROOT = Path(__file__).resolve().parent
 SETTINGS = ("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm", "learning_rate", "epochs")
@@ -73,6 +85,32 @@ def main(argv: list[str] | None = None) -> None:
         text = table_of(protocol, path)
         table_path(path).write_text(text)
         print(text)
+        if read_rows(attention_path(path)):
+            text = attention_table(protocol, path)
+            attention_path(path).with_suffix(".md").write_text(text)
+            print(text)
+    if protocol.methods and protocol.ablation:
+        draw(protocol, results)
+
+
+def draw(protocol: Protocol, results: Path) -> None:
+    """Accuracy and attention over the steps, and the plane of old against new accuracy."""
+    import plots
+
+    accuracy, ablation = results / "accuracy.csv", results / "ablation.csv"
+    rows, attention, names = read_rows(accuracy), read_rows(attention_path(accuracy)), protocol.methods
+    if len(protocol.groups) > 2 and rows:
+        labels = {"accuracy": "accuracy over all classes so far, %", "task_aware": "told the step (task-aware), %"}
+        panels = {label: {name: by_step(rows, name, column) for name in names} for column, label in labels.items()}
+        plots.over_steps(panels, results / "steps.png", fingerprint(accuracy))
+    if attention:
+        labels = {"distance": "distance of the maps (L_AD)", "overlap": "overlap of the strongest fifth, %"}
+        panels = {label: {name: by_step(attention, name, column) for name in names} for column, label in labels.items()}
+        seen = [row for row in attention if row["distance"]]
+        lost = {name: [moved(row)[::2] for row in seen if row["method"] == name] for name in names}
+        plots.over_steps(panels, results / "attention.png", fingerprint(attention_path(accuracy)), lost)
+    curves = points_of(protocol, ablation) | points_of(protocol, accuracy)
+    plots.plane(curves, results / "plane.png", fingerprint(ablation, accuracy))
 
 
 def whole_number(flag: str, text: str, least: int, most: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocols import REFERENCES, Protocol
@@ -95,19 +97,22 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
 
 
 def paired(pairs: list[tuple[float | None, float | None]]) -> str:
-    """Mean of the differences with its 95 % interval: percentile bootstrap over the seeds (Efron and Tibshirani, 1993,
-    chapter 13).
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
+    """Mean of the differences with its 95 % interval."""
     if any(value is None for pair in pairs for value in pair):
         return NOT_THERE
     differences = [one - other for one, other in pairs]
-    generator = np.random.default_rng(0)
-    found = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=generator)
-    low, high = found.confidence_interval
+    low, high = interval(differences)
     return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean: percentile bootstrap over the seeds (Efron and Tibshirani, 1993, chapter 13)."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    generator = np.random.default_rng(0)
+    found = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=generator)
+    return tuple(found.confidence_interval)
 
 
 def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
@@ -124,8 +129,86 @@ def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
     return found
 
 
-def mean_and_spread(values: list[float | None]) -> str:
+def by_step(rows: list[dict], name: str, column: str) -> dict[int, list[float]]:
+    """Step -> the values of the seeds; of rows for classes, the mean over a seed's classes is its value."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["method"] == name and row[column]:
+            found.setdefault(int(row["step"]), {}).setdefault(row["seed"], []).append(float(row[column]))
+    return {step: [statistics.mean(values) for values in seeds.values()] for step, seeds in sorted(found.items())}
+
+
+def points_of(protocol: Protocol, path: Path) -> dict[str, list[tuple[str, list[float], list[float]]]]:
+    """Curve -> points (label, accuracies of the old classes, of the new ones), after the last step, over the seeds.
+
+    Variants that differ in gamma alone are the points of one curve, each method of the protocol is one of its own.
+    """
+    rows, last = read_rows(path), len(protocol.groups) - 1
+    curves: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    for name in variants_of(protocol, path):
+        values = per_seed(rows, name, last)
+        curve, _, weight = name.partition(" gamma=")
+        if values and values[0]["accuracy_old"] is not None and (weight or name in protocol.methods):
+            old, new = ([row[column] for row in values] for column in ("accuracy_old", "accuracy_new"))
+            curves.setdefault(f"lwm, {curve}, by gamma" if weight else name, []).append((weight, old, new))
+    return curves
+
+
+def fingerprint(*paths: Path) -> str:
+    """SHA-256 of CSVs, where they exist: a figure carries that of what it was drawn from."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
+
+
+def mean_and_spread(values: Sequence[float | None], digits: int = 1) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return NOT_THERE
-    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"
+
+
+# Attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_table(protocol: Protocol, path: Path) -> str:
+    """How far the maps of the old classes move in a step, and whether the classes whose maps move are those forgotten.
+
+    Mean and standard deviation over the seeds of the mean over all steps and old classes. Spearman's correlation is
+    that of the distance and the accuracy lost, within a seed over its steps and classes, with the 95 % interval of its
+    mean over the seeds.
+    """
+    rows = read_rows(attention_path(path))
+    heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "accuracy lost, points", "Spearman", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in variants_of(protocol, path):
+        seeds: dict[str, list[tuple[float, float, float]]] = {}
+        for row in rows:
+            if row["method"] == name and row["distance"]:
+                seeds.setdefault(row["seed"], []).append(moved(row))
+        if seeds:
+            means = [[statistics.mean(values) for values in zip(*own, strict=True)] for own in seeds.values()]
+            distance, overlap, forgotten = zip(*means, strict=True)
+            cells = [mean_and_spread(distance, 3), mean_and_spread(overlap), mean_and_spread(forgotten)]
+            cells.append(_correlation(list(seeds.values())))
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def moved(row: dict) -> tuple[float, float, float]:
+    """Distance, overlap and accuracy lost of a class in a step."""
+    return float(row["distance"]), float(row["overlap"]), float(row["accuracy_before"]) - float(row["accuracy"])
+
+
+def _correlation(seeds: list[list[tuple[float, float, float]]]) -> str:
+    from scipy.stats import spearmanr
+
+    found = []
+    for own in seeds:
+        distance, _, forgotten = zip(*own, strict=True)
+        if len(set(distance)) < 2 or len(set(forgotten)) < 2:
+            return NOT_THERE
+        found.append(float(spearmanr(distance, forgotten).statistic))
+    if len(found) < 3:
+        return f"{statistics.mean(found):+.2f}"
+    low, high = interval(found)
+    return f"{statistics.mean(found):+.2f} ({low:+.2f} to {high:+.2f})"

@@ -6,10 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import reproduce
 import settings
 from protocols import PROTOCOLS
+from tables import attention_table, fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,6 +31,24 @@ def test_the_tables_are_those_of_the_csv(path):
     made = reproduce.table_of(PROTOCOLS[path.parent.name], path)
     assert reproduce.table_path(path).read_text() == made
     assert made in (ROOT / "docs" / "results.md").read_text()
+
+
+FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("results/*/*.png")), ids=lambda path: f"{path.parent.name}, {path.stem}"
+)
+def test_the_figures_are_drawn_from_the_csv(path):
+    sources = [path.with_name(f"{name}.csv") for name in FIGURES[path.stem]]
+    assert Image.open(path).text["Description"] == fingerprint(*sources)
+    assert f"(../results/{path.parent.name}/{path.name})" in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*attention.csv")), ids=lambda path: path.parent.name)
+def test_the_tables_of_attention_are_those_of_the_csv(path):
+    table = path.with_name("ablation.csv" if path.stem.startswith("ablation") else "accuracy.csv")
+    assert path.with_suffix(".md").read_text() == attention_table(PROTOCOLS[path.parent.name], table)
 
 
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])

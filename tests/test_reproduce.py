@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import checkpoint_of, step_of, write_images
+from PIL import Image
 
 import checkpoint
 import models
@@ -77,6 +79,49 @@ def test_an_interval_is_that_of_the_normal_distribution_for_many_seeds():
     half = 1.96 * differences.std(ddof=1) / 20
     assert mean == pytest.approx(differences.mean(), abs=0.05)
     assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.08)
+
+
+def classes_row(method: str, seed: int, step: int, name: str, distance: float | None, lost: float) -> dict:
+    moved = {"distance": distance, "overlap": 50.0, "accuracy_before": 90.0, "accuracy": 90.0 - lost}
+    return {"method": method, "seed": seed, "step": step, "class": name, **moved}
+
+
+def test_the_attention_table_has_means_over_classes_and_steps_and_the_correlation_within_a_seed(tmp_path):
+    path = tmp_path / "accuracy.csv"
+    # By rank seed 0 agrees, seed 1 is reversed, and seed 2 has 1 - 6 * 2 / (3 * 8) = 0.5; the last class has no map.
+    for seed, lost in enumerate(([1.0, 20.0, 30.0], [30.0, 20.0, 1.0], [20.0, 1.0, 30.0])):
+        rows = [classes_row("lwm", seed, 1, "a", 0.1, lost[0]), classes_row("lwm", seed, 1, "b", 0.2, lost[1])]
+        tables.write_rows(tables.attention_path(path), rows)
+        rows = [classes_row("lwm", seed, 2, "a", 0.9, lost[2]), classes_row("lwm", seed, 2, "b", None, 90.0)]
+        tables.write_rows(tables.attention_path(path), rows)
+    tables.write_rows(tables.attention_path(path), [classes_row("frozen", 0, 1, name, 0.0, 3.0) for name in "ab"])
+    frozen, lwm = tables.attention_table(FIVE, path).splitlines()[2:]
+    assert frozen == "| frozen | 0.000 | 50.0 | 3.0 | – | 1 |"  # noqa: RUF001
+    assert lwm.startswith("| lwm | 0.400 ± 0.000 | 50.0 ± 0.0 | 17.0 ± 0.0 | +0.17 (-1.00 to +1.00) | 3 |")
+
+
+def test_values_by_step_are_one_a_seed(tmp_path):
+    rows = [
+        {k: str(v) for k, v in classes_row("lwm", seed, step, "a", 1.0 * seed, 0).items()}
+        for seed in (1, 2)
+        for step in (1, 2)
+    ]
+    rows += [{k: str(v) for k, v in classes_row("lwm", 2, 2, "b", 4.0, 0).items()}]
+    assert tables.by_step(rows, "lwm", "distance") == {1: [1.0, 2.0], 2: [1.0, 3.0]}
+
+
+def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_path):
+    protocol = PROTOCOLS["photos32-5x4"]
+    for stem, names in (
+        ("ablation", ["binary gamma=0", "binary gamma=1", "attention=signed"]),
+        ("accuracy", ["lwf", JOINT]),
+    ):
+        for number, name in enumerate(names):
+            values = row(name, 0, 4, 10.0 + number) | ({"accuracy_old": None} if name == JOINT else {})
+            tables.write_rows(tmp_path / f"{stem}.csv", [values])
+    points = tables.points_of(protocol, tmp_path / "ablation.csv")
+    assert points == {"lwm, binary, by gamma": [("0", [10.0], [10.0]), ("1", [11.0], [11.0])]}
+    assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf": [("", [10.0], [10.0])]}
 
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
@@ -184,6 +229,20 @@ def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, t
         "60.0",
     ]
     assert rows[-2]["distance"] == "0.25"
+
+
+def test_a_protocol_of_several_steps_has_figures_that_name_what_they_show(calls, monkeypatch, tmp_path):
+    monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, ablation=protocols.GAMMAS))
+    assert five("--methods", "lwm,frozen") == 0
+    assert five("--ablation", "--methods", "binary gamma=0,binary gamma=1") == 0
+    results = tmp_path / "results" / "five"
+    sources = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
+    for name, tables_ in sources.items():
+        text = Image.open(results / f"{name}.png").text["Description"]
+        assert text == tables.fingerprint(*(results / f"{table}.csv" for table in tables_))
+    assert len(set(map(str, (Image.open(results / f"{name}.png").text for name in sources)))) == 3
+    assert "| lwm |" in (results / "attention.md").read_text()
+    assert "| binary gamma=1 |" in (results / "ablation_attention.md").read_text()
 
 
 def test_every_call_is_in_the_environment_once(calls, tmp_path):
