@@ -14,12 +14,14 @@ A file is read as data (torchfile.py), and then all of it is checked against wha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,8 +122,32 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises InputError, in one line that says what it is instead, for every file that is not one.
     """
     path = Path(path)
-    try:
+    with _one_line(path):
         return _upgraded(torchfile.read(path))
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state_dict that another program wrote: alone, or as "state_dict" or "model" of a dict; without the prefix of
+    DataParallel. Raises InputError for a file that holds none.
+    """
+    path = Path(path)
+    with _one_line(path):
+        found = torchfile.read(path)
+        for key in ("state_dict", "model"):
+            found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+        if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+            raise Refused("holds no state_dict: names and tensors, alone or under 'state_dict' or 'model'")
+    prefix = "module."
+    if all(name.startswith(prefix) for name in found):
+        found = {name[len(prefix) :]: tensor for name, tensor in found.items()}
+    return found
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Raises InputError for whatever may be wrong with a file of torch."""
+    try:
+        yield
     except Refused as error:
         _refuse(path, str(error), error)
     except OSError as error:
@@ -190,7 +216,9 @@ def _check_schema(checkpoint: dict[str, Any]) -> None:
         _check_kinds(step, STEP_KINDS, " of a step")
         lists = [key for key, value in step.items() if isinstance(value, list | dict | Tensor)]
         _require(set(lists) == {"classes", "group_accuracy"}, "a setting of a step is none")
-        _require(_number(step["hold_back"], 0, 0.5) and step["epochs"] > 0, "a setting of a step is out of range")
+        taken_as_it_was = step is steps[0] and not (training and len(steps) == 1)
+        fits = _number(step["hold_back"], 0, 0.5) and step["epochs"] >= (0 if taken_as_it_was else 1)
+        _require(fits, "a setting of a step is out of range")
         accuracies = step["group_accuracy"]
         _require(all(x is None or _number(x, 0, 100) for x in accuracies), "a step's accuracy is not one in percent")
         _require(len(accuracies) <= len(steps), "a step has accuracies of groups that do not exist")
@@ -204,11 +232,12 @@ def _check_schema(checkpoint: dict[str, Any]) -> None:
 def _check_weights(checkpoint: dict[str, Any]) -> None:
     """Names, shapes and kinds as the architecture has them, which is built without memory; every number finite."""
     try:
-        with torch.device("meta"):
-            model = models.build(checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"])
-    except ValueError as error:
+        expected = models.empty_state(
+            checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"]
+        )
+    except InputError as error:
         raise Refused(str(error)) from error
-    expected, found = model.state_dict(), checkpoint["model"]
+    found = checkpoint["model"]
     odd = sorted(map(str, expected.keys() ^ found.keys()))
     _require(not odd, f"the weights do not fit {checkpoint['architecture']} ({odd[:1]})")
     for name, like in expected.items():

@@ -134,12 +134,14 @@ OLD_CLASSES = ["0", "1"]  # names of the classes that the teacher learns
 NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top
 
 # The network.
-MODEL = None  # resnet18, resnet32 or resnet110
+MODEL = None  # resnet18, resnet32, resnet110, or a network of torchvision such as resnet50 or mobilenet_v2
 IMAGE_SIZE = None  # px; images are scaled and cut to this square
+MEAN = None  # of the channels, 0..1, as [0.485, 0.456, 0.406]; None: the training images', or with --weights ImageNet's
+STD = None  # likewise their standard deviation
 
 # The method: L = L_C + BETA * L_D + GAMMA * L_AD.
 METHOD = "lwm"  # finetune, frozen, lwf, lwf-mc or lwm
-LOSS_FORM = None  # binary, softmax or softmax-all; None: the form that belongs to METHOD
+LOSS_FORM = None  # binary, softmax or softmax-all; None: the form that belongs to METHOD, or that of the teacher
 BETA = None  # weight of the logits' distillation, L_D
 GAMMA = None  # weight of the attention distillation, L_AD
 TEMPERATURE = 2.0  # of softmax distillation
@@ -148,10 +150,13 @@ ATTENTION_CLASS = "student"  # whose top old class the two maps explain: student
 BATCH_NORM = "train"  # in the student's step: train, or frozen at the old running statistics
 
 # The training.
-EPOCHS = None  # passes over the training images
+EPOCHS = None  # passes over the training images; 0 with --weights: the teacher is taken as it is
 BATCH_SIZE = None  # images in a step of the optimiser
 LR = None  # learning rate of the teacher, the peak of a cosine schedule
 INCREMENTAL_LR = None  # likewise of the student
+BACKBONE_LR = None  # learning rate of everything but the head; None: the same as the head's
+FREEZE = 0  # the first so many stages of the network are not trained, as people do with few images
+BALANCED = False  # draw the classes equally often, for folders in which they have unequal numbers of images
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = None  # of all parameters
 FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits

@@ -397,12 +397,27 @@ def to_input(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float
     return (pixels.float() / 255 - centre) / spread
 
 
-def batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """A random order of ``count`` images in equal parts of at most ``batch_size``.
+def batches(labels: Tensor, batch_size: int, generator: torch.Generator, balanced: bool = False) -> tuple[Tensor, ...]:
+    """A random order of the images with ``labels`` int64 (n,), in equal parts of at most ``batch_size``.
 
     Equal parts, so that no batch of one or two images upsets the batch-norm statistics at the end of an epoch.
+    ``balanced`` draws n images of which each class has the same number, or one more: of a small class each is drawn
+    several times, of a large one some are left out until another epoch.
     """
-    return torch.randperm(count, generator=generator).tensor_split(-(-count // batch_size))
+    order = _balanced_order(labels, generator) if balanced else torch.randperm(len(labels), generator=generator)
+    return order.tensor_split(-(-len(labels) // batch_size))
+
+
+def _balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    classes = labels.unique()
+    classes = classes[torch.randperm(len(classes), generator=generator)]  # which of them have one more
+    drawn = []
+    for number, label in enumerate(classes):
+        own = (labels == label).nonzero().squeeze(1)
+        wanted = len(range(number, len(labels), len(classes)))
+        rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-wanted // len(own)))]
+        drawn.append(torch.cat(rounds)[:wanted])
+    return torch.cat(drawn)[torch.randperm(len(labels), generator=generator)]
 
 
 def draw_augmentation(count: int, width: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -48,6 +48,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
         except Interrupted as stop:
             code, text = 128 + stop.signum, stop
+        except BrokenPipeError:  # nobody reads on, as with ``| head``
+            code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             code, text = 128 + signal.SIGINT, "interrupted"
         except (RuntimeError, MemoryError) as error:

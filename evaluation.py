@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import distributed
 from data import to_input
-from gradcam import closed_form_map
+from gradcam import last_map
 from losses import attention_distances
+from models import head_weight
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -38,7 +39,7 @@ def predict(
     return distributed.gathered(logits, len(pixels))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def maps(
     model: nn.Module,
     pixels: Tensor,
@@ -52,8 +53,8 @@ def maps(
     device = next(model.parameters()).device
     parts = []
     for some, explained in zip(pixels.split(batch_size), classes.split(batch_size), strict=True):
-        features = model(to_input(some.to(device), mean, std)).features
-        parts.append(closed_form_map(features, model.fc.weight, explained.to(device)).cpu())
+        output = model(to_input(some.to(device), mean, std))
+        parts.append(last_map(output, head_weight(model), explained.to(device)).cpu())
     return torch.cat(parts)
 
 

@@ -5,8 +5,9 @@ With A the feature map (C, h, w) and y_c the logit of class c,
     alpha_k = mean over pixels of d y_c / d A_k          Q = ReLU(sum_k alpha_k A_k)
 
 ``closed_form_map`` is Q at the last feature map of a network that ends in global average pooling and one linear
-layer: there d y_c / d A_k(i, j) = W_ck / (h w) exactly, so Q needs no second backward pass. ``autograd_map`` is Q at
-any layer of any network. Both can be differentiated, in A and in alpha.
+layer: there d y_c / d A_k(i, j) = W_ck / (h w) exactly, so Q needs no second backward pass. ``differentiated_map`` is Q
+at the last feature map where more stands before the head, ``autograd_map`` at any layer of any network. All can be
+differentiated, in A and in alpha.
 
 As a script, an overlay of any image for any class of a checkpoint:
 
@@ -19,11 +20,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import InputError, import_opencv, one_line_errors
+from errors import InputError, RunError, import_opencv, one_line_errors
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
     import numpy as np
     from torch import Tensor, nn
+
+    from models import Output
 
 
 def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor, relu: bool = True) -> Tensor:
@@ -38,12 +41,59 @@ def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor, relu
     return (weighted.relu() if relu else weighted).unflatten(1, (height, width))
 
 
-def autograd_map(model: nn.Module, images: Tensor, classes: Tensor, layer: str, create_graph: bool = False) -> Tensor:
+def differentiated_map(
+    logits: Tensor, features: Tensor, classes: Tensor, relu: bool = True, create_graph: bool = False
+) -> Tensor:
+    """Grad-CAM at ``features`` (B, C, h, w), from which ``logits`` (B, outputs) were computed with their graph.
+
+    classes int64 (B,); returns (B, h, w), >= 0 with ``relu``. ``create_graph`` keeps the graph of alpha, so that a
+    loss on the map reaches the parameters through A and through alpha; without it the map is detached.
+    """
+    import torch
+
+    with torch.enable_grad():
+        scores = logits.gather(1, classes.unsqueeze(1)).sum()
+    (gradients,) = torch.autograd.grad(scores, features, create_graph=create_graph, retain_graph=True)
+    maps = (gradients.mean((2, 3), keepdim=True) * features).sum(1)
+    maps = maps.relu() if relu else maps
+    return maps if create_graph else maps.detach()
+
+
+def last_map(output: Output, head_weight: Tensor | None, classes: Tensor) -> Tensor:
+    """The detached map (B, h, w) at the last feature map; ``head_weight`` is that of models.head_weight."""
+    if head_weight is None:
+        return differentiated_map(output.logits, output.features, classes)
+    return closed_form_map(output.features, head_weight, classes).detach()
+
+
+def require_closed_form(model: nn.Module, images: Tensor) -> None:
+    """Compare the closed form with automatic differentiation, in eval mode, where the network is said to have it.
+
+    images (B, 3, H, W), normalised. Raises RunError where the two differ.
+    """
+    import torch
+
+    if not model.closed_form:
+        return
+    model.eval()
+    with torch.no_grad():
+        output = model(images)
+    classes = output.logits.argmax(1)
+    weight = model.fc.weight.detach()
+    closed = closed_form_map(output.features, weight, classes, relu=False)
+    difference = (closed - autograd_map(model, images, classes, model.last_layer, relu=False)).abs().max()
+    terms = closed_form_map(output.features.abs(), weight.abs(), classes)  # a map is a difference of such
+    if not difference <= 1e-4 * terms.max():
+        raise RunError(f"Grad-CAM in closed form differs from automatic differentiation by {difference.item():.2g}")
+
+
+def autograd_map(
+    model: nn.Module, images: Tensor, classes: Tensor, layer: str, relu: bool = True, create_graph: bool = False
+) -> Tensor:
     """Grad-CAM at the named layer, by differentiating the logits of ``classes`` int64 (B,).
 
-    images (B, 3, H, W), normalised; returns (B, h, w), >= 0. ``create_graph`` keeps the graph, so that a loss on
-    the map reaches the parameters through A and through alpha. The mode of the model (train or eval) is the caller's.
-    Raises AttributeError where the model has no such layer.
+    images (B, 3, H, W), normalised; returns (B, h, w). ``relu`` and ``create_graph`` are as in ``differentiated_map``.
+    The mode of the model (train or eval) is the caller's. Raises AttributeError where the model has no such layer.
     """
     import torch
 
@@ -58,14 +108,9 @@ def autograd_map(model: nn.Module, images: Tensor, classes: Tensor, layer: str, 
     handle = model.get_submodule(layer).register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            scores = model(images).logits.gather(1, classes.unsqueeze(1)).sum()
-            features = captured[-1]
-            (gradients,) = torch.autograd.grad(scores, features, create_graph=create_graph)
-            alpha = gradients.mean((2, 3), keepdim=True)
-            maps = (alpha * features).sum(1).relu()
+            return differentiated_map(model(images).logits, captured[-1], classes, relu, create_graph)
     finally:
         handle.remove()
-    return maps if create_graph else maps.detach()
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:

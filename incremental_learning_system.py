@@ -8,6 +8,7 @@ its checkpoint. The old classes' training images are sealed: the data layer refu
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,33 +23,38 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     import checkpoint
+    import data
     import distributed
     import evaluation
+    import gradcam
     import hardware
     import losses
     import models
     import plots
     import training
-    from data import Place, find_test_images, open_source, test_places
     from run import describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
         before = checkpoint.load(settings.teacher)
     old, new = before["class_names"], list(settings.new_classes)
+    if settings.loss_form is None:
+        form = "binary" if before["loss_form"] == "binary" else "softmax"
+        print(f"LOSS_FORM = {form} (the teacher's)")
+        settings = dataclasses.replace(settings, loss_form=form)
     check_against(before, settings)
     run = open_run(settings, "student")
 
-    here, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    here, cache = data.Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
     with settings.naming("data_dir"):
-        source = open_source(here, before["image_size"], settings.skip_bad_images, cache)
+        source = data.open_source(here, before["image_size"], settings.skip_bad_images, cache)
     source.seal(old)
     with settings.naming("new_classes"):
         source.require_known(new)
     train = source.train(new, old + new)
     source.require_test(new)
-    places = test_places(before["steps"], here) | {name: [here] for name in new}
-    test, gone = find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
+    places = data.test_places(before["steps"], here) | {name: [here] for name in new}
+    test, gone = data.find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
     if gone:
         print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
     print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")
@@ -61,6 +67,15 @@ def main(argv: list[str] | None = None) -> None:
         models.start_at_prior(student, first=len(old))
     if settings.method == "frozen":
         models.freeze_backbone(student)
+    with settings.naming("freeze"):
+        models.freeze(student, settings.freeze)
+    if settings.method == "lwm":
+        if settings.attention in losses.CLOSED_FORM and not student.closed_form:
+            raise InputError(
+                f"{settings.where('attention')} is {settings.attention!r}: {before['architecture']} does not end in "
+                "pooling and a linear layer, which that control needs; take grad-cam"
+            )
+        gradcam.require_closed_form(teacher, data.to_input(train.pixels[:8], before["mean"], before["std"]))
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     head = {
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},

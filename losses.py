@@ -6,7 +6,8 @@ terms, "total" among them: the training loop minimises that one and logs them al
 
     student, teacher   models.Output: logits (B, N+K) and (B, N), features (B, C, h, w); teacher None in step 0
     labels             int64 (B,), position of the class in the student's outputs
-    heads              the two rows-by-class weights of the heads, (N+K, C) and (N, C)
+    heads              the two rows-by-class weights of the heads, (N+K, C) and (N, C); None for a network whose maps
+                       have no closed form: its logits bring the graph from its features with them
     settings           anything with loss_form, beta, gamma, temperature, attention_class and attention
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradcam import closed_form_map
+from gradcam import closed_form_map, differentiated_map
 
 Terms = dict[str, Tensor]
 
@@ -134,13 +135,16 @@ def lwm(student, teacher, labels, heads, settings) -> Terms:
     return {**terms, "total": total, "attention": attention, "zero_maps": zero_maps}
 
 
+CLOSED_FORM = ("through-features", "through-head", "new-class")
+
+
 def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor]:
     """What L_AD compares, of student and teacher: by default the paper's maps, otherwise a control of the ablation.
 
     ``grad-cam``: maps (B, h, w) of one old class. ``signed``: the same without the ReLU. ``through-features`` and
     ``through-head``: the same maps, but the gradient reaches the student through A alone, or through alpha alone.
     ``new-class``: maps of the image's own class, both by the student's head since the teacher has none for it.
-    ``features``: the feature maps (B, C, h, w) themselves.
+    ``features``: the feature maps (B, C, h, w) themselves. Three of them (CLOSED_FORM) need the heads' weights.
     """
     student_head, teacher_head = heads
     features, what = student.features, settings.attention
@@ -149,8 +153,12 @@ def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor
     if what == "new-class":
         theirs = closed_form_map(teacher.features, student_head, labels).detach()
         return closed_form_map(features, student_head, labels), theirs
-    judge = student.logits[:, : len(teacher_head)] if settings.attention_class == "student" else teacher.logits
+    old = teacher.logits.shape[1]
+    judge = student.logits[:, :old] if settings.attention_class == "student" else teacher.logits
     classes, relu = judge.detach().argmax(1), what != "signed"
+    if student_head is None:
+        ours = differentiated_map(student.logits, features, classes, relu, create_graph=True)
+        return ours, differentiated_map(teacher.logits, teacher.features, classes, relu)
     ours = closed_form_map(
         features.detach() if what == "through-head" else features,
         student_head.detach() if what == "through-features" else student_head,

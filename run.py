@@ -21,7 +21,12 @@ Row = dict[str, Any]
 # Recorded for each step, and compared when a run goes on.
 STEP_SETTINGS = ("method", "loss_form", "beta", "gamma", "temperature", "attention", "attention_class")
 STEP_SETTINGS += ("batch_norm", "batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed")
-ADDED = {"attention": "grad-cam"}  # what it was where a checkpoint of an earlier release does not say
+STEP_SETTINGS += ("backbone_lr", "freeze", "balanced")
+ADDED = {
+    "attention": "grad-cam",
+    "freeze": 0,
+    "balanced": False,
+}  # what it was where a checkpoint of an earlier release does not say
 LOCK = ".lock"
 
 

@@ -54,6 +54,20 @@ def _number(help: str, kind: type, least: float, most: float = math.inf, above: 
     return field(metadata={"help": help, "parse": kind, "check": check})
 
 
+def _channels(help: str, least: float) -> Any:
+    def parse(text: str) -> list[float]:
+        return [float(number) for number in text.split(",")]
+
+    def check(value: Any) -> tuple[float, ...]:
+        numbers = value if isinstance(value, list | tuple) else []
+        good = all(isinstance(x, int | float) and not isinstance(x, bool) and least <= x <= 1000 for x in numbers)
+        if len(numbers) != 3 or not good:
+            raise ValueError(f"three numbers of at least {least}, red, green and blue, are needed, as in 0.5,0.5,0.5")
+        return tuple(map(float, numbers))
+
+    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
+
+
 def _names(help: str) -> Any:
     def parse(text: str) -> list[str]:
         return [name.strip() for name in text.split(",")]
@@ -106,10 +120,12 @@ class Settings:
     data_dir: str = _text("where the images lie, or are downloaded to")
     old_classes: tuple[str, ...] = _names("classes that the teacher learns")
     new_classes: tuple[str, ...] = _names("classes that the student learns on top")
-    model: str = _choice("architecture", "resnet18", "resnet32", "resnet110")
+    model: str = _text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
     image_size: int = _number("side of the square images, px", int, 8, 1024)
+    mean: tuple[float, ...] | None = _channels("mean of the channels", -1000)
+    std: tuple[float, ...] | None = _channels("standard deviation of the channels", 1e-3)
     method: str = _choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
-    loss_form: str = _choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
+    loss_form: str | None = _choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
     beta: float = _number("weight of L_D", float, 0)
     gamma: float = _number("weight of L_AD", float, 0)
     temperature: float = _number("temperature of softmax distillation", float, 0, above=True)
@@ -118,10 +134,13 @@ class Settings:
     )
     attention_class: str = _choice("whose top old class the maps explain", "student", "teacher")
     batch_norm: str = _choice("batch-norm statistics of the student", "train", "frozen")
-    epochs: int = _number("epochs", int, 1, 1_000_000)
+    epochs: int = _number("epochs", int, 0, 1_000_000)
     batch_size: int = _number("images in a batch", int, 2)
     lr: float = _number("learning rate of the teacher", float, 0, above=True)
     incremental_lr: float = _number("learning rate of the student", float, 0, above=True)
+    backbone_lr: float | None = _number("learning rate of everything but the head", float, 0, above=True)
+    freeze: int = _number("the first so many stages of the network are not trained", int, 0)
+    balanced: bool = _switch("draw the classes equally often")
     momentum: float = _number("momentum of SGD", float, 0, 0.999)
     weight_decay: float = _number("weight decay", float, 0)
     flip: bool = _switch("mirror training images at random")
@@ -140,6 +159,8 @@ class Settings:
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     # Files, of the command line alone.
+    weights: str | None = None
+    old_classes_file: str | None = None
     teacher: str | None = None
     student: str | None = None
     checkpoint: str | None = None
@@ -163,6 +184,8 @@ class Settings:
 
 
 FILE_FLAGS = {
+    "weights": "a torchvision state_dict to begin with, or imagenet for torchvision's own",
+    "old_classes_file": "a text file with the old classes' names in the order of the outputs, a line each",
     "teacher": "checkpoint of the model before the step: a teacher, or the student of an earlier step",
     "student": "checkpoint of the student",
     "checkpoint": "any checkpoint of this project",
@@ -173,11 +196,12 @@ FILE_FLAGS = {
     "output": "the PNG to write (default: gradcam.png)",
 }
 _TRAINING = (
-    "dataset data_dir method loss_form epochs batch_size momentum weight_decay flip precision cache_dir "
+    "dataset data_dir method loss_form epochs batch_size backbone_lr freeze balanced momentum weight_decay flip "
+    "precision cache_dir "
     "skip_bad_images hold_back seed device deterministic save_interval save_interval_steps resume overwrite output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
-    "train_teacher_model": (f"old_classes model image_size lr {_TRAINING}", "", ""),
+    "train_teacher_model": (f"old_classes model image_size mean std lr {_TRAINING}", "", "weights old_classes_file"),
     "incremental_learning_system": (
         f"new_classes incremental_lr beta gamma temperature attention attention_class batch_norm {_TRAINING}",
         "teacher",
@@ -187,6 +211,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
     "gradcam": ("", "checkpoint image", "class_name layer output"),
 }
 
+_OPTIONAL = ("mean", "std", "backbone_lr", "loss_form")  # None has a meaning of its own
 METHOD_FORMS = {"finetune": "softmax-all", "lwf": "softmax", "lwf-mc": "binary"}  # the others take any
 _SMALL_PHOTOS = {
     "model": "resnet32",
@@ -244,9 +269,11 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
         _checked(_flag(name), _check_text, value)
+    if "old_classes_file" in values:
+        arguments["old_classes"] = _lines_of(values["old_classes_file"], "old_classes" in arguments)
     for f in known:
         value = arguments.get(f.name, getattr(page, f.name.upper(), None))
-        if f.name in arguments and not isinstance(value, bool):
+        if isinstance(value, str) and f.name in arguments:
             value = _parsed(f.metadata["parse"], value)
         if value is not None and (f.name in read or f.name in arguments):
             value = _checked(_where(f.name, arguments), f.metadata["check"], value)
@@ -257,6 +284,19 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     if "output_dir" in read:
         require_folder(_where("output_dir", arguments), values["output_dir"])
     return Settings(**values)
+
+
+def _lines_of(path: str, named_too: bool) -> list[str]:
+    if named_too:
+        raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "is no text in UTF-8"
+        raise InputError(
+            f"--old-classes-file {path}: {reason}; a text file with a class name a line is needed"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def require_folder(where: str, folder: str | Path) -> None:
@@ -318,7 +358,8 @@ def _parser(script: str, read: list[str], required: list[str], optional: list[st
             continue
         default = getattr(page, f.name.upper(), None)
         shown = _shown(default, lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value))
-        shown = "recommended for the data set" if default is None else shown
+        if default is None:
+            shown = "none" if f.name in _OPTIONAL else "recommended for the data set"
         help = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
         parser.add_argument(
             _flag(f.name),
@@ -374,8 +415,14 @@ def _resolve(values: dict[str, Any], read: list[str]) -> None:
                 f"{_where('loss_form', values['given'])} is {values['loss_form']!r}, but method {values['method']} "
                 f"is {form}; leave the loss form out, or take --method lwm"
             )
-        values["loss_form"] = form or values["loss_form"] or "binary"
-    for name in read:
+        values["loss_form"] = form or values["loss_form"]
+        if values["loss_form"] is None and "old_classes" in read:  # a student takes its teacher's
+            values["loss_form"] = "softmax" if values.get("weights") else "binary"
+    if "epochs" in read and values["epochs"] == 0 and not values.get("weights"):
+        raise InputError(
+            f"{_where('epochs', values['given'])} is 0: nothing would be learned; only --weights need none"
+        )
+    for name in set(read) - set(_OPTIONAL):
         if values[name] is None:  # there is no recommended value: the check says what is needed
             _checked(_where(name, ()), checks[name], None)
 

@@ -1,6 +1,10 @@
 """Step 0: train a network on OLD_CLASSES and save it, with all that a later step needs, as teacher_model.pth.
 
-python3 train_teacher_model.py
+    python3 train_teacher_model.py
+
+A network that you have already becomes a teacher as it is, or with more training:
+
+    python3 train_teacher_model.py --model resnet18 --weights model.pth --old-classes-file classes.txt --epochs 0
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from pathlib import Path
 
 from errors import InputError, one_line_errors
 from settings import read_settings
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
 
 @one_line_errors
@@ -27,27 +33,37 @@ def main(argv: list[str] | None = None) -> None:
     import models
     import plots
     import training
-    from data import Place, channel_statistics, open_source
+    from data import Place, channel_statistics, find_test_images, open_source
     from losses import first_step
     from run import describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     run = open_run(settings, "teacher")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
-    with settings.naming("data_dir"):
-        source = open_source(place, settings.image_size, settings.skip_bad_images, Path(settings.cache_dir))
-    classes = list(settings.old_classes)
-    with settings.naming("old_classes"):
-        source.require_known(classes)
-    train, test = source.train(classes, classes), source.test(classes, classes)
-    mean, std = channel_statistics(train.pixels)
-    print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")
+    cache, classes = Path(settings.cache_dir), list(settings.old_classes)
+    if settings.epochs:
+        with settings.naming("data_dir"):
+            source = open_source(place, settings.image_size, settings.skip_bad_images, cache)
+        with settings.naming("old_classes"):
+            source.require_known(classes)
+        train, test = source.train(classes, classes), source.test(classes, classes)
+        print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")
+    else:  # the old images may be gone
+        places = {name: [place] for name in classes}
+        test, _ = find_test_images(places, settings.image_size, settings.skip_bad_images, cache)
 
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, len(classes), settings.image_size)
+    with settings.naming("model"):
+        model = models.build(settings.model, len(classes), settings.image_size)
     if settings.loss_form == "binary":
         models.start_at_prior(model, first=0)
+    if settings.weights:
+        begin_with(model, settings)
+    with settings.naming("freeze"):
+        models.freeze(model, settings.freeze)
     model = hardware.to_device(model, device)
+    mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
+    mean, std = list(settings.mean or mean), list(settings.std or std)
     head = {
         "architecture": settings.model,
         "class_names": classes,
@@ -63,11 +79,48 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
         return {"test_accuracy": accuracy[0]}, accuracy
 
+    if not settings.epochs:
+        accuracy = judge(model)[1] if len(test.labels) else [None]
+        head["steps"][0]["group_accuracy"] = accuracy
+        with run.writing():
+            run.save({**head, "model": model.state_dict(), "finished": True, "training": {}})
+        shown = "no test images" if accuracy[0] is None else f"test accuracy {accuracy[0]:.1f} %"
+        print(f"{shown} over {len(classes)} classes; the network as it was is in {run.model}")
+        return
     log = training.fit(run, model, train, first_step, settings, head, judge)
     if distributed.rank():  # of several processes the first one reports
         return
     plots.curves(log, run.curves, "Teacher")
     print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
+
+
+def begin_with(model, settings) -> None:
+    """Load --weights into the model. Raises InputError where they do not fit."""
+    import torchvision
+
+    import models
+    from checkpoint import load_weights
+
+    with settings.naming("weights"):
+        if settings.weights == "imagenet":
+            try:
+                weights = torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
+            except ValueError as error:
+                raise InputError(f"torchvision has no weights for {settings.model}") from error
+            except OSError as error:
+                raise InputError(
+                    f"torchvision's weights for {settings.model} cannot be downloaded ({error})"
+                ) from error
+        else:
+            weights = load_weights(settings.weights)
+        outputs, wanted = models.load_torchvision(model, weights), len(settings.old_classes)
+    if outputs != wanted:
+        if not settings.epochs:
+            raise InputError(
+                f"{settings.where('old_classes')}: {wanted} classes are named, and the weights have {outputs} outputs; "
+                "name them all in their order, or train a new head with --epochs"
+            )
+        print(f"the weights have {outputs} outputs: a new head for {wanted} classes takes their place")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from checkpoint import VERSION, checked_optimizer, checked_state
 from data import Images, augment, batches, draw_augmentation, to_input
 from errors import InputError, Interrupted, RunError, is_lack_of_memory
 from hardware import has_room_for, moved
-from models import Output
+from models import Output, head_weight
 from run import Row, Run
 
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
@@ -51,7 +51,7 @@ def optimisation_step(
     if teacher is not None:
         with torch.no_grad():
             teacher_output = forward(teacher, inputs, settings.precision)
-    heads = (distributed.unwrapped(model).fc.weight, teacher.fc.weight if teacher is not None else None)
+    heads = tuple(each and head_weight(distributed.unwrapped(each)) for each in (model, teacher))
     terms = loss(student_output, teacher_output, labels, heads, settings)
     optimizer.zero_grad(set_to_none=True)
     (weight * terms["total"]).backward()
@@ -180,6 +180,15 @@ def fit(
     return rows
 
 
+def _parameters(model: nn.Module, backbone_lr: float | None) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """For the optimiser: all in one group, or those of the backbone with a learning rate of their own."""
+    if backbone_lr is None:
+        return list(model.parameters())
+    head = list(model.fc.parameters())
+    others = [parameter for parameter in model.parameters() if all(parameter is not own for own in head)]
+    return [{"params": head}, {"params": others, "lr": backbone_lr}]
+
+
 class _Loop:
     """What changes while a run trains, and its way to and from a checkpoint."""
 
@@ -205,9 +214,9 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(settings.seed)
         rate = head["steps"][-1]["learning_rate"]
         self.optimizer = torch.optim.SGD(
-            model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay
+            _parameters(model, settings.backbone_lr), rate, settings.momentum, weight_decay=settings.weight_decay
         )
-        self.steps = len(batches(len(train.labels), settings.batch_size, torch.Generator()))  # of an epoch
+        self.steps = -(-len(train.labels) // settings.batch_size)  # of an epoch
         self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.epochs - len(self.rows)) * self.steps))
         if run.resumed:
             self._go_on(run.resumed)
@@ -284,7 +293,7 @@ class _Loop:
         part = self.part = self.part or Part(self.generator.get_state(), self.schedule.get_last_lr()[0])
         now = self.generator.get_state()
         self.generator.set_state(part.order)
-        order = batches(len(self.train.labels), self.settings.batch_size, self.generator)
+        order = batches(self.train.labels.cpu(), self.settings.batch_size, self.generator, self.settings.balanced)
         if part.batches:
             self.generator.set_state(now)
         about = f"epoch {number}/{self.epochs}"

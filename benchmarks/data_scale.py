@@ -74,7 +74,7 @@ def measure(options) -> dict:
         row["private_mb_of_the_images"] = round(private_memory() - before, 1)
         values = {"loss_form": "binary", "batch_norm": "train", "batch_size": 128, "momentum": 0.9, "flip": True}
         values |= {"weight_decay": 5e-4, "precision": options.precision, "seed": 0, "save_interval": 10}
-        settings = types.SimpleNamespace(**values, save_interval_steps=0)
+        settings = types.SimpleNamespace(**values, save_interval_steps=0, balanced=False, backbone_lr=None)
         head = {"mean": [0.5] * 3, "std": [0.25] * 3}
         head["steps"] = [{"epochs": 2, "learning_rate": 0.01, "group_accuracy": []}]
         model = hardware.to_device(models.build("resnet32", len(chosen), options.image_size), torch.device("cpu"))

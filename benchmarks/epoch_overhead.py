@@ -81,7 +81,7 @@ def parts(options):
     """A student and its teacher on the device, and the settings of a step of lwm."""
     values = SETTINGS | {"loss_form": "binary", "batch_norm": "train", "batch_size": options.batch_size}
     values |= {"momentum": 0.9, "weight_decay": 5e-4, "flip": True, "precision": options.precision, "seed": 0}
-    values |= {"save_interval": 10, "save_interval_steps": 0}
+    values |= {"save_interval": 10, "save_interval_steps": 0, "balanced": False, "backbone_lr": None}
     student = network(options, OLD + NEW).train()
     teacher = models.fold_batch_norm(network(options, OLD)).requires_grad_(False)
     return student, teacher, types.SimpleNamespace(**values)

@@ -6,26 +6,54 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from models.resnet import CifarResNet, Output, ResNet18
+from errors import InputError
+from models.from_torchvision import FromTorchvision
+from models.resnet import DEEPER, CifarResNet, ImageNetResNet, Output
 
-__all__ = ["Output", "build", "fold_batch_norm", "freeze_backbone", "start_at_prior", "widen_head"]
+__all__ = [
+    "Output",
+    "build",
+    "empty_state",
+    "fold_batch_norm",
+    "freeze",
+    "freeze_backbone",
+    "head_weight",
+    "load_torchvision",
+    "start_at_prior",
+    "widen_head",
+]
 
 
 def build(architecture: str, classes: int, image_size: int) -> nn.Module:
     """A freshly initialised network with ``classes`` outputs for images of ``image_size`` px.
 
-    Raises ValueError for a name that is not ``resnet18``, ``resnet32`` or ``resnet110``.
+    ``resnet32`` and ``resnet110``, or any classification network of torchvision that FromTorchvision can cut.
+    Raises InputError for a name that is none of these.
     """
-    if architecture == "resnet18":
-        return ResNet18(classes, image_size)
+    if architecture in DEEPER:
+        return ImageNetResNet(architecture, classes, image_size)
     if architecture == "resnet32":
         return CifarResNet(5, classes)
     if architecture == "resnet110":
         return CifarResNet(18, classes)
-    raise ValueError(f"no architecture {architecture!r}: resnet18, resnet32 and resnet110 are known")
+    return FromTorchvision(architecture, classes, image_size)
+
+
+def empty_state(architecture: str, classes: int, image_size: int) -> dict[str, Tensor]:
+    """Names, shapes and kinds of the network's tensors, without their memory where that can be. Raises InputError."""
+    try:
+        with torch.device("meta"):
+            return build(architecture, classes, image_size).state_dict()
+    except NotImplementedError:  # not all operations are there without memory
+        return build(architecture, classes, image_size).state_dict()
+
+
+def head_weight(model: nn.Module) -> Tensor | None:
+    """The head's weight (classes, C) where a map follows from it in closed form, else None."""
+    return model.fc.weight if model.closed_form else None
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -35,12 +63,53 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     for block in list(folded.modules()):
-        for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
+        for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             pair = [getattr(block, name, None) for name in (convolution, norm)]
             if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
                 setattr(block, convolution, fuse_conv_bn_eval(*pair))
                 setattr(block, norm, nn.Identity())
     return folded
+
+
+def freeze(model: nn.Module, stages: int) -> None:
+    """From now on the first ``stages`` of ``model.stages()`` are not trained. Raises InputError if it has fewer."""
+    own = model.stages()
+    if stages > len(own):
+        raise InputError(f"the network has {len(own)} stages before its head")
+    for stage in own[:stages]:
+        for module in stage:
+            module.requires_grad_(False)
+
+
+def load_torchvision(model: nn.Module, weights: dict[str, Tensor]) -> int:
+    """Load a state_dict that names its tensors as torchvision does; returns the number of outputs that it has.
+
+    A head with another number of outputs than the model's is left out, and the model's stays as it is. Raises
+    InputError for weights that do not fit or are not finite.
+    """
+    name_here = getattr(model, "from_original", str)
+    weights, own = {name_here(name): tensor for name, tensor in weights.items()}, model.state_dict()
+    outputs = len(weights["fc.bias"]) if weights.get("fc.bias", torch.empty(())).dim() else model.fc.out_features
+    if outputs != model.fc.out_features:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+        own = {name: tensor for name, tensor in own.items() if not name.startswith("fc.")}
+    # Old files do not count the batches.
+    missing = {name for name in own.keys() - weights.keys() if not name.endswith("num_batches_tracked")}
+    odd = sorted(missing | (weights.keys() - own.keys()))
+    if odd:
+        more = f" (and {len(odd) - 1} more like it)" if odd[1:] else ""
+        where = "the network" if odd[0] in own else "the file"
+        raise InputError(f"the weights are not of this architecture: only {where} has {odd[0]!r}{more}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"the weights are not of this architecture at this image size: {name!r} is {list(tensor.shape)}, "
+                f"{list(own[name].shape)} is needed"
+            )
+        if not tensor.isfinite().all():
+            raise InputError(f"the weights {name!r} are not finite")
+    model.load_state_dict(weights, strict=False)
+    return outputs
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016, table 1) and the CIFAR ResNets of the same paper (section 4.2).
+"""ResNet-18 and its larger kin (He et al., CVPR 2016, table 1), and the CIFAR ResNets of that paper (section 4.2).
 
     network      feature map (C, h, w) at 32 px    parameters, 10 classes
     ResNet-18    512, 4, 4                         11.17 M
@@ -17,8 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import ResNet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
+DEEPER = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], {}),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], {}),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], {}),
+    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], {"groups": 32, "width_per_group": 4}),
+}
 IMAGENET_STEM_FROM = 64  # px; below it a 7x7 stride-2 convolution and a pooling leave too little to look at
 
 
@@ -36,17 +42,22 @@ def _pooled_and_classified(model: nn.Module, features: Tensor) -> Output:
         return Output(model.fc(model.avgpool(features).flatten(1)), features)
 
 
-class ResNet18(ResNet):
-    """torchvision's ResNet-18, parameter names included; the CIFAR stem below 64 px."""
+class ImageNetResNet(ResNet):
+    """torchvision's network of that name (``DEEPER``), parameter names included; the CIFAR stem below 64 px."""
 
     last_layer = "layer4"
+    closed_form = True
 
-    def __init__(self, classes: int, image_size: int):
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+    def __init__(self, architecture: str, classes: int, image_size: int):
+        block, layers, widths = DEEPER[architecture]
+        super().__init__(block, layers, num_classes=classes, **widths)
         if image_size < IMAGENET_STEM_FROM:
             self.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
+
+    def stages(self) -> list[list[nn.Module]]:
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
     def forward(self, images: Tensor) -> Output:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
@@ -70,6 +81,7 @@ class CifarResNet(nn.Module):
     """6n+2 layers in three stages of 16, 32 and 64 channels: n=5 is ResNet-32, n=18 ResNet-110."""
 
     last_layer = "layer3"
+    closed_form = True
 
     def __init__(self, blocks_per_stage: int, classes: int):
         super().__init__()
@@ -91,6 +103,9 @@ class CifarResNet(nn.Module):
         shortcut = OptionAShortcut(channels - channels_in) if grows else None
         first = BasicBlock(channels_in, channels, stride=2 if grows else 1, downsample=shortcut)
         return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def stages(self) -> list[list[nn.Module]]:
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3]]
 
     def forward(self, images: Tensor) -> Output:
         x = self.relu(self.bn1(self.conv1(images)))

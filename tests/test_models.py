@@ -162,7 +162,7 @@ def test_widening_is_fixed_by_the_seed():
     assert not torch.equal(heads[0], heads[2])
 
 
-@pytest.mark.parametrize("name", ["resnet34", "", "ResNet18", "resnet-32"])
+@pytest.mark.parametrize("name", ["vit", "", "ResNet18", "resnet-32"])
 def test_unknown_architecture_is_refused(name):
     with pytest.raises(ValueError, match="no architecture"):
         models.build(name, 10, 32)

@@ -49,8 +49,10 @@ BAD_VALUES = {  # constant: values that config.py could hold, and as texts of th
     "data_dir": (["", 3, "a\0b"], [""]),
     "old_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], {"0": 1}], ["", "0,,1", "0,1,0", ",", "0, 0"]),
     "new_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"]], ["", "0,,1", "0,1,0"]),
-    "model": (["resnet50", 18, "model.pth"], ["resnet50", "runs/first/teacher_model.pth"]),
+    "model": (["", 18, ["resnet18"]], [""]),
     "image_size": ([7, 32.0, "32", True, 1025, float("nan")], ["7", "32.0", "big", "1025", "-32", ""]),
+    "mean": ([0.5, "0.5,0.5,0.5", [0.5, 0.5], [0.5, 0.5, True]], ["0.5", "0.5,0.5", "a,b,c", "nan,0,0"]),
+    "std": ([1.0, [1, 1, 0], [1, 1, float("inf")]], ["1", "1,1,0", "1,1,-1"]),
     "method": (["LwM", 3, ["lwm"]], ["LwM", "ewc", ""]),
     "loss_form": (["sigmoid", 3], ["sigmoid"]),
     "beta": ([-0.1, "1", True, float("nan"), float("inf")], ["-0.1", "x", "nan", "inf"]),
@@ -59,10 +61,13 @@ BAD_VALUES = {  # constant: values that config.py could hold, and as texts of th
     "attention": (["Grad-CAM", None], ["both"]),
     "attention_class": (["Student", 1], ["both"]),
     "batch_norm": (["eval", True], ["eval"]),
-    "epochs": ([0, -1, 2.5, "5", True, [5]], ["0", "-1", "2.5", "1e3", "five", ""]),
+    "epochs": ([0, -1, 2.5, "5", True, [5]], ["-1", "2.5", "1e3", "five", ""]),
     "batch_size": ([1, 0, 64.0], ["1", "0", "64.0"]),
     "lr": ([0, -0.1, "0.1", float("inf"), False, 10**400], ["0", "-0.1", "fast", "inf"]),
     "incremental_lr": ([0, -0.1, "0.1", float("nan")], ["0", "-0.1", "slow"]),
+    "backbone_lr": ([0, -0.1, "0.1"], ["0", "-0.1", "slow"]),
+    "freeze": ([-1, 1.5, None, "2"], ["-1", "all"]),
+    "balanced": (["yes", 1, None], []),
     "momentum": ([-0.1, 1, "0.9"], ["1", "-1", "1.0"]),
     "weight_decay": ([-1e-4, "0"], ["-1", "none"]),
     "flip": (["yes", 1, 0], []),
@@ -176,9 +181,27 @@ def test_duplicate_class_is_named():
 
 
 def test_a_wrong_choice_gets_the_choices_and_the_nearest():
-    text = refused(TRAINER, "--model resnet-18")
-    assert "resnet18, resnet32, resnet110" in text
-    assert "did you mean resnet18?" in text
+    text = refused(TRAINER, "--method lwn")
+    assert "finetune, frozen, lwf, lwf-mc, lwm" in text
+    assert "did you mean lwm?" in text
+
+
+@pytest.mark.parametrize("script", [TRAINER, STEP])
+def test_no_epochs_are_for_weights_alone(script):
+    assert "--epochs is 0" in refused(script, "--epochs 0")
+    assert read(TRAINER, "--epochs 0 --weights model.pth").epochs == 0
+
+
+def test_old_classes_come_from_a_file_a_line_each(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("tabby cat\n  dog \n\nÄrmelkanal, der\n", encoding="utf-8")
+    assert read(TRAINER, ["--old-classes-file", str(path)]).old_classes == ("tabby cat", "dog", "Ärmelkanal, der")
+    assert "leave one out" in refused(TRAINER, ["--old-classes-file", str(path), "--old-classes", "a,b"])
+    path.write_text("cat\ncat\n")
+    assert "'cat'" in refused(TRAINER, ["--old-classes-file", str(path)])
+    path.write_bytes(b"\xff\xfe\0c")
+    assert "UTF-8" in refused(TRAINER, ["--old-classes-file", str(path)])
+    assert "No such file" in refused(TRAINER, ["--old-classes-file", str(tmp_path / "x")])
 
 
 # The flag wins; None is the recommended value -----------------------------------------------------------------------
@@ -190,6 +213,8 @@ GOOD_FLAGS = {
     "new_classes": ("cow", ("cow",)),
     "model": ("resnet110", "resnet110"),
     "image_size": ("48", 48),
+    "mean": ("0.5, 0.4,.3", (0.5, 0.4, 0.3)),
+    "std": ("1,1,0.25", (1.0, 1.0, 0.25)),
     "method": ("lwf", "lwf"),
     "loss_form": ("softmax", "softmax"),
     "beta": ("0", 0.0),
@@ -202,6 +227,8 @@ GOOD_FLAGS = {
     "batch_size": ("2", 2),
     "lr": ("0.25", 0.25),
     "incremental_lr": (".5", 0.5),
+    "backbone_lr": ("1e-3", 0.001),
+    "freeze": ("2", 2),
     "momentum": ("0", 0.0),
     "weight_decay": ("0", 0.0),
     "precision": ("bf16", "bf16"),
@@ -213,7 +240,7 @@ GOOD_FLAGS = {
     "save_interval_steps": ("500", 500),
     "output_dir": ("runs/x", "runs/x"),
 }
-SWITCHES = ("flip", "skip_bad_images", "deterministic", "resume", "overwrite")
+SWITCHES = ("balanced", "flip", "skip_bad_images", "deterministic", "resume", "overwrite")
 
 
 def test_the_table_of_good_flags_has_every_setting():
@@ -395,13 +422,18 @@ def test_file_flags_are_handed_on():
 
 
 @pytest.mark.parametrize("script", [TRAINER, STEP])
-@pytest.mark.parametrize(
-    ("method", "form"), [("finetune", "softmax-all"), ("lwf", "softmax"), ("lwf-mc", "binary"), ("lwm", "binary")]
-)
+@pytest.mark.parametrize(("method", "form"), [("finetune", "softmax-all"), ("lwf", "softmax"), ("lwf-mc", "binary")])
 def test_the_form_follows_the_method(script, method, form):
     assert read(script, f"--method {method}").loss_form == form
     assert read(script, METHOD=method, LOSS_FORM=None).loss_form == form
     assert read(script, f"--method {method} --loss-form {form}").loss_form == form
+
+
+@pytest.mark.parametrize("method", ["frozen", "lwm"])
+def test_a_teacher_is_binary_a_student_of_a_method_without_a_form_is_as_its_teacher(method):
+    assert read(TRAINER, f"--method {method}").loss_form == "binary"
+    assert read(TRAINER, f"--method {method} --weights model.pth").loss_form == "softmax"
+    assert read(STEP, f"--method {method}").loss_form is None
 
 
 @pytest.mark.parametrize("form", ["binary", "softmax", "softmax-all"])

@@ -34,6 +34,8 @@ def settings(**changes):
         "momentum": 0.9,
         "weight_decay": 0.0,
         "flip": True,
+        "balanced": False,
+        "backbone_lr": None,
         "precision": "fp32",
         "save_interval": 1,
         "save_interval_steps": 0,
