@@ -164,9 +164,10 @@ def attention(teacher, student, images, before: dict, after: dict) -> dict[str, 
 
 def say(logits, names: list[str], form: str) -> str:
     """The answer and its probability, by the form of the loss that the network was trained with."""
-    probabilities = logits.sigmoid() if form == "binary" else logits.softmax(0)
-    best = int(logits.argmax())
-    return f"{names[best]} {100 * probabilities[best]:.0f} %"
+    from predict import form_of, likeliest, probabilities_of
+
+    ((answer, probability),) = likeliest(probabilities_of(logits[None].numpy(), form_of(form))[0], names)
+    return f"{answer} {100 * probability:.0f} %"
 
 
 def pick_images(labels, old: int) -> list[int]:

@@ -1,0 +1,175 @@
+"""Write a checkpoint as an ONNX file that answers without this project and without torch.
+
+    python3 export.py --checkpoint runs/first/student_model.pth --output student.onnx
+
+Input "image", float32 (B, 3, H, W) in 0..1, or uint8 with ``--input uint8``: the normalisation is inside. Output
+"logits" (B, classes), and with ``--maps`` "map" (B, h, w), the Grad-CAM map of the answer. Batch, height and width are
+free. The metadata say what else is needed: class names, image size, how logits become probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import InputError, RunError, one_line_errors
+from predict import form_of
+from settings import OneLineParser, require_folder
+from version import VERSION
+
+if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
+    from torch import Tensor, nn
+
+FORMAT = "learning-without-memorizing network"
+LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", required=True, help="any checkpoint of this project")
+    parser.add_argument("--output", required=True, help="the ONNX file to write")
+    parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
+    parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an ONNX file that is there")
+    options = parser.parse_args(argv)
+    output = Path(options.output)
+    require_folder("--output", output.parent)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; the name of an ONNX file is needed")
+    if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
+        raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
+
+    from checkpoint import load, make_folder, restore_model, write_atomically
+
+    saved = load(options.checkpoint)
+    network = restore_model(saved).eval()
+    if options.maps and not network.closed_form:
+        raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
+    whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)
+    content = exported(whole, saved["image_size"], options.input, options.maps, properties(saved))
+    difference = largest_difference(whole, content, saved["image_size"], options.input)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise RunError(f"onnxruntime answers otherwise than torch, by {difference:.2g}: nothing was written")
+    make_folder(output.parent)
+    write_atomically(output, content)
+    print(f"largest difference between torch and onnxruntime: {difference:.1e}")
+    print(f"{output}: {len(saved['class_names'])} classes, {len(content) / 1e6:.1f} MB")
+
+
+def properties(saved: dict[str, Any]) -> dict[str, str]:
+    """What a reader of the file needs, as texts: predict.py reads them."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": saved["architecture"],
+        "class_names": json.dumps(saved["class_names"], ensure_ascii=False),
+        "image_size": str(saved["image_size"]),
+        "probabilities": form_of(saved["loss_form"]),
+    }
+
+
+def with_normalisation(network: nn.Module, mean: list[float], std: list[float], maps: bool) -> nn.Module:
+    """A network on images (B, 3, H, W) in 0..1, or uint8; it returns logits, and with ``maps`` the answer's map too."""
+    import torch
+
+    from gradcam import closed_form_map
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+        def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            if image.dtype == torch.uint8:
+                image = image.float() / 255
+            logits, features = self.network((image - self.mean) / self.std)
+            if not maps:
+                return logits
+            return logits, closed_form_map(features, self.network.fc.weight, logits.argmax(1))
+
+    return Whole().eval()
+
+
+def exported(whole: nn.Module, image_size: int, kind: str, maps: bool, metadata: dict[str, str]) -> bytes:
+    """The ONNX file. Height and width are free, unless the network's graph ties them to ``image_size``."""
+    import onnx
+    import torch
+
+    images = example(2, image_size, image_size, kind)
+    for free in ((0, 2, 3), (0,)):
+        dimensions = {dimension: torch.export.Dim.DYNAMIC for dimension in free}
+        try:
+            with _silence():
+                program = torch.onnx.export(
+                    whole,
+                    (images,),
+                    dynamo=True,
+                    dynamic_shapes=({**dimensions},),
+                    input_names=["image"],
+                    output_names=["logits", "map"] if maps else ["logits"],
+                    verbose=False,
+                )
+        except torch.onnx.OnnxExporterError as error:
+            failed = error
+            continue
+        proto = program.model_proto
+        onnx.helper.set_model_props(proto, metadata)
+        return proto.SerializeToString()
+    raise RunError(f"torch cannot export this network ({str(failed).splitlines()[0]})") from failed
+
+
+def example(count: int, height: int, width: int, kind: str) -> Tensor:
+    """Random images of the input's ``kind``, always the same."""
+    import torch
+
+    images = torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(height))
+    return images.to(torch.uint8) if kind == "uint8" else images.float() / 255
+
+
+def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: str) -> float:
+    """Between torch's outputs and onnxruntime's, relative to the largest value or 1; for several batches and sizes."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    sizes = [(1, image_size, image_size), (5, image_size, image_size)]
+    if not isinstance(session.get_inputs()[0].shape[2], int):
+        sizes += [(2, image_size + 13, image_size + 6)]
+    largest = 0.0
+    for size in sizes:
+        images = example(*size, kind)
+        with torch.no_grad():
+            expected = whole(images)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for ours, theirs in zip(expected, session.run(None, {"image": images.numpy()}), strict=True):
+            difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp(min=1)
+            # NaN, of which nothing is larger, is kept.
+            largest = difference.item() if not difference <= largest else largest
+    return largest
+
+
+@contextlib.contextmanager
+def _silence():
+    """The exporter speaks of its own workings, on stdout, by warnings and by its log."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

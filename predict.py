@@ -1,0 +1,185 @@
+"""Answers for images of your own, from a checkpoint or from an ONNX file, for which torch is not needed.
+
+    python3 predict.py --checkpoint student.onnx cat.jpg holiday/
+    python3 predict.py --checkpoint runs/first/student_model.pth cat.jpg --json
+
+Images are read as they are for training: upright, RGB, the shorter side scaled, the centre cut out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import InputError, one_line_errors, warn
+from imagefiles import decode_all, image_files
+from settings import OneLineParser
+
+BATCH = 64  # images in memory at a time
+
+
+class Network(NamedTuple):
+    """``logits`` makes float32 (n, classes) of uint8 (n, 3, size, size); ``form`` is "sigmoid" or "softmax"."""
+
+    class_names: list[str]
+    image_size: int
+    form: str
+    logits: Callable[[np.ndarray], np.ndarray]
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("images", nargs="+", metavar="image-or-folder")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint (.pth), or an ONNX file of export.py")
+    parser.add_argument("--top", default=3, type=int, help="so many of the likeliest classes (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
+    parser.add_argument("--csv", action="store_true", help="CSV on stdout, a row an image and class")
+    parser.add_argument("--skip-bad-images", action="store_true", help="count images that cannot be read")
+    options = parser.parse_args(argv)
+    if options.top < 1 or (options.json and options.csv):
+        raise InputError("--top is a number of at least 1, and --json and --csv exclude each other")
+    paths = files_of(options.images)
+    network = open_onnx(options.checkpoint) if is_onnx(options.checkpoint) else open_checkpoint(options.checkpoint)
+    rows = []
+    for path, probabilities in answers(network, paths, options.skip_bad_images):
+        best = likeliest(probabilities, network.class_names, options.top)
+        rows.append({"image": str(path), "classes": [{"name": n, "probability": round(p, 6)} for n, p in best]})
+    if not rows:
+        raise InputError(f"none of the {len(paths)} images can be read")
+    write = write_json if options.json else write_csv if options.csv else write_table
+    write(rows)
+
+
+def files_of(given: Sequence[str]) -> list[Path]:
+    """Each file, and of each folder its images, or those of its subfolders. Raises InputError where there are none."""
+    found: list[Path] = []
+    for path in map(Path, given):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        own = image_files(path)
+        for folder in [] if own else sorted(each for each in path.iterdir() if each.is_dir()):
+            own += image_files(folder)
+        if not own:
+            raise InputError(f"{path}: there is no image in this folder nor in its subfolders")
+        found += own
+    return found
+
+
+def is_onnx(path: str) -> bool:
+    return Path(path).suffix.lower() == ".onnx"
+
+
+def open_onnx(path: str) -> Network:
+    """Raises InputError for a file that export.py did not write."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError("an ONNX file needs onnxruntime: pip install onnxruntime") from error
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        said = session.get_modelmeta().custom_metadata_map
+    except Exception as error:  # onnxruntime has kinds of its own for each way in which a file can be wrong
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise InputError(f"--checkpoint {path}: cannot be read as ONNX ({printable(reason)})") from error
+    try:
+        names, size, form = json.loads(said["class_names"]), int(said["image_size"]), said["probabilities"]
+        good = all(isinstance(name, str) for name in names) and form in ("sigmoid", "softmax")
+        (image,), outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
+        if not (good and 8 <= size <= 1024 and image.name == "image" and "logits" in outputs):
+            raise ValueError
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"--checkpoint {path}: is an ONNX file, but none of export.py's") from error
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        fed = pixels if image.type == "tensor(uint8)" else pixels.astype(np.float32) / 255
+        return session.run(["logits"], {"image": fed})[0]
+
+    return Network(names, size, form, logits)
+
+
+def open_checkpoint(path: str) -> Network:
+    """Raises InputError for a file that is no checkpoint of this project."""
+    import torch
+
+    from checkpoint import load, restore_model
+    from evaluation import predict
+
+    saved = load(path)
+    model = restore_model(saved)
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        return predict(model, torch.from_numpy(pixels), saved["mean"], saved["std"]).numpy()
+
+    return Network(saved["class_names"], saved["image_size"], form_of(saved["loss_form"]), logits)
+
+
+def form_of(loss_form: str) -> str:
+    """How the logits of a network that was trained so become probabilities."""
+    return "sigmoid" if loss_form == "binary" else "softmax"
+
+
+def answers(network: Network, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
+    """Each file that can be read, and its probabilities (classes,). Raises InputError for the first that cannot."""
+    bad = 0
+    for first in range(0, len(paths), BATCH):
+        part = paths[first : first + BATCH]
+        pixels, wrong = decode_all(part, network.image_size, skip_bad_images)
+        bad += len(wrong)
+        good = [path for index, path in enumerate(part) if index not in wrong]
+        if good:
+            yield from zip(good, probabilities_of(network.logits(pixels), network.form), strict=True)
+    if bad:
+        warn(f"{bad} of {len(paths)} images cannot be read and are skipped")
+
+
+def probabilities_of(logits: np.ndarray, form: str) -> np.ndarray:
+    """float64 (n, classes) of logits (n, classes); those of ``sigmoid`` do not add up to 1."""
+    logits = np.asarray(logits, np.float64)
+    if form == "sigmoid":
+        return np.exp(-np.logaddexp(0, -logits))
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+def likeliest(probabilities: np.ndarray, names: Sequence[str], count: int = 1) -> list[tuple[str, float]]:
+    """The ``count`` likeliest classes with their probabilities, of one image's (classes,)."""
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(names[index], float(probabilities[index])) for index in order]
+
+
+def printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def write_table(rows: Sequence[dict]) -> None:
+    width = max(len(printable(row["image"])) for row in rows)
+    for row in rows:
+        shown = ", ".join(f"{each['name']} {100 * each['probability']:.0f} %" for each in row["classes"])
+        print(f"{printable(row['image']):<{width}}  {printable(shown)}")
+
+
+def write_json(rows: Sequence[dict]) -> None:
+    print(json.dumps(rows, indent=1))
+
+
+def write_csv(rows: Sequence[dict]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for row in rows:
+        for rank, each in enumerate(row["classes"], 1):
+            writer.writerow([row["image"], rank, each["name"], each["probability"]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

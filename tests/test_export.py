@@ -1,0 +1,287 @@
+"""The ONNX file answers as torch does, and predict.py answers from it without torch."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import checkpoint_of, picture, randomised, write_images
+
+import checkpoint
+import export
+import predict
+from gradcam import autograd_map
+from version import VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["a", "b, c", "Ärmel", "d"]
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+
+
+def pictures(count: int, height: int, width: int) -> np.ndarray:
+    return np.stack([picture(seed, width, height).transpose(2, 0, 1) for seed in range(count)])
+
+
+def saved(path: Path, architecture: str = "resnet32", image_size: int = 16, form: str = "binary") -> torch.nn.Module:
+    """Write a checkpoint; returns its network."""
+    model = randomised(architecture, len(NAMES), image_size).float().eval()
+    with torch.no_grad():
+        scale = model(normalised(pictures(9, 16, 16))).logits.abs().max()  # so that no answer is certain
+        model.fc.bias.div_(scale)
+        model.fc.weight.div_(scale)
+    changes = {"mean": MEAN, "std": STD, "loss_form": form}
+    checkpoint.save(path, checkpoint_of(model, architecture, NAMES, image_size, **changes))
+    return model
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with model.pth, and model.onnx of it for uint8 images with maps; and the network."""
+    folder = tmp_path_factory.mktemp("made")
+    model = saved(folder / "model.pth")
+    flags = ["--checkpoint", str(folder / "model.pth"), "--output", str(folder / "model.onnx")]
+    assert export.main([*flags, "--input", "uint8", "--maps"]) == 0
+    return folder, model
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    images = torch.from_numpy(pixels).double() / 255
+    return ((images - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)).float()
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (7, 16, 16), (2, 40, 23)])
+def test_it_answers_and_explains_as_torch_does_on_images_of_any_size(made, shape):
+    folder, model = made
+    pixels = pictures(*shape)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    logits, maps = session.run(None, {"image": pixels})
+    with torch.no_grad():
+        expected = model(normalised(pixels)).logits
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+    answers = expected.argmax(1)
+    theirs = autograd_map(model, normalised(pixels), answers, model.last_layer)
+    assert np.abs(maps - theirs.numpy()).max() < 1e-4
+    assert maps.max() > 0
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+def test_float_images_from_0_to_1_are_the_default(here, architecture, capsys):
+    model = saved(here / "model.pth", architecture, 32, "softmax")
+    assert export.main(["--checkpoint", "model.pth", "--output", "deep/model.onnx"]) == 0
+    assert "largest difference between torch and onnxruntime" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession("deep/model.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_outputs()] == ["logits"]
+    pixels = pictures(3, 32, 32)
+    (logits,) = session.run(None, {"image": pixels.astype(np.float32) / 255})
+    with torch.no_grad():
+        assert np.abs(logits - model(normalised(pixels)).logits.numpy()).max() < 1e-4
+
+
+def test_the_metadata_say_what_a_reader_needs(made):
+    meta = {each.key: each.value for each in onnx.load(made[0] / "model.onnx").metadata_props}
+    assert json.loads(meta["class_names"]) == NAMES
+    assert (meta["image_size"], meta["probabilities"], meta["architecture"]) == ("16", "sigmoid", "resnet32")
+    assert meta["version"] == VERSION
+
+
+@pytest.mark.parametrize("spoil", [1.01, float("nan")])
+def test_a_file_that_answers_otherwise_is_not_written(here, monkeypatch, capsys, spoil):
+    saved(here / "model.pth")
+    good = export.exported
+
+    def spoiled(whole, *arguments):
+        with torch.no_grad():
+            whole.network.fc.weight.mul_(spoil)
+            content = good(whole, *arguments)
+            whole.network.fc.weight.fill_(0.1)
+        return content
+
+    monkeypatch.setattr(export, "exported", spoiled)
+    (here / "model.onnx").write_text("earlier")
+    assert export.main(["--checkpoint", "model.pth", "--output", "model.onnx", "--overwrite"]) == 1
+    assert "answers otherwise than torch" in capsys.readouterr().err
+    assert (here / "model.onnx").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "model.pth", "--overwrite"], "exists; take another name"),
+        (["--output", "there.onnx"], "--overwrite"),
+        (["--output", "."], "is a folder"),
+        (["--output", "x.onnx", "--input", "int8"], "int8"),
+        (["--output", "x.onnx", "--checkpoint", "there.onnx"], "is a text file"),
+        (["--output", "there.onnx/x.onnx"], "--output"),
+        ([], "--output"),
+    ],
+)
+def test_what_export_cannot_use_is_said_in_a_line(here, capsys, flags, words):
+    saved(here / "model.pth")
+    (here / "there.onnx").write_text("earlier")
+    before = {path: path.read_bytes() for path in here.iterdir()}
+    assert export.main(["--checkpoint", "model.pth", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert {path: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_maps_that_have_no_closed_form_are_refused(here, capsys):
+    saved(here / "model.pth", "mobilenet_v3_small", 32)
+    assert export.main(["--checkpoint", "model.pth", "--output", "x.onnx", "--maps"]) == 2
+    assert "no maps in closed form" in capsys.readouterr().err
+
+
+# Predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_images(folder / "flat", 3, seed=1, size=25)
+    for number, name in enumerate("xy"):
+        write_images(folder / "nested" / name, 2, seed=number + 2)
+    return folder
+
+
+def predicted(capsys, *flags: str) -> list[dict]:
+    capsys.readouterr()
+    assert predict.main([*flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_checkpoint_and_onnx_give_the_same_answers(made, photos, capsys):
+    both = []
+    for name in ("model.pth", "model.onnx"):
+        found = predicted(capsys, "--checkpoint", str(made[0] / name), "--top", "4", str(photos / "flat"))
+        assert [row["image"] for row in found] == [str(photos / "flat" / f"00{i}.png") for i in range(3)]
+        both.append([[(each["name"], each["probability"]) for each in row["classes"]] for row in found])
+    for one, other in zip(*both, strict=True):
+        assert [name for name, _ in one] == [name for name, _ in other]
+        assert [p for _, p in one] == pytest.approx([p for _, p in other], abs=1e-4)
+    first = [dict(row)["a"] for row in both[0]]
+    assert max(first) - min(first) > 1e-3  # not one answer for all
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+def test_probabilities_are_those_of_torch(form):
+    logits = torch.randn(5, 4, dtype=torch.float64) * 300
+    expected = logits.sigmoid() if form == "sigmoid" else logits.softmax(1)
+    assert predict.probabilities_of(logits.numpy(), form) == pytest.approx(expected.numpy(), abs=1e-12)
+
+
+def test_the_likeliest_come_first():
+    assert predict.likeliest(np.array([0.1, 0.7, 0.2]), ["a", "b", "c"], 2) == [("b", 0.7), ("c", 0.2)]
+    assert len(predict.likeliest(np.array([0.1, 0.9]), ["a", "b"], 9)) == 2
+
+
+def test_folders_give_their_images_or_those_of_their_subfolders_and_batches_do_not_matter(
+    made, photos, capsys, monkeypatch
+):
+    flags = ["--checkpoint", str(made[0] / "model.onnx"), str(photos / "nested"), str(photos / "flat" / "001.png")]
+    whole = predicted(capsys, *flags)
+    names = [Path(row["image"]).relative_to(photos).as_posix() for row in whole]
+    assert names == ["nested/x/000.png", "nested/x/001.png", "nested/y/000.png", "nested/y/001.png", "flat/001.png"]
+    monkeypatch.setattr(predict, "BATCH", 2)
+    assert predicted(capsys, *flags) == whole
+
+
+def test_csv_has_a_row_for_each_image_and_class_and_the_table_a_line_an_image(made, photos, capsys):
+    flags = ["--checkpoint", str(made[0] / "model.onnx"), str(photos / "flat"), "--top", "2"]
+    expected = predicted(capsys, *flags)
+    assert predict.main([*flags, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(r["image"], r["class"]) for r in rows] == [
+        (row["image"], each["name"]) for row in expected for each in row["classes"]
+    ]
+    assert [r["rank"] for r in rows] == ["1", "2"] * 3
+    assert predict.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    best = expected[0]["classes"][0]
+    assert f"  {best['name']} {100 * best['probability']:.0f} %, " in lines[0]
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "matplotlib", "cv2"):
+    sys.modules[name] = None
+import predict
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+def test_an_onnx_file_needs_no_torch(made, photos):
+    flags = ["--checkpoint", str(made[0] / "model.onnx"), str(photos / "flat"), "--json"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 3
+    flags[1] = str(made[0] / "model.pth")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0  # the checkpoint does: so torch was away above
+
+
+def test_a_bad_image_stops_it_or_is_counted(made, photos, here, capsys):
+    write_images(here / "mixed", 2)
+    (here / "mixed" / "0000.png").write_bytes(b"no image")
+    flags = ["--checkpoint", str(made[0] / "model.onnx"), "mixed"]
+    assert predict.main(flags) == 2
+    assert "mixed/0000.png" in capsys.readouterr().err
+    assert predict.main([*flags, "--skip-bad-images"]) == 0
+    done = capsys.readouterr()
+    assert "1 of 3 images" in done.err
+    assert [line.split()[0] for line in done.out.splitlines()] == ["mixed/000.png", "mixed/001.png"]
+    assert predict.main([*flags[:2], "mixed/0000.png", "--skip-bad-images"]) == 2
+
+
+def foreign(path: Path, **changes: str) -> None:
+    """The file of another program: one that passes its input on, with metadata like ours but for ``changes``."""
+    kind = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["image"], ["logits"])], "g", [kind], [out])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    meta = {"class_names": '["a"]', "image_size": "8", "probabilities": "softmax"} | changes
+    onnx.helper.set_model_props(model, {key: value for key, value in meta.items() if value})
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "changes",  # of what the file says of itself
+    ["class_names=", "class_names=[1]", "class_names={", "image_size=big", "image_size=99999", "probabilities=none"],
+)
+def test_an_onnx_file_of_another_program_is_refused(here, photos, capsys, changes):
+    foreign(here / "x.onnx", **dict([changes.split("=")]))
+    assert predict.main(["--checkpoint", "x.onnx", str(photos / "flat")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of export.py's" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--checkpoint", "nowhere.onnx"], "nowhere.onnx: cannot be read as ONNX"),
+        (["--checkpoint", "damaged.onnx"], "damaged.onnx: cannot be read as ONNX"),
+        (["--checkpoint", "nowhere.pth"], "no such file"),
+        (["--checkpoint", "damaged.onnx", "--top", "0"], "--top"),
+        (["--checkpoint", "damaged.onnx", "--json", "--csv"], "exclude each other"),
+        (["--checkpoint", "damaged.onnx", "empty"], "no image in this folder"),
+    ],
+)
+def test_what_predict_cannot_use_is_said_in_a_line(made, photos, here, capsys, flags, words):
+    (here / "damaged.onnx").write_bytes((made[0] / "model.onnx").read_bytes()[:-1000])
+    (here / "empty").mkdir()
+    assert predict.main([*flags, str(photos / "flat")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
