@@ -79,7 +79,7 @@ def test_every_flag_and_constant_that_the_documents_name_exists():
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields(settings.Settings)}
     known |= {"--help"}
     known |= {"--nproc_per_node", "--nnodes", "--standalone", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-    for script in [ROOT / "reproduce.py", *ROOT.glob("benchmarks/*.py")]:
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
     text = README + "".join(path.read_text() for path in ROOT.glob("docs/*.md"))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
