@@ -173,4 +173,7 @@ SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each sav
 SAVE_INTERVAL_STEPS = 0  # steps of the optimiser between saves inside an epoch, for long epochs; 0: none
 RESUME = False  # go on from the checkpoint of an earlier run
 OVERWRITE = False  # replace the model of an earlier run
+QUIET = False  # print nothing but warnings and errors
+JSON = False  # a last line on stdout with the accuracies as one JSON object, for programs
+TENSORBOARD = False  # scalars, settings and maps for TensorBoard, in OUTPUT_DIR/tensorboard
 OUTPUT_DIR = "runs/first"  # models, logs, figures and metrics go there

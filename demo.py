@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     import evaluation
     import hardware
     import plots
+    import progress
     from checkpoint import load, make_folder, restore_model, write_atomically
 
     with settings.naming("device"):
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     student_logits = evaluation.predict(student, images.pixels, after["mean"], after["std"])
     output = Path(settings.output_dir)
     make_folder(output)
+    metrics: dict = {}
     judged = images.labels >= 0
 
     if judged.any():
@@ -95,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{' and metrics.json' if judged.any() else ''} are in {output}")
+    progress.last_line(settings, {name: metrics[name] for name in ("teacher", "student") if name in metrics})
 
 
 def images_to_judge(settings, after: dict):

@@ -42,7 +42,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
     def wrapped(argv: list[str] | None = None) -> int:
         code, text = 0, None
         try:
-            with _nothing_printed() if process_number() else contextlib.nullcontext():
+            # What the script may have put in place of stdout is gone afterwards.
+            with _nothing_printed() if process_number() else contextlib.redirect_stdout(sys.stdout):
                 main(argv)
         except (InputError, RunError) as error:
             code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     import losses
     import models
     import plots
+    import progress
     import training
     from run import describe_step, open_run
 
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         groups = evaluation.group_accuracies(logits, test.labels, sizes)
         return {f"test_{name}": value for name, value in columns.items()}, groups
 
+    watch = progress.Watch(settings, run.folder, run.kind)
     log = training.fit(
         run,
         student,
@@ -104,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         judge,
         teacher if settings.method != "finetune" else None,
         checkpoint.fingerprint(before),
+        watch,
     )
     if distributed.rank():  # of several processes the first one reports
         return
@@ -117,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     if last.get("zero_maps", 0) > 0.5:
         warn(f"{100 * last['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
     print(f"the student is in {run.model}")
+    accuracies = {name: value for name, value in last.items() if name.startswith("test_")}
+    progress.last_line(settings, {"model": str(run.model), **accuracies})
 
 
 def check_against(before: dict, settings) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import progress
 from errors import InputError
 
 
@@ -155,6 +156,9 @@ class Settings:
     save_interval_steps: int = _number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = _switch("go on from the checkpoint of an earlier run")
     overwrite: bool = _switch("replace the model of an earlier run")
+    quiet: bool = _switch("print nothing but warnings and errors")
+    json: bool = _switch("a last line on stdout with the accuracies as one JSON object")
+    tensorboard: bool = _switch("scalars, settings and maps for TensorBoard")
     output_dir: str = _text("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
@@ -197,8 +201,8 @@ FILE_FLAGS = {
 }
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size backbone_lr freeze balanced momentum weight_decay flip "
-    "precision cache_dir "
-    "skip_bad_images hold_back seed device deterministic save_interval save_interval_steps resume overwrite output_dir"
+    "precision cache_dir skip_bad_images hold_back seed device deterministic save_interval save_interval_steps resume "
+    "overwrite quiet json tensorboard output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size mean std lr {_TRAINING}", "", "weights old_classes_file"),
@@ -207,7 +211,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
         "teacher",
         "student",
     ),
-    "demo": ("dataset data_dir cache_dir skip_bad_images device output_dir", "teacher student", "images"),
+    "demo": ("dataset data_dir cache_dir skip_bad_images device quiet json output_dir", "teacher student", "images"),
     "gradcam": ("", "checkpoint image", "class_name layer output"),
 }
 
@@ -278,6 +282,8 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
         if value is not None and (f.name in read or f.name in arguments):
             value = _checked(_where(f.name, arguments), f.metadata["check"], value)
         values[f.name] = value
+    if "quiet" in read and values["quiet"]:
+        progress.be_quiet()
     values["given"] = frozenset(arguments)
     values["arguments"] = tuple(sys.argv[1:] if argv is None else argv)
     _resolve(values, read)

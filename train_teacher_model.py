@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     import hardware
     import models
     import plots
+    import progress
     import training
     from data import Place, channel_statistics, find_test_images, open_source
     from losses import first_step
@@ -86,12 +87,15 @@ def main(argv: list[str] | None = None) -> None:
             run.save({**head, "model": model.state_dict(), "finished": True, "training": {}})
         shown = "no test images" if accuracy[0] is None else f"test accuracy {accuracy[0]:.1f} %"
         print(f"{shown} over {len(classes)} classes; the network as it was is in {run.model}")
+        progress.last_line(settings, {"model": str(run.model), "test_accuracy": accuracy[0]})
         return
-    log = training.fit(run, model, train, first_step, settings, head, judge)
+    watch = progress.Watch(settings, run.folder, run.kind)
+    log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch)
     if distributed.rank():  # of several processes the first one reports
         return
     plots.curves(log, run.curves, "Teacher")
     print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
+    progress.last_line(settings, {"model": str(run.model), "test_accuracy": log[-1]["test_accuracy"]})
 
 
 def begin_with(model, settings) -> None:

@@ -141,14 +141,16 @@ def fit(
     judge: Callable[[nn.Module], tuple[Row, list[float | None]]],
     teacher: nn.Module | None = None,
     teacher_hash: str = "",
+    watch: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Train ``model`` in place, where it is, and save it; returns the log, a row an epoch.
 
     ``head`` is the checkpoint without weights and training state; the learning rate and the number of epochs are
     those of its last step. ``judge(model)`` returns columns for the log and the accuracy of each group of classes;
-    it is asked every SAVE_INTERVAL epochs. The model that is saved last is that of the last epoch: nothing is chosen
-    by accuracy. A run that was interrupted goes on to the same bits. Of several processes, which ``fit`` ends, each
-    trains on its share of every batch, and batch size, terms and accuracies are those of all.
+    it is asked every SAVE_INTERVAL epochs. ``watch(row)`` is called after every epoch. The model that is saved last is
+    that of the last epoch: nothing is chosen by accuracy. A run that was interrupted goes on to the same bits. Of
+    several processes, which ``fit`` ends, each trains on its share of every batch, and batch size, terms and
+    accuracies are those of all.
     Raises InputError where the run to go on from was another one, RunError where a loss term is no longer finite,
     memory runs out or a save fails, and Interrupted after a signal.
     """
@@ -173,6 +175,7 @@ def fit(
             if judged or signum:
                 loop.save(finished)
             run.write_log(rows)
+            watch(row)
             if signum and not finished:
                 distributed.leave()
                 raise Interrupted(signum, f"stopped after epoch {epoch}; go on with: {run.command}")

@@ -82,6 +82,9 @@ BAD_VALUES = {  # constant: values that config.py could hold, and as texts of th
     "save_interval_steps": ([-1, 1.5, None], ["-1", "1.5"]),
     "resume": (["no", 0], []),
     "overwrite": (["no", 1], []),
+    "quiet": (["yes", 1], []),
+    "json": (["yes", 1], []),
+    "tensorboard": (["yes", 1], []),
     "output_dir": (["", 5], [""]),
 }
 
@@ -240,7 +243,17 @@ GOOD_FLAGS = {
     "save_interval_steps": ("500", 500),
     "output_dir": ("runs/x", "runs/x"),
 }
-SWITCHES = ("balanced", "flip", "skip_bad_images", "deterministic", "resume", "overwrite")
+SWITCHES = (
+    "balanced",
+    "flip",
+    "skip_bad_images",
+    "deterministic",
+    "resume",
+    "overwrite",
+    "quiet",
+    "json",
+    "tensorboard",
+)
 
 
 def test_the_table_of_good_flags_has_every_setting():

@@ -1,0 +1,81 @@
+"""Watching a run: a line an epoch, TensorBoard where it is asked for, and a last line for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from errors import InputError, process_number
+
+
+class _Silent(io.TextIOBase):
+    """Takes what is printed, and keeps the stream that it would have gone to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def be_quiet() -> None:
+    """From now on nothing that is printed is shown, but for ``last_line``; errors.one_line_errors ends it."""
+    sys.stdout = _Silent(sys.stdout)
+
+
+def last_line(settings, values: dict[str, Any]) -> None:
+    """With ``--json``, one JSON object on a line of its own."""
+    if settings.json:
+        print(json.dumps(values), file=getattr(sys.stdout, "stream", sys.stdout))
+
+
+class Watch:
+    """Called with every epoch's row: prints it in a line, and writes its numbers for TensorBoard."""
+
+    def __init__(self, settings, folder: Path, kind: str) -> None:
+        """Raises InputError where TensorBoard is asked for and not installed."""
+        self.epochs, self.kind, self.started, self.done = settings.epochs, kind, time.perf_counter(), 0
+        self.board = None
+        if settings.tensorboard and not process_number():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError(f"{settings.where('tensorboard')}: pip install tensorboard first") from error
+            self.board = SummaryWriter(str(folder / "tensorboard" / kind))
+            shown = {name: value for name, value in vars(settings).items() if name not in ("given", "arguments")}
+            self.board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in shown.items()))
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self.done += 1
+        print(line_of(row, self.epochs, (time.perf_counter() - self.started) / self.done), flush=True)
+        if self.board:
+            for name, value in row.items():
+                if value is not None and name != "epoch":
+                    self.board.add_scalar(f"{self.kind}/{name}", value, row["epoch"])
+            self.board.flush()
+
+    def picture(self, name: str, png: Path) -> None:
+        """Show a picture that has been written."""
+        if self.board:
+            import numpy as np
+            from PIL import Image
+
+            self.board.add_image(name, np.asarray(Image.open(png).convert("RGB")), self.epochs, dataformats="HWC")
+            self.board.flush()
+
+
+def line_of(row: dict[str, Any], epochs: int, seconds: float) -> str:
+    """An epoch's loss with its terms, accuracies in percent, speed and the time left at ``seconds`` an epoch."""
+    terms = [f"{name} {row[name]:.3g}" for name in ("classification", "distillation", "attention") if name in row]
+    shown = [f"loss {row['loss']:.3g} ({', '.join(terms)})", f"training accuracy {row['accuracy']:.1f} %"]
+    if row.get("test_accuracy") is not None:
+        shown.append(f"test accuracy {row['test_accuracy']:.1f} %")
+    shown.append(f"{row['images_per_second']:.0f} images/s")
+    left = seconds * (epochs - row["epoch"])
+    if left:
+        shown.append(f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
+    return f"epoch {row['epoch']}/{epochs}: {', '.join(shown)}"
