@@ -2,7 +2,8 @@
 
     python3 demo.py --teacher runs/first/teacher_model.pth --student runs/first/student_model.pth
 
-Writes metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale) and demo_confusion.png.
+Writes demo_report.html, metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale) and
+demo_confusion.png.
 ``--images folder/`` judges your own images instead: with a subfolder for each class they count as test images,
 flat they get answers and maps.
 """
@@ -10,7 +11,6 @@ flat they get answers and maps.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -24,12 +24,14 @@ SHOWN = 8  # images in demo.png
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("demo", argv)
 
+    import numpy as np
     import torch
 
     import evaluation
     import hardware
     import plots
     import progress
+    import report
     from checkpoint import load, make_folder, restore_model, write_atomically
 
     with settings.naming("device"):
@@ -49,55 +51,45 @@ def main(argv: list[str] | None = None) -> None:
     images, captions, gone = images_to_judge(settings, after)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
-    teacher_logits = evaluation.predict(teacher, images.pixels, before["mean"], before["std"])
-    student_logits = evaluation.predict(student, images.pixels, after["mean"], after["std"])
+    found = evaluation.compare(teacher, student, before, after, images, history=not settings.images)
     output = Path(settings.output_dir)
     make_folder(output)
-    metrics: dict = {}
-    judged = images.labels >= 0
+    judged, metrics = images.labels >= 0, found.metrics
 
     if judged.any():
         if gone:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
-        is_old = images.labels < old
-        counts = evaluation.confusion(student_logits, images.labels)
-        metrics = {
-            "teacher": evaluation.accuracies(teacher_logits[is_old], images.labels[is_old], old),
-            "student": evaluation.accuracies(student_logits, images.labels, old),
-            "steps": by_step(after["steps"], teacher_logits, student_logits, images.labels, bool(settings.images)),
-            "classes": {
-                "names": names,
-                "teacher": evaluation.class_accuracies(teacher_logits[is_old], images.labels[is_old]),
-                "student": evaluation.class_accuracies(student_logits, images.labels),
-            },
-            "attention": attention(teacher, student, images, before, after),
-            "confusion": counts.tolist(),
-        }
-        report(metrics, before["class_names"])
+        print_table(metrics, before["class_names"])
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
-        plots.confusion(counts.numpy(), names, output / "demo_confusion.png")
+        plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
     else:
-        for caption, logits in zip(captions, student_logits, strict=True):
+        for caption, logits in zip(captions, found.student_logits, strict=True):
             print(f"{caption}: {say(logits, names, after['loss_form'])}")
 
     chosen = pick_images(images.labels, old)
     pixels = images.pixels[chosen]
     # One class for both maps: the true one, or for an image without a label the teacher's answer.
-    explained = torch.where(judged[chosen], images.labels[chosen], teacher_logits[chosen].argmax(1))
-    explained = torch.where(explained < old, explained, teacher_logits[chosen].argmax(1))
-    both = [maps_of(model, pixels, explained, saved) for model, saved in ((teacher, before), (student, after))]
+    labels = images.labels[chosen]
+    explained = torch.where((labels >= 0) & (labels < old), labels, found.teacher_logits[chosen].argmax(1))
+    both = [
+        evaluation.maps(model, pixels, explained, saved["mean"], saved["std"])
+        for model, saved in ((teacher, before), (student, after))
+    ]
     rows = [
         (
             f"{captions[index]}\nmap of {names[explained[row]]}",
-            f"teacher: {say(teacher_logits[index], names, before['loss_form'])}",
-            f"student: {say(student_logits[index], names, after['loss_form'])}",
+            f"teacher: {say(found.teacher_logits[index], names, before['loss_form'])}",
+            f"student: {say(found.student_logits[index], names, after['loss_form'])}",
         )
         for row, index in enumerate(chosen)
     ]
+    if judged.any():
+        report.of_student(output / "demo_report.html", before, after, images, found)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
-    print(f"the pictures{' and metrics.json' if judged.any() else ''} are in {output}")
-    progress.last_line(settings, {name: metrics[name] for name in ("teacher", "student") if name in metrics})
+    print(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")
+    shown = ("teacher", "student") if judged.any() else ()
+    progress.last_line(settings, {name: metrics[name] for name in shown})
 
 
 def images_to_judge(settings, after: dict):
@@ -119,52 +111,6 @@ def images_to_judge(settings, after: dict):
     return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone
 
 
-def by_step(steps: list[dict], teacher_logits, student_logits, labels, own_images: bool) -> list[dict]:
-    """For each step's classes: the accuracy now, and what has been forgotten of it since its best.
-
-    The best is the teacher's on these images or, save for a user's own images, what an earlier step's test recorded.
-    """
-    import evaluation
-
-    sizes = [len(step["classes"]) for step in steps]
-    now = evaluation.group_accuracies(student_logits, labels, sizes)
-    known = sum(sum(sizes[: number + 1]) <= teacher_logits.shape[1] for number in range(len(sizes)))
-    earlier = [evaluation.group_accuracies(teacher_logits, labels, sizes[:known])]
-    if not own_images:
-        earlier += [step["group_accuracy"] for step in steps[:-1]]
-    return [
-        {"classes": step["classes"], "accuracy": accuracy, "forgetting": lost}
-        for step, accuracy, lost in zip(steps, now, evaluation.forgetting(earlier, now), strict=True)
-    ]
-
-
-def maps_of(model, pixels, classes, checkpoint: dict):
-    import evaluation
-
-    return evaluation.maps(model, pixels, classes, checkpoint["mean"], checkpoint["std"])
-
-
-def attention(teacher, student, images, before: dict, after: dict) -> dict[str, list[float | None]]:
-    """How far the student's maps of the true class are from the teacher's, mean of each old class's images.
-
-    The distance is that of L_AD, the overlap that of the strongest fifth of the pixels, in percent; None where there
-    is no image, or no map that is not all zero.
-    """
-    import evaluation
-
-    old = len(before["class_names"])
-    chosen = (images.labels >= 0) & (images.labels < old)
-    if not chosen.any():
-        return {name: [None] * old for name in ("distance", "overlap")}
-    pixels, labels = images.pixels[chosen], images.labels[chosen]
-    both = [maps_of(model, pixels, labels, saved) for model, saved in ((teacher, before), (student, after))]
-    means = {}
-    for name, values in zip(("distance", "overlap"), evaluation.attention_drift(*both), strict=True):
-        by_class = [values[labels == index].nanmean().item() for index in range(old)]
-        means[name] = [None if math.isnan(mean) else mean for mean in by_class]
-    return means
-
-
 def say(logits, names: list[str], form: str) -> str:
     """The answer and its probability, by the form of the loss that the network was trained with."""
     from predict import form_of, likeliest, probabilities_of
@@ -181,7 +127,7 @@ def pick_images(labels, old: int) -> list[int]:
     return (chosen or list(range(len(labels))))[:SHOWN]
 
 
-def report(metrics: dict, old_names: list[str]) -> None:
+def print_table(metrics: dict, old_names: list[str]) -> None:
     """The accuracies as a table: without a hint first, task-aware beside it."""
 
     def cell(value: float | None) -> str:

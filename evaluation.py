@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,16 @@ def maps(
         output = model(to_input(some.to(device), mean, std))
         parts.append(last_map(output, head_weight(model), explained.to(device)).cpu())
     return torch.cat(parts)
+
+
+def explained(
+    model: nn.Module, images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and maps of the true classes (n, h, w) for ``images`` (data.Images), of which n may be 0."""
+    if not len(images.labels):
+        return torch.zeros(0, model.fc.out_features), torch.zeros(0, 1, 1)
+    logits = predict(model, images.pixels, mean, std, batch_size)
+    return logits, maps(model, images.pixels, images.labels, mean, std, batch_size)
 
 
 def attention_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,3 +150,93 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts int64 (classes, classes): a row for each true class, a column for each answer."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+# Teacher and student side by side ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a teacher and its student answer on the same n images, and where they look.
+
+    ``metrics`` is what metrics.json holds. Logits are (n, N) and (n, N+K). The rows of ``maps`` (m, 2, h, w), teacher's
+    and student's, are those of the true class for the images ``shown`` int64 (m,), whose class is old; ``distance`` and
+    ``overlap`` (m,) are those of ``attention_drift``.
+    """
+
+    metrics: dict[str, Any]
+    teacher_logits: Tensor
+    student_logits: Tensor
+    shown: Tensor
+    maps: Tensor
+    distance: Tensor
+    overlap: Tensor
+
+
+def compare(
+    teacher: nn.Module,
+    student: nn.Module,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    images,
+    history: bool = True,
+    batch_size: int = 500,
+) -> Comparison:
+    """Both networks with their checkpoints on ``images`` (data.Images), of which label -1 is of no known class.
+
+    With ``history`` the forgetting counts what the tests of earlier steps recorded, as fits the same test images.
+    """
+    names, old = after["class_names"], len(before["class_names"])
+    teacher_logits, student_logits = (
+        predict(model, images.pixels, saved["mean"], saved["std"], batch_size)
+        for model, saved in ((teacher, before), (student, after))
+    )
+    judged, is_old = images.labels >= 0, (images.labels >= 0) & (images.labels < old)
+    shown = is_old.nonzero().squeeze(1)
+    labels = images.labels[shown]
+    maps_of_both = [
+        maps(model, images.pixels[shown], labels, saved["mean"], saved["std"], batch_size)
+        for model, saved in ((teacher, before), (student, after))
+        if len(shown)
+    ]
+    both = torch.stack(maps_of_both, dim=1) if len(shown) else torch.zeros(0, 2, 1, 1)
+    distance, overlap = attention_drift(both[:, 0], both[:, 1])
+    metrics = {
+        "teacher": accuracies(teacher_logits[is_old], labels, old),
+        "student": accuracies(student_logits[judged], images.labels[judged], old),
+        "steps": _by_step(
+            after["steps"], teacher_logits[judged], student_logits[judged], images.labels[judged], history
+        ),
+        "classes": {
+            "names": names,
+            "teacher": class_accuracies(teacher_logits[is_old], labels),
+            "student": class_accuracies(student_logits[judged], images.labels[judged]),
+        },
+        "attention": {
+            name: [_mean_of_known(values[labels == index]) for index in range(old)]
+            for name, values in (("distance", distance), ("overlap", overlap))
+        },
+        "confusion": confusion(student_logits[judged], images.labels[judged]).tolist(),
+    }
+    return Comparison(metrics, teacher_logits, student_logits, shown, both, distance, overlap)
+
+
+def _mean_of_known(values: Tensor) -> float | None:
+    mean = values.nanmean().item()
+    return None if math.isnan(mean) else mean
+
+
+def _by_step(
+    steps: list[dict[str, Any]], teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, history: bool
+) -> list[dict[str, Any]]:
+    """For each step's classes: the accuracy now, and what has been forgotten of it since its best."""
+    sizes = [len(step["classes"]) for step in steps]
+    now = group_accuracies(student_logits, labels, sizes)
+    known = sum(sum(sizes[: number + 1]) <= teacher_logits.shape[1] for number in range(len(sizes)))
+    earlier = [group_accuracies(teacher_logits, labels, sizes[:known])]
+    if history:
+        earlier += [step["group_accuracy"] for step in steps[:-1]]
+    return [
+        {"classes": step["classes"], "accuracy": accuracy, "forgetting": lost}
+        for step, accuracy, lost in zip(steps, now, forgetting(earlier, now), strict=True)
+    ]

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     import models
     import plots
     import progress
+    import report
     import training
     from run import describe_step, open_run
 
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if distributed.rank():  # of several processes the first one reports
         return
-    plots.curves(log, run.curves, f"Student ({settings.method})")
+    plots.curves(log, f"Student ({settings.method})", run.curves)
+    found = evaluation.compare(teacher, student, before, saved := checkpoint.load(run.model), test)
+    report.of_student(run.report, before, saved, test, found)
     last = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{group} classes, {hint}: {shown}")
     if last.get("zero_maps", 0) > 0.5:
         warn(f"{100 * last['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
-    print(f"the student is in {run.model}")
+    print(f"the student is in {run.model}, what there is to see in {run.report}")
     accuracies = {name: value for name, value in last.items() if name.startswith("test_")}
     progress.last_line(settings, {"model": str(run.model), **accuracies})
 

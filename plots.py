@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,50 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from checkpoint import write_atomically
 
 
-def _write(figure: plt.Figure, path: Path, drawn_from: str | None = None) -> None:
+def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:
     """``drawn_from`` goes into the file, so that it can be told from one that was drawn from other figures."""
+    if isinstance(path, io.BytesIO):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+            figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+        return
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Description": drawn_from})
     plt.close(figure)
     write_atomically(path, buffer.getbuffer())
 
 
-def curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def svg(draw: Callable[..., None], *content: Any) -> bytes:
+    """The figure that ``draw`` makes of ``content``, as SVG and not in a file."""
+    buffer = io.BytesIO()
+    draw(*content, buffer)
+    return buffer.getvalue()
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray | None, peak: float) -> bytes:
+    """A PNG (a JPEG from 128 px on) of an image uint8 (3, H, W), under its map (h, w) >= 0 where there is one.
+
+    ``peak`` is the value drawn in the strongest colour: one for all maps that are to be compared.
+    """
+    picture = pixels.transpose(1, 2, 0)
+    height, width = picture.shape[:2]
+    if heat is not None:
+        scaled = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
+        grown = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+        colours = matplotlib.colormaps["inferno"](np.asarray(grown))[..., :3]
+        grey = picture.mean(2, keepdims=True) / 255
+        picture = np.uint8(np.round(255 * (0.6 * colours + 0.4 * grey)))
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG" if width < 128 else "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -> None:
     """Loss terms and accuracies over the epochs, beside each other."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     for name in ("loss", "classification", "distillation", "attention"):
@@ -47,14 +78,14 @@ def curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     _write(figure, path)
 
 
-def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.BytesIO) -> None:
     """Confusion matrix, a row for each true class, in percent of that class's images."""
     totals = counts.sum(1, keepdims=True)
     shares = 100 * counts / np.maximum(totals, 1)
     side = max(3.5, 0.32 * len(class_names) + 1.5)
     figure, axes = plt.subplots(figsize=(side + 1, side))
     picture = axes.imshow(shares, cmap="Greys", vmin=0, vmax=100)
-    axes.set(xlabel="answer of the student", ylabel="true class, in the order taught")
+    axes.set(xlabel="answer", ylabel="true class, in the order taught")
     axes.set_xticks(range(len(class_names)), class_names, rotation=90)
     axes.set_yticks(range(len(class_names)), class_names)
     figure.colorbar(picture, label="% of the class's images")

@@ -66,6 +66,10 @@ class Run:
     def curves(self) -> Path:
         return self.folder / f"{self.kind}_curves.png"
 
+    @property
+    def report(self) -> Path:
+        return self.folder / f"{self.kind}_report.html"
+
     def check_resumed(self, head: dict[str, Any], identity: dict[str, Any]) -> None:
         """Raises InputError where the run to go on from was another run; says what differs and does no harm.
 

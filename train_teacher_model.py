@@ -27,12 +27,14 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    import checkpoint
     import distributed
     import evaluation
     import hardware
     import models
     import plots
     import progress
+    import report
     import training
     from data import Place, channel_statistics, find_test_images, open_source
     from losses import first_step
@@ -80,22 +82,24 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
         return {"test_accuracy": accuracy[0]}, accuracy
 
-    if not settings.epochs:
-        accuracy = judge(model)[1] if len(test.labels) else [None]
-        head["steps"][0]["group_accuracy"] = accuracy
+    if settings.epochs:
+        watch = progress.Watch(settings, run.folder, run.kind)
+        log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch)
+    else:
+        head["steps"][0]["group_accuracy"] = judge(model)[1] if len(test.labels) else [None]
         with run.writing():
             run.save({**head, "model": model.state_dict(), "finished": True, "training": {}})
-        shown = "no test images" if accuracy[0] is None else f"test accuracy {accuracy[0]:.1f} %"
-        print(f"{shown} over {len(classes)} classes; the network as it was is in {run.model}")
-        progress.last_line(settings, {"model": str(run.model), "test_accuracy": accuracy[0]})
-        return
-    watch = progress.Watch(settings, run.folder, run.kind)
-    log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch)
+        distributed.leave()
     if distributed.rank():  # of several processes the first one reports
         return
-    plots.curves(log, run.curves, "Teacher")
-    print(f"test accuracy {log[-1]['test_accuracy']:.1f} % over {len(classes)} classes; the model is in {run.model}")
-    progress.last_line(settings, {"model": str(run.model), "test_accuracy": log[-1]["test_accuracy"]})
+    if settings.epochs:
+        plots.curves(log, "Teacher", run.curves)
+    saved = checkpoint.load(run.model)
+    report.of_teacher(run.report, saved, test, evaluation.explained(model, test, mean, std, settings.batch_size))
+    (accuracy,) = saved["steps"][0]["group_accuracy"]
+    shown = "no test images" if accuracy is None else f"test accuracy {accuracy:.1f} %"
+    print(f"{shown} over {len(classes)} classes; the model is in {run.model}, what there is to see in {run.report}")
+    progress.last_line(settings, {"model": str(run.model), "test_accuracy": accuracy})
 
 
 def begin_with(model, settings) -> None:
