@@ -208,7 +208,7 @@ def over_steps(
         grid[0][-1].set(xlabel="distance of the maps (L_AD), fifths", ylabel="accuracy of the class lost, points")
     for axes in grid[0]:
         axes.grid(alpha=0.3)
-    grid[0][0].legend(fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), fontsize=8)
     _write(figure, path, drawn_from)
 
 

@@ -157,7 +157,7 @@ def case(module: ModuleType, flags: str, *words: str, fault: str = "", **constan
 
 CASES = [
     # Single values, through the whole script.
-    case(trainer, "--epochs 0", "--epochs is 0", "at least 1"),
+    case(trainer, "--epochs 0", "--epochs is 0", "only --weights need none"),
     case(trainer, "--epochs 2000000", "--epochs is 2000000", "at most 1000000"),
     case(trainer, "--seed 4294967296", "--seed is 4294967296", "at most 4294967295"),
     case(trainer, "--image-size 7", "--image-size is 7", "at least 8"),
@@ -178,7 +178,7 @@ CASES = [
     case(trainer, "", "config.py: OLD_CLASSES is 2", "list of class names", OLD_CLASSES=2),
     case(trainer, "", "config.py: OLD_CLASSES is 0", "two classes at least", OLD_CLASSES=["0"]),
     case(trainer, "", "config.py: OLD_CLASSES is ['0', '1', '0']", "'0' is named twice", OLD_CLASSES=["0", "1", "0"]),
-    case(trainer, "", "config.py: EPOCHS is 0", "at least 1", EPOCHS=0),
+    case(trainer, "", "config.py: EPOCHS is 0", "only --weights need none", EPOCHS=0),
     case(trainer, "", "config.py: EPOCHS is '5'", "a whole number is needed", EPOCHS="5"),
     case(trainer, "", "config.py: EPOCH is not a setting", "did you mean EPOCHS?", EPOCH=5),
     case(trainer, "", "config.py: SEED is missing", SEED=...),
@@ -380,7 +380,7 @@ def test_the_command_line_refuses_in_the_same_way(desk, script, flags, words):
     ],
 )
 def test_a_page_that_python_cannot_read_is_said_with_its_line(tmp_path, source, words):
-    for name in ("train_teacher_model.py", "settings.py", "errors.py"):
+    for name in ("train_teacher_model.py", "settings.py", "errors.py", "progress.py"):
         shutil.copy(ROOT / name, tmp_path)
     if source is not None:
         (tmp_path / "config.py").write_text(source)

@@ -59,7 +59,7 @@ def test_the_tables_of_costs_are_those_of_the_measurements(name, monkeypatch):
     assert made in (ROOT / "docs" / "performance.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits-2+2", "photos32-10+10"])
+@pytest.mark.parametrize("name", ["digits-2+2", "photos32-10+10", "photos32-5x4"])
 def test_the_readme_shows_the_main_tables(name):
     table = (ROOT / "results" / name / "table.md").read_text()
     assert table.split("\n\n")[1] in README
