@@ -20,7 +20,7 @@ from checkpoint import write_atomically
 def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:
     """``drawn_from`` goes into the file, so that it can be told from one that was drawn from other figures."""
     if isinstance(path, io.BytesIO):
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "same figure, same file"}):
             figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
         return

@@ -237,7 +237,7 @@ def test_a_finished_run_that_is_resumed_changes_no_file(tmp_path, whole, run, mo
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     before = contents(folder)
-    assert len(before) == 6
+    assert len(before) == 8  # checkpoint, log, curves and report of each
     for kind in ("teacher", "student"):
         assert run(kind, folder, "--resume") == 0
         assert "2 epochs are done, all of them: nothing is left to do" in capsys.readouterr().out
@@ -734,6 +734,9 @@ OTHER = {  # setting of the student: another value
     "precision": "bf16",
     "hold_back": 0.1,
     "seed": 9,
+    "balanced": True,
+    "freeze": 1,
+    "backbone_lr": 0.001,
 }
 
 
