@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     plots.curves(log, f"Student ({settings.method})", run.curves)
     found = evaluation.compare(teacher, student, before, saved := checkpoint.load(run.model), test)
     report.of_student(run.report, before, saved, test, found)
+    watch.maps(test.pixels[found.shown], found.maps)
     last = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):

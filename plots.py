@@ -37,22 +37,37 @@ def svg(draw: Callable[..., None], *content: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _under(heat: np.ndarray, pixels: np.ndarray, peak: float) -> np.ndarray:
+    height, width = pixels.shape[1:]
+    scaled = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
+    grown = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    colours = matplotlib.colormaps["inferno"](np.asarray(grown))[..., :3]
+    grey = pixels.mean(0)[..., None] / 255
+    return np.uint8(np.round(255 * (0.6 * colours + 0.4 * grey)))
+
+
 def overlay(pixels: np.ndarray, heat: np.ndarray | None, peak: float) -> bytes:
     """A PNG (a JPEG from 128 px on) of an image uint8 (3, H, W), under its map (h, w) >= 0 where there is one.
 
     ``peak`` is the value drawn in the strongest colour: one for all maps that are to be compared.
     """
-    picture = pixels.transpose(1, 2, 0)
-    height, width = picture.shape[:2]
-    if heat is not None:
-        scaled = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
-        grown = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-        colours = matplotlib.colormaps["inferno"](np.asarray(grown))[..., :3]
-        grey = picture.mean(2, keepdims=True) / 255
-        picture = np.uint8(np.round(255 * (0.6 * colours + 0.4 * grey)))
+    picture = pixels.transpose(1, 2, 0) if heat is None else _under(heat, pixels, peak)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG" if width < 128 else "JPEG", quality=85)
+    Image.fromarray(picture).save(buffer, "PNG" if picture.shape[1] < 128 else "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def strips(pixels: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Images uint8 (n, 3, H, W) below each other, each beside its maps (n, m, h, w) >= 0, all maps on one scale.
+
+    Returns uint8 (n H, (1 + m) W, 3).
+    """
+    peak = float(maps.max())
+    rows = [
+        [image.transpose(1, 2, 0), *(_under(heat, image, peak) for heat in own)]
+        for image, own in zip(pixels, maps, strict=True)
+    ]
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
 def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -> None:

@@ -7,9 +7,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from errors import InputError, process_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STRIPS = 12  # images that TensorBoard shows with their maps
 
 
 class _Silent(io.TextIOBase):
@@ -58,13 +63,14 @@ class Watch:
                     self.board.add_scalar(f"{self.kind}/{name}", value, row["epoch"])
             self.board.flush()
 
-    def picture(self, name: str, png: Path) -> None:
-        """Show a picture that has been written."""
-        if self.board:
-            import numpy as np
-            from PIL import Image
+    def maps(self, pixels: Tensor, maps: Tensor) -> None:
+        """For TensorBoard, some of the images uint8 (n, 3, H, W), each beside its m maps (n, m, h, w) on one scale."""
+        if self.board and len(pixels):
+            import plots
 
-            self.board.add_image(name, np.asarray(Image.open(png).convert("RGB")), self.epochs, dataformats="HWC")
+            some = slice(None, None, -(-len(pixels) // STRIPS))
+            strips = plots.strips(pixels[some].numpy(), maps[some].numpy())
+            self.board.add_image(f"{self.kind}/maps", strips, self.epochs, dataformats="HWC")
             self.board.flush()
 
 

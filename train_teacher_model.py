@@ -92,10 +92,12 @@ def main(argv: list[str] | None = None) -> None:
         distributed.leave()
     if distributed.rank():  # of several processes the first one reports
         return
+    saved = checkpoint.load(run.model)
+    explained = evaluation.explained(model, test, mean, std, settings.batch_size)
+    report.of_teacher(run.report, saved, test, explained)
     if settings.epochs:
         plots.curves(log, "Teacher", run.curves)
-    saved = checkpoint.load(run.model)
-    report.of_teacher(run.report, saved, test, evaluation.explained(model, test, mean, std, settings.batch_size))
+        watch.maps(test.pixels, explained[1].unsqueeze(1))
     (accuracy,) = saved["steps"][0]["group_accuracy"]
     shown = "no test images" if accuracy is None else f"test accuracy {accuracy:.1f} %"
     print(f"{shown} over {len(classes)} classes; the model is in {run.model}, what there is to see in {run.report}")

@@ -63,6 +63,9 @@ def test_tensorboard_has_every_number_of_the_log_and_the_settings(quick):
         assert values == pytest.approx([float(row.split(",")[names.index(name)]) for row in rows], rel=1e-5)
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "gamma = 0.1" in text
+    (strips,) = events.Images("student/maps")  # image, teacher's map, student's map
+    assert strips.width == 3 * 8
+    assert strips.height == 8 * progress.STRIPS
     assert not (quick[0] / "tensorboard" / "teacher").exists()  # it was not asked for
 
 
