@@ -18,6 +18,7 @@ all: .venv/ready
 test: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest -q --cov --cov-report=term
 
 .venv/bin/python:

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +94,11 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
         shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir()
-        pixels, bad, kept = temporary / "pixels", {}, 0
+        bad: dict[int, str] = {}
+        pixels, kept = temporary / "pixels", 0
         with pixels.open("wb") as file:
             for first, chunk, wrong in _chunks(paths, image_size, skip_bad_images):
-                file.write(chunk)
+                file.write(chunk.data)
                 kept += len(chunk)
                 bad |= {first + index: text for index, text in wrong.items()}
             file.flush()
@@ -133,7 +134,9 @@ def _chunks(
             pool.shutdown(cancel_futures=True)
 
 
-def _counted(results, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
+def _counted(
+    results: Iterable[tuple[np.ndarray, dict[int, str]]], bar: tqdm
+) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
     for number, (pixels, wrong) in enumerate(results):
         bar.update(len(pixels) + len(wrong))
         yield number * CHUNK, pixels, wrong

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 import torchfile
@@ -55,7 +55,7 @@ LAST_OF_TEACHER = {"epoch", "loss", "test_accuracy"}  # what the scripts say of 
 LAST_OF_STUDENT = LAST_OF_TEACHER | {
     f"test_{name}_{group}" for name in ("accuracy", "task_aware") for group in ("old", "new")
 }
-ADDED_IN_2 = {"position": None, "images": None, "machine": {}}
+ADDED_IN_2: dict[str, Any] = {"position": None, "images": None, "machine": {}}
 
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
@@ -322,8 +322,8 @@ def checked_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved.get("state")
     good = isinstance(state, dict)
-    for key, entry in state.items() if good else ():
-        momentum = entry.get("momentum_buffer") if isinstance(entry, dict) else ()
+    for key, entry in state.items() if isinstance(state, dict) else ():
+        momentum: Any = entry.get("momentum_buffer") if isinstance(entry, dict) else ()
         good = good and type(key) is int and 0 <= key < len(parameters)
         if good and momentum is not None:
             good = isinstance(momentum, Tensor) and momentum.shape == parameters[key].shape
@@ -336,7 +336,7 @@ def checked_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -
 # The network ------------------------------------------------------------------------------------------------------
 
 
-def restore_model(checkpoint: dict[str, Any]) -> nn.Module:
+def restore_model(checkpoint: dict[str, Any]) -> models.Network:
     """The network of a loaded checkpoint, on the CPU."""
     model = models.build(checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"])
     model.load_state_dict(checkpoint["model"])

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ class Images(NamedTuple):
 
     def fingerprint(self) -> str:
         """SHA-256 of pixels and labels, as hexadecimal: the same images in the same order."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels.numpy()))
-        digest.update(self.labels.numpy())
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels.numpy()).data)
+        digest.update(self.labels.numpy().data)
         return digest.hexdigest()
 
 
@@ -72,9 +72,9 @@ class Source:
     """
 
     place: Place
-    classes: dict[str, Sequence[str]]  # split -> class names
-    listing: Callable[[str, str], Sequence]
-    decode: Callable[[Sequence], tuple[np.ndarray, dict[int, str]]]
+    classes: dict[str, list[str]]  # split -> class names
+    listing: Callable[[str, str], Sequence[Any]]
+    decode: Callable[[Sequence[Any]], tuple[np.ndarray, dict[int, str]]]
     sealed: set[str] = field(default_factory=set)
 
     def seal(self, class_names: Sequence[str]) -> None:
@@ -173,7 +173,7 @@ def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) ->
 
     What each step held back of its training images stays held back, wherever they lie now.
     """
-    places = {}
+    places: dict[str, list[Place]] = {}
     for step in steps:
         recorded = Place(step["dataset"], step["data_dir"], step["hold_back"], download=False)
         candidates = [recorded, here._replace(hold_back=step["hold_back"])]
@@ -182,14 +182,14 @@ def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) ->
 
 
 def find_test_images(
-    places: dict[str, Sequence[Place]], image_size: int, skip_bad_images: bool, cache_dir: Path | None = None
+    places: dict[str, list[Place]], image_size: int, skip_bad_images: bool, cache_dir: Path | None = None
 ) -> tuple[Images, list[str]]:
     """Test images of each class of ``places`` from the first of its places that still has them.
 
     Labels are positions in ``places``. Returns the images and the names of the classes that have none left.
     """
     opened: dict[Place, Source | None] = {}
-    chosen: dict[Place, list[str]] = {}
+    chosen: dict[Place, tuple[Source, list[str]]] = {}
     gone: list[str] = []
     for name, candidates in places.items():
         for place in candidates:
@@ -200,11 +200,11 @@ def find_test_images(
                     opened[place] = None
             source = opened[place]
             if source is not None and source.has_test(name):
-                chosen.setdefault(place, []).append(name)
+                chosen.setdefault(place, (source, []))[1].append(name)
                 break
         else:
             gone.append(name)
-    parts = [opened[place].test(names, list(places)) for place, names in chosen.items()]
+    parts = [source.test(names, list(places)) for source, names in chosen.values()]
     if not parts:
         return Images(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0).long()), gone
     if len(parts) == 1:  # perhaps a mapped file: not to be copied into memory
@@ -227,9 +227,14 @@ def read_own_images(
     flat = image_files(folder)
     if flat:
         kept, pixels = decode_files(flat, image_size, skip_bad_images)
-        labels = torch.full((len(kept),), -1)
-        return Images(torch.from_numpy(pixels), labels), [path.name for path in kept], list(class_names)
-    parts, labels, gone = [], [], []
+        return (
+            Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)),
+            [path.name for path in kept],
+            list(class_names),
+        )
+    parts: list[Tensor] = []
+    labels: list[int] = []
+    gone: list[str] = []
     for label, name in enumerate(class_names):
         files = image_files(folder / name) if (folder / name).is_dir() else []
         if not files:
@@ -278,10 +283,10 @@ def _digits(place: Place, image_size: int) -> Source:
     pixels = _resize(np.repeat(grey[:, None], 3, axis=1), image_size)
     names = [str(digit) for digit in range(10)]
 
-    def listing(split: str, name: str) -> np.ndarray:
+    def listing(split: str, name: str) -> list[int]:
         rows = np.flatnonzero(digits.target == names.index(name))
         first_test = len(rows) - round(len(rows) * DIGITS_TEST_SHARE)
-        return rows[:first_test] if split == "train" else rows[first_test:]
+        return (rows[:first_test] if split == "train" else rows[first_test:]).tolist()
 
     return Source(place, {"train": names, "test": names}, listing, lambda chosen: (pixels[chosen], {}))
 
@@ -294,7 +299,7 @@ def _cifar(place: Place, image_size: int) -> Source:
     made = place.download and not Path(place.data_dir).exists()
 
     @functools.cache
-    def split_of(split: str):
+    def split_of(split: str) -> datasets.CIFAR10:
         with contextlib.suppress(OSError, RuntimeError):  # the usual case: it is there
             return kind(place.data_dir, train=split == "train")
         try:
@@ -318,7 +323,7 @@ def _cifar(place: Place, image_size: int) -> Source:
 
     def listing(split: str, name: str) -> list[tuple[str, int]]:
         targets = np.asarray(split_of(split).targets)
-        return [(split, row) for row in np.flatnonzero(targets == names.index(name))]
+        return [(split, row) for row in np.flatnonzero(targets == names.index(name)).tolist()]
 
     def decode(chosen: Sequence[tuple[str, int]]) -> tuple[np.ndarray, dict[int, str]]:
         pixels = np.stack([split_of(split).data[row] for split, row in chosen])

@@ -13,9 +13,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import InputError, one_line_errors
-from settings import read_settings
+from settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data import Images
 
 SHOWN = 8  # images in demo.png
 
@@ -92,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     progress.last_line(settings, {name: metrics[name] for name in shown})
 
 
-def images_to_judge(settings, after: dict):
+def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str], list[str]]:
     """The images, a caption for each, and the classes that have none; label -1 where the true class is unknown."""
     from data import Place, find_test_images, open_source, read_own_images, test_places
 
@@ -111,7 +117,7 @@ def images_to_judge(settings, after: dict):
     return images, [f"true: {after['class_names'][label]}" for label in images.labels], gone
 
 
-def say(logits, names: list[str], form: str) -> str:
+def say(logits: Tensor, names: list[str], form: str) -> str:
     """The answer and its probability, by the form of the loss that the network was trained with."""
     from predict import form_of, likeliest, probabilities_of
 
@@ -119,7 +125,7 @@ def say(logits, names: list[str], form: str) -> str:
     return f"{answer} {100 * probability:.0f} %"
 
 
-def pick_images(labels, old: int) -> list[int]:
+def pick_images(labels: Tensor, old: int) -> list[int]:
     """Indices of images to show, old classes first and in turn; where no label is known, the first ones."""
     by_class = [[i for i, label in enumerate(labels.tolist()) if label == name] for name in range(old)]
     by_class = [indices for indices in by_class if indices]

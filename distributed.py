@@ -73,7 +73,7 @@ def replicated(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
@@ -108,7 +108,7 @@ def largest(number: int) -> int:
     return int(_reduced(torch.tensor(number), dist.ReduceOp.MAX)) if size() > 1 else number
 
 
-def _reduced(values: Tensor, operation: dist.ReduceOp) -> Tensor:
+def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     values = values.clone()
     dist.all_reduce(values, operation)
     return values

@@ -40,7 +40,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        code, text = 0, None
+        code, text = 0, ""
         try:
             # What the script may have put in place of stdout is gone afterwards.
             with _nothing_printed() if process_number() else contextlib.redirect_stdout(sys.stdout):
@@ -48,7 +48,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         except (InputError, RunError) as error:
             code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
         except Interrupted as stop:
-            code, text = 128 + stop.signum, stop
+            code, text = 128 + stop.signum, str(stop)
         except BrokenPipeError:  # nobody reads on, as with ``| head``
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:
@@ -61,7 +61,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         if process_number():
             # What the user gave is the same for all processes of a machine: its first one says what is wrong with it.
             told = code != 1 and os.environ.get("LOCAL_RANK") != "0"
-            text = None if text is None or told else f"process {process_number()}: {text}"
+            text = "" if not text or told else f"process {process_number()}: {text}"
         _say(text)
         if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(code)  # not by way of the others' connections, whose threads would wait or abort
@@ -76,10 +76,10 @@ def _nothing_printed() -> Iterator[None]:
         yield
 
 
-def _say(text: object) -> None:
+def _say(text: str) -> None:
     """Where a pipe has nobody left to read it, as Ctrl-C ends the ``tee`` behind it too, the exit code still counts."""
     try:
-        if text is not None:
+        if text:
             print(text, file=sys.stderr)
         print(end="", flush=True)
     except BrokenPipeError:

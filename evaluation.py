@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import distributed
-from data import to_input
+from data import Images, to_input
 from gradcam import last_map
 from losses import attention_distances
-from models import head_weight
+from models import Network, head_weight
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -27,7 +27,7 @@ ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "tas
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+    model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> Tensor:
     """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode.
 
@@ -43,7 +43,7 @@ def predict(
 
 @torch.no_grad()
 def maps(
-    model: nn.Module,
+    model: Network,
     pixels: Tensor,
     classes: Tensor,
     mean: Sequence[float],
@@ -61,9 +61,9 @@ def maps(
 
 
 def explained(
-    model: nn.Module, images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+    model: Network, images: Images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and maps of the true classes (n, h, w) for ``images`` (data.Images), of which n may be 0."""
+    """Logits (n, classes) and maps of the true classes (n, h, w) for ``images``, of which n may be 0."""
     if not len(images.labels):
         return torch.zeros(0, model.fc.out_features), torch.zeros(0, 1, 1)
     logits = predict(model, images.pixels, mean, std, batch_size)
@@ -81,7 +81,7 @@ def attention_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     count = math.ceil(TOP * rows[0].shape[1])
     chosen = [torch.zeros_like(row).scatter(1, row.topk(count).indices, 1.0) for row in rows]
     overlap = 100 * (chosen[0] * chosen[1]).sum(1) / count
-    return tuple(values.where(alive, torch.nan) for values in (distance, overlap))
+    return distance.where(alive, torch.nan), overlap.where(alive, torch.nan)
 
 
 def _percent(correct: Tensor) -> float | None:
@@ -141,7 +141,8 @@ def forgetting(earlier: Sequence[Sequence[float | None]], now: Sequence[float | 
     """
     result: list[float | None] = []
     for group, accuracy in enumerate(now):
-        before = [step[group] for step in earlier if group < len(step) and step[group] is not None]
+        known = [step[group] for step in earlier if group < len(step)]
+        before = [accuracy for accuracy in known if accuracy is not None]
         result.append(None if accuracy is None or not before else max(before) - accuracy)
     return result
 
@@ -174,15 +175,15 @@ class Comparison:
 
 
 def compare(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: Network,
+    student: Network,
     before: dict[str, Any],
     after: dict[str, Any],
-    images,
+    images: Images,
     history: bool = True,
     batch_size: int = 500,
 ) -> Comparison:
-    """Both networks with their checkpoints on ``images`` (data.Images), of which label -1 is of no known class.
+    """Both networks with their checkpoints on ``images``, of which label -1 is of no known class.
 
     With ``history`` the forgetting counts what the tests of earlier steps recorded, as fits the same test images.
     """

@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from version import VERSION
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
     from torch import Tensor, nn
+
+    from models import Network
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
@@ -78,13 +81,16 @@ def properties(saved: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def with_normalisation(network: nn.Module, mean: list[float], std: list[float], maps: bool) -> nn.Module:
+def with_normalisation(network: Network, mean: list[float], std: list[float], maps: bool) -> nn.Module:
     """A network on images (B, 3, H, W) in 0..1, or uint8; it returns logits, and with ``maps`` the answer's map too."""
     import torch
 
     from gradcam import closed_form_map
 
     class Whole(torch.nn.Module):
+        mean: Tensor
+        std: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -124,6 +130,7 @@ def exported(whole: nn.Module, image_size: int, kind: str, maps: bool, metadata:
         except torch.onnx.OnnxExporterError as error:
             failed = error
             continue
+        assert program is not None  # dynamo=True returns one
         proto = program.model_proto
         onnx.helper.set_model_props(proto, metadata)
         return proto.SerializeToString()
@@ -161,7 +168,7 @@ def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: 
 
 
 @contextlib.contextmanager
-def _silence():
+def _silence() -> Iterator[None]:
     """The exporter speaks of its own workings, on stdout, by warnings and by its log."""
     logging.disable(logging.WARNING)
     try:

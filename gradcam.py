@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
     import numpy as np
     from torch import Tensor, nn
 
-    from models import Output
+    from models import Network, Output
 
 
 def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor, relu: bool = True) -> Tensor:
@@ -66,7 +66,7 @@ def last_map(output: Output, head_weight: Tensor | None, classes: Tensor) -> Ten
     return closed_form_map(output.features, head_weight, classes).detach()
 
 
-def require_closed_form(model: nn.Module, images: Tensor) -> None:
+def require_closed_form(model: Network, images: Tensor) -> None:
     """Compare the closed form with automatic differentiation, in eval mode, where the network is said to have it.
 
     images (B, 3, H, W), normalised. Raises RunError where the two differ.
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.class_name is not None and settings.class_name not in names:
         raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {', '.join(names)}")
     shown = answer if settings.class_name is None else names.index(settings.class_name)
-    layer = settings.layer or model.last_layer
+    layer: str = settings.layer or model.last_layer
     layers = [name for name, module in model.named_modules() if name and "fc" not in name]
     if layer not in layers:
         raise InputError(f"--layer {layer}: no such layer; for example {', '.join(layers[:4])}, {model.last_layer}")

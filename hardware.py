@@ -9,13 +9,14 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import distributed
 from errors import InputError
+from models import Network
 
 
-def prepare(settings) -> tuple[Any, torch.device]:
+def prepare(settings: Any) -> tuple[Any, torch.device]:
     """The device of a training run, set up as the settings say; "auto" is decided in the settings that return.
 
     Meets the other processes of a torchrun job. Raises InputError for what the machine cannot do.
@@ -53,7 +54,7 @@ def has_bf16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the older releases do not tell
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # the older releases do not tell
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
@@ -70,9 +71,9 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is kept
 
 
-def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+def to_device(model: Network, device: torch.device) -> Network:
     """Channels-last memory: the layout in which convolutions are fastest on CPUs and GPUs alike."""
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from tqdm import tqdm
 
 from errors import InputError, import_opencv, warn
@@ -142,8 +143,8 @@ def _without_stderr() -> Iterator[None]:
 
 def _check_work(path: str | Path, image: Image.Image) -> None:
     """Refuses, by what the header says, what would take too much memory or time."""
-    pixels, cost, scans = image.width * image.height, BYTES_A_PIXEL.get(image.format, 24), 1
-    if image.format == "TIFF":  # a whole tile is decoded, however small the image
+    pixels, cost, scans = image.width * image.height, BYTES_A_PIXEL.get(image.format or "", 24), 1
+    if isinstance(image, TiffImageFile):  # a whole tile is decoded, however small the image
         pixels = max(pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0)))
     if image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
         cost = max(cost, 12)  # it becomes RGB in several steps
@@ -165,7 +166,7 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel; floats: 0..1 where none is larger, or 0..255
-        scale = 1 / 257 if image.mode != "F" else 255 if image.getextrema()[1] <= 1 else 1
+        scale = 1 / 257 if image.mode != "F" else 255 if np.max(image.getextrema()) <= 1 else 1
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     elif image.has_transparency_data:
         white = Image.new("RGB", image.size, "white")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from errors import InputError, one_line_errors, warn
-from settings import read_settings
+from settings import Settings, read_settings
 
 
 @one_line_errors
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     import progress
     import report
     import training
-    from run import describe_step, open_run
+    from run import Row, describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.resumed is None:
         warn_of_mixed_forms(before["loss_form"], settings.loss_form)
 
-    def judge(model):
+    def judge(model: models.Network) -> tuple[Row, list[float | None]]:
         logits = evaluation.predict(model, test.pixels, head["mean"], head["std"], settings.batch_size)
         columns = evaluation.accuracies(logits, test.labels, len(old))
         sizes = [len(step["classes"]) for step in head["steps"]]
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     progress.last_line(settings, {"model": str(run.model), **accuracies})
 
 
-def check_against(before: dict, settings) -> None:
+def check_against(before: dict, settings: Settings) -> None:
     """Raises InputError where the settings contradict the teacher's checkpoint."""
     if not before["finished"]:
         raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")

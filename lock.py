@@ -12,7 +12,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows has no flock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 from errors import InputError, warn
 

@@ -13,12 +13,17 @@ terms, "total" among them: the training loop minimises that one and logs them al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradcam import closed_form_map, differentiated_map
+from models import Output
 
 Terms = dict[str, Tensor]
+Heads = tuple[Tensor | None, Tensor | None]
 
 
 def classification_loss(logits: Tensor, labels: Tensor, old: int, form: str) -> Tensor:
@@ -89,7 +94,7 @@ def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Te
     return loss, 1 - alive.to(loss.dtype).mean()
 
 
-def _classify_and_distil(student, teacher, labels, form, settings) -> Terms:
+def _classify_and_distil(student: Output, teacher: Output, labels: Tensor, form: str, settings: Any) -> Terms:
     """L_C + beta * L_D, both in one form; ``softmax-all`` takes the paper's L_D."""
     old = teacher.logits.shape[1]
     old_logits = student.logits[:, :old]
@@ -102,29 +107,29 @@ def _classify_and_distil(student, teacher, labels, form, settings) -> Terms:
     return {"total": total, "classification": classification, "distillation": distillation}
 
 
-def first_step(student, teacher, labels, heads, settings) -> Terms:
+def first_step(student: Output, teacher: Output | None, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """Step 0: L_C alone, no class is old."""
     classification = classification_loss(student.logits, labels, 0, settings.loss_form)
     return {"total": classification, "classification": classification}
 
 
-def finetune(student, teacher, labels, heads, settings) -> Terms:
+def finetune(student: Output, teacher: Output | None, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """The lower bound: softmax cross-entropy over all N+K logits; the teacher is not asked."""
     classification = classification_loss(student.logits, labels, 0, "softmax-all")
     return {"total": classification, "classification": classification}
 
 
-def lwf(student, teacher, labels, heads, settings) -> Terms:
+def lwf(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """Learning without Forgetting (ECCV 2016): softmax L_C over the new logits, softmax L_D over the old."""
     return _classify_and_distil(student, teacher, labels, "softmax", settings)
 
 
-def lwf_mc(student, teacher, labels, heads, settings) -> Terms:
+def lwf_mc(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """LwF-MC (iCaRL, CVPR 2017, section 4): binary L_C over the new logits, sigmoid L_D over the old."""
     return _classify_and_distil(student, teacher, labels, "binary", settings)
 
 
-def lwm(student, teacher, labels, heads, settings) -> Terms:
+def lwm(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """Learning without Memorizing (paper, eq. 5): L = L_C + beta * L_D + gamma * L_AD.
 
     Both maps are those of one old class an image: the top one of the student, as in the paper, or of the teacher.
@@ -138,7 +143,7 @@ def lwm(student, teacher, labels, heads, settings) -> Terms:
 CLOSED_FORM = ("through-features", "through-head", "new-class")
 
 
-def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor]:
+def _compared(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> tuple[Tensor, Tensor]:
     """What L_AD compares, of student and teacher: by default the paper's maps, otherwise a control of the ablation.
 
     ``grad-cam``: maps (B, h, w) of one old class. ``signed``: the same without the ReLU. ``through-features`` and
@@ -150,15 +155,17 @@ def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor
     features, what = student.features, settings.attention
     if what == "features":
         return features, teacher.features.detach()
-    if what == "new-class":
-        theirs = closed_form_map(teacher.features, student_head, labels).detach()
-        return closed_form_map(features, student_head, labels), theirs
     old = teacher.logits.shape[1]
     judge = student.logits[:, :old] if settings.attention_class == "student" else teacher.logits
     classes, relu = judge.detach().argmax(1), what != "signed"
-    if student_head is None:
+    if student_head is None or teacher_head is None:
+        if what in CLOSED_FORM:
+            raise ValueError(f"attention {what!r} needs the weights of the heads")
         ours = differentiated_map(student.logits, features, classes, relu, create_graph=True)
         return ours, differentiated_map(teacher.logits, teacher.features, classes, relu)
+    if what == "new-class":
+        theirs = closed_form_map(teacher.features, student_head, labels).detach()
+        return closed_form_map(features, student_head, labels), theirs
     ours = closed_form_map(
         features.detach() if what == "through-head" else features,
         student_head.detach() if what == "through-features" else student_head,
@@ -168,10 +175,16 @@ def _compared(student, teacher, labels, heads, settings) -> tuple[Tensor, Tensor
     return ours, closed_form_map(teacher.features, teacher_head, classes, relu).detach()
 
 
-def frozen(student, teacher, labels, heads, settings) -> Terms:
+def frozen(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
     """A lower bound: L_C alone over the new logits, for a student whose backbone does not move."""
     classification = classification_loss(student.logits, labels, teacher.logits.shape[1], settings.loss_form)
     return {"total": classification, "classification": classification}
 
 
-METHODS = {"finetune": finetune, "frozen": frozen, "lwf": lwf, "lwf-mc": lwf_mc, "lwm": lwm}
+METHODS: dict[str, Callable[..., Terms]] = {
+    "finetune": finetune,
+    "frozen": frozen,
+    "lwf": lwf,
+    "lwf-mc": lwf_mc,
+    "lwm": lwm,
+}

@@ -43,7 +43,7 @@ def _under(heat: np.ndarray, pixels: np.ndarray, peak: float) -> np.ndarray:
     grown = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     colours = matplotlib.colormaps["inferno"](np.asarray(grown))[..., :3]
     grey = pixels.mean(0)[..., None] / 255
-    return np.uint8(np.round(255 * (0.6 * colours + 0.4 * grey)))
+    return np.round(255 * (0.6 * colours + 0.4 * grey)).astype(np.uint8)
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray | None, peak: float) -> bytes:
@@ -186,11 +186,17 @@ def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _errorbar(
-    axes: plt.Axes, number: int, label: str, places: Sequence[float], values: Sequence[Sequence[float]], **across: Any
+    axes: plt.Axes, number: int, label: str, places: Sequence[float], values: Sequence[Any], **across: Any
 ) -> list[float]:
     """The means that are drawn; a method keeps its ``number`` in every panel, and with it style and colour."""
     means, halves = zip(*(_mean_and_half(each) for each in values), strict=True)
-    look = {"fmt": STYLES[number], "color": f"C{number}", "capsize": 2, "markersize": 5, "linewidth": 1.2}
+    look: dict[str, Any] = {
+        "fmt": STYLES[number],
+        "color": f"C{number}",
+        "capsize": 2,
+        "markersize": 5,
+        "linewidth": 1.2,
+    }
     axes.errorbar(places, means, halves, label=label, **look, **across)
     return list(means)
 
@@ -233,8 +239,8 @@ def plane(curves: dict[str, list[tuple[str, list[float], list[float]]]], path: P
     for number, (name, points) in enumerate(curves.items()):
         new, across = zip(*(_mean_and_half(values) for _, _, values in points), strict=True)
         old = _errorbar(axes, number, name, new, [values for _, values, _ in points], xerr=across)
-        for (label, _, _), *place in zip(points, new, old, strict=True):
-            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+        for (label, _, _), right, up in zip(points, new, old, strict=True):
+            axes.annotate(label, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="accuracy of the newest classes, no hint, %", ylabel="accuracy of all older classes, no hint, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -25,7 +25,7 @@ from settings import OneLineParser
 BATCH = 64  # images in memory at a time
 
 
-class Network(NamedTuple):
+class Classifier(NamedTuple):
     """``logits`` makes float32 (n, classes) of uint8 (n, 3, size, size); ``form`` is "sigmoid" or "softmax"."""
 
     class_names: list[str]
@@ -80,7 +80,7 @@ def is_onnx(path: str) -> bool:
     return Path(path).suffix.lower() == ".onnx"
 
 
-def open_onnx(path: str) -> Network:
+def open_onnx(path: str) -> Classifier:
     """Raises InputError for a file that export.py did not write."""
     try:
         import onnxruntime
@@ -105,10 +105,10 @@ def open_onnx(path: str) -> Network:
         fed = pixels if image.type == "tensor(uint8)" else pixels.astype(np.float32) / 255
         return session.run(["logits"], {"image": fed})[0]
 
-    return Network(names, size, form, logits)
+    return Classifier(names, size, form, logits)
 
 
-def open_checkpoint(path: str) -> Network:
+def open_checkpoint(path: str) -> Classifier:
     """Raises InputError for a file that is no checkpoint of this project."""
     import torch
 
@@ -121,7 +121,7 @@ def open_checkpoint(path: str) -> Network:
     def logits(pixels: np.ndarray) -> np.ndarray:
         return predict(model, torch.from_numpy(pixels), saved["mean"], saved["std"]).numpy()
 
-    return Network(saved["class_names"], saved["image_size"], form_of(saved["loss_form"]), logits)
+    return Classifier(saved["class_names"], saved["image_size"], form_of(saved["loss_form"]), logits)
 
 
 def form_of(loss_form: str) -> str:
@@ -129,7 +129,7 @@ def form_of(loss_form: str) -> str:
     return "sigmoid" if loss_form == "binary" else "softmax"
 
 
-def answers(network: Network, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
+def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
     """Each file that can be read, and its probabilities (classes,). Raises InputError for the first that cannot."""
     bad = 0
     for first in range(0, len(paths), BATCH):

@@ -32,7 +32,7 @@ def be_quiet() -> None:
     sys.stdout = _Silent(sys.stdout)
 
 
-def last_line(settings, values: dict[str, Any]) -> None:
+def last_line(settings: Any, values: dict[str, Any]) -> None:
     """With ``--json``, one JSON object on a line of its own."""
     if settings.json:
         print(json.dumps(values), file=getattr(sys.stdout, "stream", sys.stdout))
@@ -41,7 +41,7 @@ def last_line(settings, values: dict[str, Any]) -> None:
 class Watch:
     """Called with every epoch's row: prints it in a line, and writes its numbers for TensorBoard."""
 
-    def __init__(self, settings, folder: Path, kind: str) -> None:
+    def __init__(self, settings: Any, folder: Path, kind: str) -> None:
         """Raises InputError where TensorBoard is asked for and not installed."""
         self.epochs, self.kind, self.started, self.done = settings.epochs, kind, time.perf_counter(), 0
         self.board = None

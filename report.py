@@ -134,9 +134,9 @@ def _classes(
     came = [number for number, step in enumerate(steps) for _ in step["classes"]]
     rows = []
     for index, name in enumerate(names):
-        known = teacher[index] if teacher is not None and came[index] < len(steps) - 1 else None
-        row = {"name": name, "step": came[index], "teacher": known, "student": student[index]}
-        row["lost"] = None if known is None or student[index] is None else known - student[index]
+        known, now = teacher[index] if teacher is not None and came[index] < len(steps) - 1 else None, student[index]
+        row: dict[str, Any] = {"name": name, "step": came[index], "teacher": known, "student": now}
+        row["lost"] = None if known is None or now is None else known - now
         for column in ("distance", "overlap"):
             values = metrics["attention"][column] if metrics else []
             row[column] = values[index] if index < len(values) else None
@@ -172,7 +172,9 @@ def _picture(images: Images, index: int, names: Sequence[str]) -> dict[str, Any]
     return {"label": label, "name": names[label], "image": _uri(pixels)}
 
 
-def _map(who: str, images: Images, index: int, heat: Tensor, peak: float, logits: Tensor, names, form: str) -> dict:
+def _map(
+    who: str, images: Images, index: int, heat: Tensor, peak: float, logits: Tensor, names: Sequence[str], form: str
+) -> dict:
     answer, probability = likeliest(probabilities_of(logits[None].numpy(), form)[0], names)[0]
     picture = plots.overlay(images.pixels[index].numpy(), heat.numpy(), peak)
     right = answer == names[int(images.labels[index])]

@@ -44,8 +44,10 @@ from tables import (
 )
 
 ROOT = Path(__file__).resolve().parent
-SETTINGS = ("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm", "learning_rate", "epochs")
-SETTINGS += ("precision",)
+SETTINGS = (
+    *("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm"),
+    *("learning_rate", "epochs", "precision"),
+)
 MADE = {
     "train_teacher_model.py": "teacher_model.pth",
     "incremental_learning_system.py": "student_model.pth",
@@ -120,7 +122,7 @@ def whole_number(flag: str, text: str, least: int, most: int) -> int:
     return number
 
 
-def run_cells(options, protocol: Protocol, path: Path) -> None:
+def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
     variants = variants_of(protocol, path)
     chosen = list(variants) if options.methods is None else options.methods.split(",")
@@ -308,7 +310,7 @@ def rows_of_classes(metrics: dict) -> list[dict]:
     return [{name: values[index] for name, values in columns.items()} for index in range(old)]
 
 
-def environment(options, jobs: int, threads: int) -> dict:
+def environment(options: argparse.Namespace, jobs: int, threads: int) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     words = [options.protocol, *(["--data-dir", "photos32"] if options.data_dir else [])]
     words += [*(["--methods", options.methods] if options.methods else []), "--seeds", options.seeds]

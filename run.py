@@ -19,18 +19,17 @@ from lock import held
 
 Row = dict[str, Any]
 # Recorded for each step, and compared when a run goes on.
-STEP_SETTINGS = ("method", "loss_form", "beta", "gamma", "temperature", "attention", "attention_class")
-STEP_SETTINGS += ("batch_norm", "batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed")
-STEP_SETTINGS += ("backbone_lr", "freeze", "balanced")
-ADDED = {
-    "attention": "grad-cam",
-    "freeze": 0,
-    "balanced": False,
-}  # what it was where a checkpoint of an earlier release does not say
+STEP_SETTINGS = (
+    *("method", "loss_form", "beta", "gamma", "temperature", "attention", "attention_class", "batch_norm"),
+    *("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
+    *("backbone_lr", "freeze", "balanced"),
+)
+# What it was where a checkpoint of an earlier release does not say.
+ADDED: dict[str, Any] = {"attention": "grad-cam", "freeze": 0, "balanced": False}
 LOCK = ".lock"
 
 
-def describe_step(settings, classes: Sequence[str], learning_rate: float) -> dict[str, Any]:
+def describe_step(settings: Any, classes: Sequence[str], learning_rate: float) -> dict[str, Any]:
     """What the checkpoint says of a step: its classes, where their images were, and how it was trained."""
     return {
         "classes": list(classes),
@@ -158,7 +157,7 @@ class Run:
             raise RunError(f"{error}; {self.what_is_left()}") from error
 
 
-def open_run(settings, kind: str) -> Run:
+def open_run(settings: Any, kind: str) -> Run:
     """The run of a script, ``kind`` being "teacher" or "student". Nothing is written yet.
 
     Raises InputError where its folder is in use or cannot be written, or where the output would be the run's own
@@ -190,7 +189,7 @@ def open_run(settings, kind: str) -> Run:
     return Run(kind, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
 
 
-def _held(folder: Path):
+def _held(folder: Path) -> contextlib.AbstractContextManager[None]:
     return held(folder / LOCK, f"--output-dir {folder}")
 
 

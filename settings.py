@@ -162,14 +162,14 @@ class Settings:
     output_dir: str = _text("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
-    # Files, of the command line alone.
-    weights: str | None = None
-    old_classes_file: str | None = None
-    teacher: str | None = None
-    student: str | None = None
-    checkpoint: str | None = None
-    images: str | None = None
-    image: str | None = None
+    # Files, of the command line alone: empty where it does not name them.
+    weights: str = ""
+    old_classes_file: str = ""
+    teacher: str = ""
+    student: str = ""
+    checkpoint: str = ""
+    images: str = ""
+    image: str = ""
     class_name: str | None = None
     layer: str | None = None
     output: str = "gradcam.png"

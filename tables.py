@@ -98,9 +98,9 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
 
 def paired(pairs: list[tuple[float | None, float | None]]) -> str:
     """Mean of the differences with its 95 % interval."""
-    if any(value is None for pair in pairs for value in pair):
+    differences = [one - other for one, other in pairs if one is not None and other is not None]
+    if len(differences) < len(pairs):
         return NOT_THERE
-    differences = [one - other for one, other in pairs]
     low, high = interval(differences)
     return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
@@ -112,7 +112,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
     generator = np.random.default_rng(0)
     found = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=generator)
-    return tuple(found.confidence_interval)
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 
 def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:

@@ -130,7 +130,7 @@ def _check_opcodes(pickled: bytes) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         name, good = opcode.name, count < MOST_OPCODES and tuples < MOST_TUPLES
         if name == "GLOBAL" or name in CODE_OPCODES:
-            named = argument if name == "GLOBAL" else name
+            named = str(argument) if name == "GLOBAL" else name
             if named not in ALLOWED_GLOBALS:
                 raise Refused(
                     f"wants to run code when it is read ({named.replace(' ', '.')[:80]}); a checkpoint of this "
@@ -142,10 +142,10 @@ def _check_opcodes(pickled: bytes) -> None:
             first = marks.pop() if marks else count
             good = good and (name != "TUPLE" or count - first < 50)
         elif name == "REDUCE":  # nothing but OrderedDict() and a tensor is made
-            good = good and (last[-1:] == ")" or TENSOR_OPCODES.fullmatch(last))
+            good = good and (last[-1:] == ")" or bool(TENSOR_OPCODES.fullmatch(last)))
         elif name == "BUILD":  # one: the attributes of the state_dict
             good, built = good and not built, True
-        elif name == "LONG1" and abs(argument) >= MOST_NUMBER:
+        elif name == "LONG1" and abs(int(argument or 0)) >= MOST_NUMBER:
             raise Refused("damaged: holds a number of absurd size")
         if not good:
             raise Refused("its structure is larger than that of any checkpoint, or another one")

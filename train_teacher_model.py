@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import InputError, one_line_errors
-from settings import read_settings
+from settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from models import Network
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
@@ -38,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     import training
     from data import Place, channel_statistics, find_test_images, open_source
     from losses import first_step
-    from run import describe_step, open_run
+    from run import Row, describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     run = open_run(settings, "teacher")
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "steps": [describe_step(settings, classes, settings.lr)],
     }
 
-    def judge(model):
+    def judge(model: models.Network) -> tuple[Row, list[float | None]]:
         logits = evaluation.predict(model, test.pixels, mean, std, settings.batch_size)
         accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
         return {"test_accuracy": accuracy[0]}, accuracy
@@ -104,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     progress.last_line(settings, {"model": str(run.model), "test_accuracy": accuracy})
 
 
-def begin_with(model, settings) -> None:
+def begin_with(model: Network, settings: Settings) -> None:
     """Load --weights into the model. Raises InputError where they do not fit."""
     import torchvision
 

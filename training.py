@@ -21,7 +21,7 @@ from checkpoint import VERSION, checked_optimizer, checked_state
 from data import Images, augment, batches, draw_augmentation, to_input
 from errors import InputError, Interrupted, RunError, is_lack_of_memory
 from hardware import has_room_for, moved
-from models import Output, head_weight
+from models import Network, Output, head_weight
 from run import Row, Run
 
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
@@ -35,11 +35,11 @@ def forward(model: nn.Module, inputs: Tensor, precision: str) -> Output:
 
 def optimisation_step(
     model: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Network | None,
     inputs: Tensor,
     labels: Tensor,
     loss: Callable[..., dict[str, Tensor]],
-    settings,
+    settings: Any,
     optimizer: torch.optim.Optimizer,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def optimisation_step(
     if teacher is not None:
         with torch.no_grad():
             teacher_output = forward(teacher, inputs, settings.precision)
-    heads = tuple(each and head_weight(distributed.unwrapped(each)) for each in (model, teacher))
+    heads = (head_weight(distributed.unwrapped(model)), teacher and head_weight(teacher))
     terms = loss(student_output, teacher_output, labels, heads, settings)
     optimizer.zero_grad(set_to_none=True)
     (weight * terms["total"]).backward()
@@ -127,19 +127,19 @@ class Part:
     batches: int = 0
     seconds: float = 0.0
     names: list[str] = field(default_factory=list)  # of the loss terms
-    sums: Tensor | None = None  # their sums over the images so far, on the device
-    broken: Tensor | None = None  # the batch in which each was first not finite, or -1
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))  # over the images so far, on the device
+    broken: Tensor = field(default_factory=lambda: torch.empty(0))  # the batch in which each broke first, or -1
 
 
 def fit(
     run: Run,
-    model: nn.Module,
+    model: Network,
     train: Images,
     loss: Callable[..., dict[str, Tensor]],
-    settings,
+    settings: Any,
     head: dict[str, Any],
-    judge: Callable[[nn.Module], tuple[Row, list[float | None]]],
-    teacher: nn.Module | None = None,
+    judge: Callable[[Network], tuple[Row, list[float | None]]],
+    teacher: Network | None = None,
     teacher_hash: str = "",
     watch: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
@@ -159,7 +159,7 @@ def fit(
     with run.writing(), StopSignal() as stop, _failures_named(loop.device, settings.batch_size, run):
         if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
             run.write_log(rows)
-        if len(rows) == step["epochs"] and not run.model.exists():  # finished in another folder
+        if run.resumed and len(rows) == step["epochs"] and not run.model.exists():  # finished in another folder
             run.save(run.resumed | {"version": VERSION})
         if has_room_for(train.pixels, loop.device):
             loop.train = train.to(loop.device)
@@ -183,11 +183,11 @@ def fit(
     return rows
 
 
-def _parameters(model: nn.Module, backbone_lr: float | None) -> list[nn.Parameter] | list[dict[str, Any]]:
+def _parameters(model: Network, backbone_lr: float | None) -> list[Any]:
     """For the optimiser: all in one group, or those of the backbone with a learning rate of their own."""
     if backbone_lr is None:
         return list(model.parameters())
-    head = list(model.fc.parameters())
+    head: list[nn.Parameter] = list(model.fc.parameters())
     others = [parameter for parameter in model.parameters() if all(parameter is not own for own in head)]
     return [{"params": head}, {"params": others, "lr": backbone_lr}]
 
@@ -195,7 +195,17 @@ def _parameters(model: nn.Module, backbone_lr: float | None) -> list[nn.Paramete
 class _Loop:
     """What changes while a run trains, and its way to and from a checkpoint."""
 
-    def __init__(self, run, model, teacher, train, loss, settings, head, teacher_hash) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: Network,
+        teacher: Network | None,
+        train: Images,
+        loss: Callable[..., dict[str, Tensor]],
+        settings: Any,
+        head: dict[str, Any],
+        teacher_hash: str,
+    ) -> None:
         self.run, self.model, self.teacher, self.train, self.loss = run, model, teacher, train, loss
         self.settings, self.head = settings, head
         self.device = next(model.parameters()).device
@@ -293,7 +303,7 @@ class _Loop:
     def epoch(self, number: int, stop: StopSignal) -> Row:
         """One pass over the training images, or the rest of one; the terms are summed on the device."""
         self._to_train_mode()
-        part = self.part = self.part or Part(self.generator.get_state(), self.schedule.get_last_lr()[0])
+        part = self.part = self.part or Part(self.generator.get_state(), float(self.schedule.get_last_lr()[0]))
         now = self.generator.get_state()
         self.generator.set_state(part.order)
         order = batches(self.train.labels.cpu(), self.settings.batch_size, self.generator, self.settings.balanced)
@@ -311,7 +321,7 @@ class _Loop:
             unit="batch",
         )
         for index in bar:
-            terms = self.step(index)
+            terms = self.step(part, index)
             part.seconds = time.perf_counter() - started
             if not bar.disable and part.batches % 20 == 1:
                 shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
@@ -322,7 +332,7 @@ class _Loop:
             signum = stop.agreed()  # asked once: it may come at any moment
             saves = (due or signum) and not last
             if saves or last or part.batches % CHECK_INTERVAL == 0:
-                self._check_terms(about)
+                self._check_terms(part, about)
             if saves:
                 self.save()
             if signum and not last:
@@ -333,8 +343,7 @@ class _Loop:
                     f"go on with: {self.run.command}",
                 )
         self.part = None
-        means = (distributed.summed(part.sums) / len(self.train.labels)).tolist()
-        means = dict(zip(part.names, means, strict=True))
+        means = dict(zip(part.names, (distributed.summed(part.sums) / len(self.train.labels)).tolist(), strict=True))
         return {
             "epoch": number,
             "loss": means.pop("total"),
@@ -344,11 +353,11 @@ class _Loop:
             "images_per_second": round(len(self.train.labels) / part.seconds, 1),
         }
 
-    def step(self, index: Tensor) -> dict[str, Tensor]:
+    def step(self, part: Part, index: Tensor) -> dict[str, Tensor]:
         """One step of the optimiser on the images ``index``, or on this process's share of them; returns its loss
         terms, still on the device.
         """
-        train, part = self.train, self.part
+        train = self.train
         # Drawn for the whole batch, so that it does not depend on the number of processes.
         drawn = draw_augmentation(len(index), train.pixels.shape[-1], self.settings.flip, self.generator)
         where = train.pixels.device
@@ -367,7 +376,7 @@ class _Loop:
         )
         self.schedule.step()
         values = torch.stack(list(terms.values()))
-        if part.sums is None:
+        if not part.names:
             part.names, part.sums = list(terms), torch.zeros_like(values)
             part.broken = torch.full_like(values, -1)
         elif part.names != list(terms):
@@ -384,8 +393,7 @@ class _Loop:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(not keeps_statistics and module.weight.requires_grad)
 
-    def _check_terms(self, about: str) -> None:
-        part = self.part
+    def _check_terms(self, part: Part, about: str) -> None:
         broken = dict(zip(part.names, part.broken.tolist(), strict=True))
         # The first that broke, and a term rather than the total that it spoils.
         found = [(batch, name == "total", name) for name, batch in broken.items() if batch >= 0]

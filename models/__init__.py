@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from errors import InputError
 from models.from_torchvision import FromTorchvision
-from models.resnet import DEEPER, CifarResNet, ImageNetResNet, Output
+from models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network, Output
 
 __all__ = [
+    "Network",
     "Output",
     "build",
     "empty_state",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 
-def build(architecture: str, classes: int, image_size: int) -> nn.Module:
+def build(architecture: str, classes: int, image_size: int) -> Network:
     """A freshly initialised network with ``classes`` outputs for images of ``image_size`` px.
 
     ``resnet32`` and ``resnet110``, or any classification network of torchvision that FromTorchvision can cut.
@@ -51,12 +53,12 @@ def empty_state(architecture: str, classes: int, image_size: int) -> dict[str, T
         return build(architecture, classes, image_size).state_dict()
 
 
-def head_weight(model: nn.Module) -> Tensor | None:
+def head_weight(model: Network) -> Tensor | None:
     """The head's weight (classes, C) where a map follows from it in closed form, else None."""
     return model.fc.weight if model.closed_form else None
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def fold_batch_norm(model: Network) -> Network:
     """A copy for inference in which each batch-norm is part of the convolution before it, computed in its precision.
 
     The answers are the same but for rounding; one pass over every feature map is saved.
@@ -64,14 +66,14 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval()
     for block in list(folded.modules()):
         for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-            pair = [getattr(block, name, None) for name in (convolution, norm)]
-            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                setattr(block, convolution, fuse_conv_bn_eval(*pair))
+            first, second = getattr(block, convolution, None), getattr(block, norm, None)
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(block, convolution, fuse_conv_bn_eval(first, second))
                 setattr(block, norm, nn.Identity())
     return folded
 
 
-def freeze(model: nn.Module, stages: int) -> None:
+def freeze(model: Network, stages: int) -> None:
     """From now on the first ``stages`` of ``model.stages()`` are not trained. Raises InputError if it has fewer."""
     own = model.stages()
     if stages > len(own):
@@ -81,13 +83,13 @@ def freeze(model: nn.Module, stages: int) -> None:
             module.requires_grad_(False)
 
 
-def load_torchvision(model: nn.Module, weights: dict[str, Tensor]) -> int:
+def load_torchvision(model: Network, weights: dict[str, Tensor]) -> int:
     """Load a state_dict that names its tensors as torchvision does; returns the number of outputs that it has.
 
     A head with another number of outputs than the model's is left out, and the model's stays as it is. Raises
     InputError for weights that do not fit or are not finite.
     """
-    name_here = getattr(model, "from_original", str)
+    name_here: Callable[[str], str] = getattr(model, "from_original", str)
     weights, own = {name_here(name): tensor for name, tensor in weights.items()}, model.state_dict()
     outputs = len(weights["fc.bias"]) if weights.get("fc.bias", torch.empty(())).dim() else model.fc.out_features
     if outputs != model.fc.out_features:
@@ -112,13 +114,13 @@ def load_torchvision(model: nn.Module, weights: dict[str, Tensor]) -> int:
     return outputs
 
 
-def freeze_backbone(model: nn.Module) -> None:
+def freeze_backbone(model: Network) -> None:
     """From now on only the head is trained; the loop leaves batch-norms that are not trained in eval mode."""
     model.requires_grad_(False)
     model.fc.requires_grad_(True)
 
 
-def widen_head(model: nn.Module, new_classes: int) -> None:
+def widen_head(model: Network, new_classes: int) -> None:
     """Give ``model.fc`` ``new_classes`` more rows, in place; the old rows are copied bit for bit.
 
     The new rows get PyTorch's initialisation of a linear layer, from the global random state.
@@ -132,7 +134,7 @@ def widen_head(model: nn.Module, new_classes: int) -> None:
     model.fc = wide
 
 
-def start_at_prior(model: nn.Module, first: int) -> None:
+def start_at_prior(model: Network, first: int) -> None:
     """Set the biases of the outputs from ``first`` on so that each starts at probability 1 / outputs, in place.
 
     For sigmoid outputs alone (Lin et al., ICCV 2017, section 3.3). At the usual zero all outputs first have to learn

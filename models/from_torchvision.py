@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from errors import InputError
-from models.resnet import Output
+from models.resnet import Network, Output
 
 # Between pooling and head these leave d y_c / d A_k as it is; dropout does so in eval mode.
 PASSING = (nn.Flatten, nn.Dropout, nn.Identity)
@@ -30,7 +30,7 @@ class _Tracer(fx.Tracer):
         return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
 
 
-class FromTorchvision(nn.Module):
+class FromTorchvision(Network):
     """``backbone`` makes features (B, C, h, w) of images (B, 3, H, W), ``neck`` a row each of them, ``fc`` the logits.
 
     ``closed_form`` says that nothing but dropout stands between pooling and head (gradcam.closed_form_map). Where it
@@ -124,7 +124,7 @@ def _head_and_pooling(
 
 
 def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    return modules[node.target] if node.op == "call_module" else None
+    return modules[str(node.target)] if node.op == "call_module" else None
 
 
 def _pools(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-DEEPER = {
+DEEPER: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], {}),
     "resnet34": (BasicBlock, [3, 4, 6, 3], {}),
     "resnet50": (Bottleneck, [3, 4, 6, 3], {}),
@@ -35,18 +35,40 @@ class Output(NamedTuple):
     features: Tensor
 
 
-def _pooled_and_classified(model: nn.Module, features: Tensor) -> Output:
+class Network(nn.Module):
+    """What every network here has beside its forward pass, of images (B, 3, H, W) already normalised to ``Output``."""
+
+    avgpool: nn.Module
+    fc: nn.Linear
+    last_layer: str  # the name of the layer that makes the features
+    closed_form: bool  # whether nothing but pooling stands between the features and ``fc``
+
+    def stages(self) -> list[list[nn.Module]]:
+        """The parts before the head, in order."""
+        raise NotImplementedError
+
+
+def _pooled_and_classified(model: ImageNetResNet | CifarResNet, features: Tensor) -> Output:
     """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(model.fc.weight.dtype)
         return Output(model.fc(model.avgpool(features).flatten(1)), features)
 
 
-class ImageNetResNet(ResNet):
+class ImageNetResNet(ResNet, Network):
     """torchvision's network of that name (``DEEPER``), parameter names included; the CIFAR stem below 64 px."""
 
     last_layer = "layer4"
     closed_form = True
+    # torchvision does not say of what kind its own are.
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(self, architecture: str, classes: int, image_size: int):
         block, layers, widths = DEEPER[architecture]
@@ -77,7 +99,7 @@ class OptionAShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
     """6n+2 layers in three stages of 16, 32 and 64 channels: n=5 is ResNet-32, n=18 ResNet-110."""
 
     last_layer = "layer3"

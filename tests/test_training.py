@@ -119,12 +119,12 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, pair, monkeypatch):
     waiting = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
     whole = training._Loop.step
 
-    def watched(loop, index):
+    def watched(loop, part, index):
         with monkeypatch.context() as patch:
             for name in waiting:
                 patch.setattr(torch.Tensor, name, lambda *arguments, name=name: pytest.fail(f"{name} in a step"))
             # The optimiser reads its own numbers, on the CPU.
-            return whole(loop, index)
+            return whole(loop, part, index)
 
     monkeypatch.setattr(training._Loop, "step", watched)
     assert len(fit(tmp_path, *pair)) == 2
