@@ -97,7 +97,7 @@ def test_classes_of_one_step_are_labelled_among_all_outputs():
 def test_the_split_of_the_digits_is_disjoint_complete_and_fixed():
     names = [str(d) for d in range(10)]
     source = digits()
-    rows = {split: [set(source.listing(split, name).tolist()) for name in names] for split in ("train", "test")}
+    rows = {split: [set(source.listing(split, name)) for name in names] for split in ("train", "test")}
     for train, test in zip(rows["train"], rows["test"], strict=True):
         assert not train & test
         assert max(train) < min(test)  # the end of the file: other writers
@@ -595,11 +595,11 @@ def test_held_back_digits_are_disjoint_complete_and_all_from_train(hold_back):
     names = [str(d) for d in range(10)]
     plain, held = digits(), digits(hold_back)
     for name in names:
-        everything = set(plain.listing("train", name).tolist())
+        everything = set(plain.listing("train", name))
         trained, judged = (set(map(int, held._chosen(split, name))) for split in ("train", "test"))
         assert not trained & judged
         assert trained | judged == everything
-        assert not (trained | judged) & set(plain.listing("test", name).tolist())
+        assert not (trained | judged) & set(plain.listing("test", name))
         assert abs(len(judged) - hold_back * len(everything)) <= 1
     assert len(held.train(names, names).labels) + len(held.test(names, names).labels) == 1347
     assert not set(contents(held.test(["7"], ["7"]))) & set(contents(held.train(["7"], ["7"])))
