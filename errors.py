@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -53,8 +54,9 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             code, text = 128 + signal.SIGINT, "interrupted"
-        except (RuntimeError, MemoryError) as error:
-            if not is_lack_of_memory(error):
+        except Exception as error:
+            if not (isinstance(error, RuntimeError | MemoryError) and is_lack_of_memory(error)):
+                error.add_note(_to_report())
                 raise
             reason = (str(error) or "MemoryError").splitlines()[0]
             code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
@@ -68,6 +70,18 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         return code
 
     return wrapped
+
+
+def _to_report() -> str:
+    """What stands below the traceback of an error that nobody has foreseen."""
+    from version import VERSION
+
+    torch = sys.modules.get("torch")
+    return (
+        "\nThis is a fault of learning-without-memorizing. Please report it with all of the above, the command, and "
+        f"this: version {VERSION}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
+        f"{platform.platform()}"
+    )
 
 
 @contextlib.contextmanager

@@ -55,8 +55,7 @@ MADE = {
 }
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,7 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
     parser.add_argument("--work-dir", default="runs/reproduce")
     parser.add_argument("--table", action="store_true", help="only make the tables again from the CSVs")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
     protocol = PROTOCOLS[options.protocol]
     if bool(options.groups) != (not protocol.groups):
         raise InputError("--groups is for the protocol folder, and that needs it: how many classes each step has")

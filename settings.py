@@ -9,157 +9,65 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import kinds
 import progress
 from errors import InputError
 
 
-def _choice(help: str, *choices: str) -> Any:
-    def check(value: Any) -> str:
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"one of {', '.join(choices)} is needed{hint}")
-        return value
-
-    return field(metadata={"help": f"{help}: {', '.join(choices)}", "parse": str, "check": check})
-
-
-def _number(help: str, kind: type, least: float, most: float = math.inf, above: bool = False) -> Any:
-    noun = "a whole number" if kind is int else "a number"
-    bounds = f"above {least}" if above else f"of at least {least}"
-    bounds += f" and at most {most}" if most < math.inf else ""
-
-    def check(value: Any) -> int | float:
-        allowed = int if kind is int else int | float
-        if not isinstance(value, allowed) or isinstance(value, bool) or value != value:
-            raise ValueError(f"{noun} is needed")
-        try:
-            number = kind(value)
-        except OverflowError:
-            number = math.inf
-        if number < least or (above and number == least) or number > most or number == math.inf:
-            raise ValueError(f"{noun} {bounds} is needed")
-        return number
-
-    return field(metadata={"help": help, "parse": kind, "check": check})
-
-
-def _channels(help: str, least: float) -> Any:
-    def parse(text: str) -> list[float]:
-        return [float(number) for number in text.split(",")]
-
-    def check(value: Any) -> tuple[float, ...]:
-        numbers = value if isinstance(value, list | tuple) else []
-        good = all(isinstance(x, int | float) and not isinstance(x, bool) and least <= x <= 1000 for x in numbers)
-        if len(numbers) != 3 or not good:
-            raise ValueError(f"three numbers of at least {least}, red, green and blue, are needed, as in 0.5,0.5,0.5")
-        return tuple(map(float, numbers))
-
-    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
-
-
-def _names(help: str) -> Any:
-    def parse(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",")]
-
-    def check(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
-        if not value or not all(value):
-            raise ValueError("at least one class name is needed, and none may be empty")
-        twice = sorted({name for name in value if list(value).count(name) > 1})
-        if twice:
-            raise ValueError(f"class {twice[0]!r} is named twice")
-        return tuple(value)
-
-    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
-
-
-def _check_text(value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("a text that is not empty is needed")
-    return value
-
-
-def _text(help: str) -> Any:
-    return field(metadata={"help": help, "parse": str, "check": _check_text})
-
-
-def _switch(help: str) -> Any:
-    def check(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError("True or False is needed")
-        return value
-
-    return field(metadata={"help": help, "parse": bool, "check": check})
-
-
-def _device(help: str) -> Any:
-    def check(value: Any) -> str:
-        # As torch reads it, which takes no leading zero and wraps around after 127.
-        if not re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", str(value)):
-            raise ValueError("auto, cpu, mps, cuda or cuda:N is needed")
-        return value
-
-    return field(metadata={"help": help, "parse": str, "check": check})
-
-
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = _choice("the images", "digits", "cifar10", "cifar100", "folder")
-    data_dir: str = _text("where the images lie, or are downloaded to")
-    old_classes: tuple[str, ...] = _names("classes that the teacher learns")
-    new_classes: tuple[str, ...] = _names("classes that the student learns on top")
-    model: str = _text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
-    image_size: int = _number("side of the square images, px", int, 8, 1024)
-    mean: tuple[float, ...] | None = _channels("mean of the channels", -1000)
-    std: tuple[float, ...] | None = _channels("standard deviation of the channels", 1e-3)
-    method: str = _choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
-    loss_form: str | None = _choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
-    beta: float = _number("weight of L_D", float, 0)
-    gamma: float = _number("weight of L_AD", float, 0)
-    temperature: float = _number("temperature of softmax distillation", float, 0, above=True)
-    attention: str = _choice(
+    dataset: str = kinds.choice("the images", "digits", "cifar10", "cifar100", "folder")
+    data_dir: str = kinds.text("where the images lie, or are downloaded to")
+    old_classes: tuple[str, ...] = kinds.names("classes that the teacher learns")
+    new_classes: tuple[str, ...] = kinds.names("classes that the student learns on top")
+    model: str = kinds.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
+    image_size: int = kinds.number("side of the square images, px", int, 8, 1024)
+    mean: tuple[float, ...] | None = kinds.channels("mean of the channels", -1000)
+    std: tuple[float, ...] | None = kinds.channels("standard deviation of the channels", 1e-3)
+    method: str = kinds.choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
+    loss_form: str | None = kinds.choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
+    beta: float = kinds.number("weight of L_D", float, 0)
+    gamma: float = kinds.number("weight of L_AD", float, 0)
+    temperature: float = kinds.number("temperature of softmax distillation", float, 0, above=True)
+    attention: str = kinds.choice(
         "what L_AD compares", "grad-cam", "signed", "through-features", "through-head", "new-class", "features"
     )
-    attention_class: str = _choice("whose top old class the maps explain", "student", "teacher")
-    batch_norm: str = _choice("batch-norm statistics of the student", "train", "frozen")
-    epochs: int = _number("epochs", int, 0, 1_000_000)
-    batch_size: int = _number("images in a batch", int, 2)
-    lr: float = _number("learning rate of the teacher", float, 0, above=True)
-    incremental_lr: float = _number("learning rate of the student", float, 0, above=True)
-    backbone_lr: float | None = _number("learning rate of everything but the head", float, 0, above=True)
-    freeze: int = _number("the first so many stages of the network are not trained", int, 0)
-    balanced: bool = _switch("draw the classes equally often")
-    momentum: float = _number("momentum of SGD", float, 0, 0.999)
-    weight_decay: float = _number("weight decay", float, 0)
-    flip: bool = _switch("mirror training images at random")
-    precision: str = _choice("arithmetic of the networks", "auto", "fp32", "bf16")
-    cache_dir: str = _text("where the decoded images of a folder are kept; can be deleted")
-    skip_bad_images: bool = _switch("skip and count images that cannot be read")
-    hold_back: float = _number("share of the training images to judge on instead of the test images", float, 0, 0.5)
-    seed: int = _number("seed of every random choice", int, 0, 2**32 - 1)
-    device: str = _device("auto, cpu, mps, cuda or cuda:N")
-    deterministic: bool = _switch("the same bits in every run on a GPU, somewhat slower")
-    save_interval: int = _number("epochs between saves", int, 1)
-    save_interval_steps: int = _number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
-    resume: bool = _switch("go on from the checkpoint of an earlier run")
-    overwrite: bool = _switch("replace the model of an earlier run")
-    quiet: bool = _switch("print nothing but warnings and errors")
-    json: bool = _switch("a last line on stdout with the accuracies as one JSON object")
-    tensorboard: bool = _switch("scalars, settings and maps for TensorBoard")
-    output_dir: str = _text("where the outputs go")
+    attention_class: str = kinds.choice("whose top old class the maps explain", "student", "teacher")
+    batch_norm: str = kinds.choice("batch-norm statistics of the student", "train", "frozen")
+    epochs: int = kinds.number("epochs", int, 0, 1_000_000)
+    batch_size: int = kinds.number("images in a batch", int, 2)
+    lr: float = kinds.number("learning rate of the teacher", float, 0, above=True)
+    incremental_lr: float = kinds.number("learning rate of the student", float, 0, above=True)
+    backbone_lr: float | None = kinds.number("learning rate of everything but the head", float, 0, above=True)
+    freeze: int = kinds.number("the first so many stages of the network are not trained", int, 0)
+    balanced: bool = kinds.switch("draw the classes equally often")
+    momentum: float = kinds.number("momentum of SGD", float, 0, 0.999)
+    weight_decay: float = kinds.number("weight decay", float, 0)
+    flip: bool = kinds.switch("mirror training images at random")
+    precision: str = kinds.choice("arithmetic of the networks", "auto", "fp32", "bf16")
+    cache_dir: str = kinds.text("where the decoded images of a folder are kept; can be deleted")
+    skip_bad_images: bool = kinds.switch("skip and count images that cannot be read")
+    hold_back: float = kinds.number("share of training images to judge on instead of the test images", float, 0, 0.5)
+    seed: int = kinds.number("seed of every random choice", int, 0, 2**32 - 1)
+    device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
+    deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
+    save_interval: int = kinds.number("epochs between saves", int, 1)
+    save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
+    resume: bool = kinds.switch("go on from the checkpoint of an earlier run")
+    overwrite: bool = kinds.switch("replace the model of an earlier run")
+    quiet: bool = kinds.switch("print nothing but warnings and errors")
+    json: bool = kinds.switch("a last line on stdout with the accuracies as one JSON object")
+    tensorboard: bool = kinds.switch("scalars, settings and maps for TensorBoard")
+    output_dir: str = kinds.text("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     # Files, of the command line alone: empty where it does not name them.
@@ -272,7 +180,7 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     values: dict[str, Any] = {name: arguments.pop(name, None) for name in required + optional}
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
-        _checked(_flag(name), _check_text, value)
+        _checked(_flag(name), kinds.check_text, value)
     if "old_classes_file" in values:
         arguments["old_classes"] = _lines_of(values["old_classes_file"], "old_classes" in arguments)
     for f in known:

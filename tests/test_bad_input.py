@@ -7,6 +7,7 @@ cases share one folder, the desk, with a copy of the scripts and files of every 
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ import incremental_learning_system as step
 import reproduce
 import run
 import train_teacher_model as trainer
+from errors import one_line_errors
+from version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {module.__name__: module.main for module in (trainer, step, demo, gradcam, reproduce)}
@@ -380,8 +383,19 @@ def test_the_command_line_refuses_in_the_same_way(desk, script, flags, words):
     ],
 )
 def test_a_page_that_python_cannot_read_is_said_with_its_line(tmp_path, source, words):
-    for name in ("train_teacher_model.py", "settings.py", "errors.py", "progress.py"):
+    for name in ("train_teacher_model.py", "settings.py", "kinds.py", "errors.py", "progress.py"):
         shutil.copy(ROOT / name, tmp_path)
     if source is not None:
         (tmp_path / "config.py").write_text(source)
     assert words in refused_by_command(tmp_path, "train_teacher_model")
+
+
+def test_an_error_that_nobody_has_foreseen_says_what_to_report(capsys):
+    @one_line_errors
+    def main(argv=None):
+        raise KeyError("lost")
+
+    with pytest.raises(KeyError) as caught:
+        main([])
+    (note,) = caught.value.__notes__
+    assert f"version {VERSION}, Python {platform.python_version()}, torch {torch.__version__}" in note

@@ -1,0 +1,102 @@
+"""What a setting may be: each function makes a field of settings.Settings, with its help, how a flag's text becomes a
+value ("parse"), and the check that every value must pass ("check", which raises ValueError with what is needed).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import field
+from typing import Any
+
+
+def choice(help: str, *choices: str) -> Any:
+    def check(value: Any) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"one of {', '.join(choices)} is needed{hint}")
+        return value
+
+    return field(metadata={"help": f"{help}: {', '.join(choices)}", "parse": str, "check": check})
+
+
+def number(help: str, kind: type, least: float, most: float = math.inf, above: bool = False) -> Any:
+    noun = "a whole number" if kind is int else "a number"
+    bounds = f"above {least}" if above else f"of at least {least}"
+    bounds += f" and at most {most}" if most < math.inf else ""
+
+    def check(value: Any) -> int | float:
+        allowed = int if kind is int else int | float
+        if not isinstance(value, allowed) or isinstance(value, bool) or value != value:
+            raise ValueError(f"{noun} is needed")
+        try:
+            number = kind(value)
+        except OverflowError:
+            number = math.inf
+        if number < least or (above and number == least) or number > most or number == math.inf:
+            raise ValueError(f"{noun} {bounds} is needed")
+        return number
+
+    return field(metadata={"help": help, "parse": kind, "check": check})
+
+
+def channels(help: str, least: float) -> Any:
+    def parse(text: str) -> list[float]:
+        return [float(number) for number in text.split(",")]
+
+    def check(value: Any) -> tuple[float, ...]:
+        numbers = value if isinstance(value, list | tuple) else []
+        good = all(isinstance(x, int | float) and not isinstance(x, bool) and least <= x <= 1000 for x in numbers)
+        if len(numbers) != 3 or not good:
+            raise ValueError(f"three numbers of at least {least}, red, green and blue, are needed, as in 0.5,0.5,0.5")
+        return tuple(map(float, numbers))
+
+    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
+
+
+def names(help: str) -> Any:
+    def parse(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",")]
+
+    def check(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
+        if not value or not all(value):
+            raise ValueError("at least one class name is needed, and none may be empty")
+        twice = sorted({name for name in value if list(value).count(name) > 1})
+        if twice:
+            raise ValueError(f"class {twice[0]!r} is named twice")
+        return tuple(value)
+
+    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
+
+
+def check_text(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("a text that is not empty is needed")
+    return value
+
+
+def text(help: str) -> Any:
+    return field(metadata={"help": help, "parse": str, "check": check_text})
+
+
+def switch(help: str) -> Any:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("True or False is needed")
+        return value
+
+    return field(metadata={"help": help, "parse": bool, "check": check})
+
+
+def device(help: str) -> Any:
+    def check(value: Any) -> str:
+        # As torch reads it, which takes no leading zero and wraps around after 127.
+        if not re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", str(value)):
+            raise ValueError("auto, cpu, mps, cuda or cuda:N is needed")
+        return value
+
+    return field(metadata={"help": help, "parse": str, "check": check})
