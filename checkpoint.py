@@ -5,6 +5,8 @@ architecture, image_size, mean, std, loss_form     how to build the network and 
 class_names          in the order of the outputs, which is the order in which they were taught
 steps                one dict a step: its classes, where their images were, method, settings, accuracies
 model                the network's state_dict
+statistics           means and covariances of the classes' features (readout.py); may be empty
+readouts             for each read-out its accuracies on the test images; may be empty
 finished             False for a save in the middle of a run
 training             what --resume needs: optimiser, schedule, random states, log, the position inside an epoch, and
                      what tells one run from another; may be empty in a finished one
@@ -34,7 +36,7 @@ from errors import InputError
 from torchfile import Refused
 
 FORMAT = "learning-without-memorizing checkpoint"
-VERSION = 2  # 1 had no position inside an epoch, nor what the training images were
+VERSION = 3  # 1 had no position inside an epoch, nor what the training images were; 2 had no statistics
 KINDS = {
     "architecture": str,
     "image_size": int,
@@ -44,6 +46,8 @@ KINDS = {
     "class_names": list,
     "steps": list,
     "model": dict,
+    "statistics": dict,
+    "readouts": dict,
     "finished": bool,
     "training": dict,
 }
@@ -106,7 +110,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    checkpoint = {"format": FORMAT, "version": VERSION, **checkpoint}
+    checkpoint = {"format": FORMAT, "version": VERSION, "statistics": {}, "readouts": {}, **checkpoint}
     torchfile.plain(checkpoint, math.inf)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
@@ -177,6 +181,8 @@ def _upgraded(checkpoint: Any) -> dict[str, Any]:
         raise Refused(f"is version {version!r} of the checkpoint; this program reads versions 1 to {VERSION}")
     if version == 1 and isinstance(checkpoint.get("training"), dict) and checkpoint["training"]:
         checkpoint = checkpoint | {"training": ADDED_IN_2 | checkpoint["training"]}
+    if version < 3:
+        checkpoint = checkpoint | {"statistics": {}, "readouts": {}}
     _check_schema(checkpoint)
     return checkpoint
 
@@ -225,6 +231,11 @@ def _check_schema(checkpoint: dict[str, Any]) -> None:
         taught += step["classes"]
     _require(taught == names and all(step["classes"] for step in steps), "the steps' classes are not the class names")
     _check_weights(checkpoint)
+    _check_statistics(checkpoint["statistics"], checkpoint["model"]["fc.weight"])
+    for name, accuracies in checkpoint["readouts"].items():
+        _require(type(name) is str and isinstance(accuracies, dict), "a read-out has no accuracies")
+        fits = all(type(key) is str and (x is None or _number(x, 0, 100)) for key, x in accuracies.items())
+        _require(fits, "an accuracy of a read-out is not one in percent")
     if training or not checkpoint["finished"]:
         _check_training(training, checkpoint["finished"], len(steps))
 
@@ -251,6 +262,22 @@ def _check_weights(checkpoint: dict[str, Any]) -> None:
         _require(bool(tensor.isfinite().all()), f"the weights {name!r} are not finite")
         negative = name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any())
         _require(not negative, f"the statistics {name!r} are negative")
+
+
+def _check_statistics(statistics: dict[str, Any], head: Tensor) -> None:
+    """Empty, or of every class as readout.Statistics has them; ``head`` is the last layer's weight (N, C)."""
+    if not statistics:
+        return
+    _check_kinds(statistics, {"means": Tensor, "covariances": Tensor, "of": list}, " of the statistics")
+    (classes, width), covariances = head.shape, statistics["covariances"]
+    shapes = (statistics["means"].shape, covariances.shape[1:]) == ((classes, width), (width, width))
+    _require(shapes and statistics.keys() == {"means", "covariances", "of"}, "the statistics do not fit the head")
+    of = [number for number in statistics["of"] if type(number) is int and 0 <= number < len(covariances)]
+    _require(len(of) == len(statistics["of"]) == classes, "the statistics are not those of the classes")
+    for name in ("means", "covariances"):
+        good = statistics[name].dtype == torch.float32 and bool(statistics[name].isfinite().all())
+        _require(good, f"the statistics' {name!r} are not finite numbers of single precision")
+    _require(bool((covariances.diagonal(dim1=1, dim2=2) >= 0).all()), "a variance of the statistics is negative")
 
 
 def _check_training(training: dict[str, Any], finished: bool, steps: int) -> None:

@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     import hardware
     import plots
     import progress
+    import readout
     import report
     from checkpoint import load, make_folder, restore_model, write_atomically
+    from data import Images
 
     with settings.naming("device"):
         device = hardware.pick_device(settings.device)
@@ -57,15 +59,24 @@ def main(argv: list[str] | None = None) -> None:
     images, captions, gone = images_to_judge(settings, after)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
+    judged, known = images.labels >= 0, readout.unpacked(after)
+    readouts = {}
+    if known is not None:
+        labelled = Images(images.pixels[judged], images.labels[judged])
+        readouts = evaluation.by_readout(student, known, labelled, after["mean"], after["std"], len(names) - old)
+    with settings.naming("readout"):
+        before = readout.use(teacher, before, settings.readout)
+        after = readout.use(student, after, settings.readout)
     found = evaluation.compare(teacher, student, before, after, images, history=not settings.images)
     output = Path(settings.output_dir)
     make_folder(output)
-    judged, metrics = images.labels >= 0, found.metrics
+    metrics = found.metrics | {"readouts": readouts}
 
     if judged.any():
         if gone:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         print_table(metrics, before["class_names"])
+        progress.print_readouts(readouts)
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
     else:
@@ -90,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         for row, index in enumerate(chosen)
     ]
     if judged.any():
-        report.of_student(output / "demo_report.html", before, after, images, found)
+        report.of_student(output / "demo_report.html", before, after | {"readouts": readouts}, images, found)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")

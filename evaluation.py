@@ -20,6 +20,7 @@ from data import Images, to_input
 from gradcam import last_map
 from losses import attention_distances
 from models import Network, head_weight
+from readout import Statistics, features_of, heads
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -151,6 +152,24 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts int64 (classes, classes): a row for each true class, a column for each answer."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def by_readout(
+    model: Network, statistics: Statistics, images: Images, mean: Sequence[float], std: Sequence[float], last: int
+) -> dict[str, dict[str, float | None]]:
+    """For each read-out its accuracies in percent on ``images``, none where there are no images.
+
+    ``last`` is the number of classes of the last step, which are the new ones.
+    """
+    if not len(images.labels):
+        return {}
+    features = features_of(model, images.pixels, mean, std)
+    head = model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
+    found = {}
+    for name, (weight, bias) in {"head": head, **heads(statistics)}.items():
+        logits = features @ weight.T + bias
+        found[name] = accuracies(logits, images.labels, len(weight) - last)
+    return found
 
 
 # Teacher and student side by side ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, RunError, one_line_errors
-from predict import form_of
+from predict import READOUTS, form_of
 from settings import OneLineParser, require_folder
 from version import VERSION
 
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="any checkpoint of this project")
     parser.add_argument("--output", required=True, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
+    parser.add_argument("--readout", default="head", choices=READOUTS, help="what answers (default: head)")
     parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")
     parser.add_argument("--overwrite", action="store_true", help="replace an ONNX file that is there")
     options = parser.parse_args(argv)
@@ -52,10 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
         raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
 
+    import readout
     from checkpoint import load, make_folder, restore_model, write_atomically
 
     saved = load(options.checkpoint)
     network = restore_model(saved).eval()
+    saved = readout.use(network, saved, options.readout)
     if options.maps and not network.closed_form:
         raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
     whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)

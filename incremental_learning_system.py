@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from errors import InputError, one_line_errors, warn
 from settings import Settings, read_settings
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     import models
     import plots
     import progress
+    import readout
     import report
     import training
     from run import Row, describe_step, open_run
@@ -96,6 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         groups = evaluation.group_accuracies(logits, test.labels, sizes)
         return {f"test_{name}": value for name, value in columns.items()}, groups
 
+    def last(model: models.Network) -> dict[str, Any]:
+        known = readout.after_step(teacher, model, before, train) if settings.statistics else None
+        if known is None:
+            return {}
+        found = evaluation.by_readout(model, known, test, head["mean"], head["std"], len(new))
+        return {"statistics": readout.packed(known), "readouts": found}
+
     watch = progress.Watch(settings, run.folder, run.kind)
     log = training.fit(
         run,
@@ -108,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher if settings.method != "finetune" else None,
         checkpoint.fingerprint(before),
         watch,
+        last,
     )
     if distributed.rank():  # of several processes the first one reports
         return
@@ -115,17 +125,22 @@ def main(argv: list[str] | None = None) -> None:
     found = evaluation.compare(teacher, student, before, saved := checkpoint.load(run.model), test)
     report.of_student(run.report, before, saved, test, found)
     watch.maps(test.pixels[found.shown], found.maps)
-    last = log[-1]
+    row = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):
-            value = last[f"test_{name}_{group}"]
+            value = row[f"test_{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} %"
             print(f"{group} classes, {hint}: {shown}")
-    if last.get("zero_maps", 0) > 0.5:
-        warn(f"{100 * last['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
+    progress.print_readouts(saved["readouts"])
+    if settings.statistics and not saved["statistics"]:
+        print(
+            "the teacher has no statistics of its classes: the head alone answers (--statistics from the first step on)"
+        )
+    if row.get("zero_maps", 0) > 0.5:
+        warn(f"{100 * row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
     print(f"the student is in {run.model}, what there is to see in {run.report}")
-    accuracies = {name: value for name, value in last.items() if name.startswith("test_")}
-    progress.last_line(settings, {"model": str(run.model), **accuracies})
+    accuracies = {name: value for name, value in row.items() if name.startswith("test_")}
+    progress.last_line(settings, {"model": str(run.model), **accuracies, "readouts": saved["readouts"]})
 
 
 def check_against(before: dict, settings: Settings) -> None:

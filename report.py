@@ -209,6 +209,7 @@ def _write(path: Path, saved: dict[str, Any], counts: np.ndarray, classes: list[
         confusion=_uri(plots.svg(plots.confusion, counts, names)) if counts.any() else None,
         confused=_confused(counts, names),
         steps=saved["steps"],
+        readouts=saved["readouts"],
         settings=[(name, value) for name, value in saved["steps"][-1].items() if name not in HIDDEN],
         network=[(name, saved[name]) for name in ("architecture", "image_size", "mean", "std")],
         machine=list(saved["training"].get("machine", {}).items()),

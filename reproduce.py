@@ -27,6 +27,7 @@ import threading
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
+from predict import READOUTS
 from protocols import JOINT, PROTOCOLS, Protocol
 from settings import OneLineParser, require_folder
 from tables import (
@@ -163,7 +164,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
         return step("train_teacher_model.py", folder_of(seed, f"first-{form}"), flags, threads)
 
     def judge_attention(seed: int, name: str, number: int, teacher: Path, student: Path) -> None:
-        flags = [*common, "--teacher", str(teacher), "--student", str(student)]
+        flags = [*common, "--teacher", str(teacher), "--student", str(student), "--readout", "head"]
         metrics = step("demo.py", student.parent / "demo", flags, threads, after=student)
         key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
         with writing:
@@ -294,6 +295,7 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
         "task_aware": last.get("test_task_aware"),
         "forgetting": statistics.mean(losses) if losses else None,
         "zero_maps": last.get("zero_maps"),
+        **{name: saved["readouts"].get(name, {}).get("accuracy") for name in READOUTS if name != "head"},
         **{key: None if key in unused or first else made[key] for key in ("beta", "gamma")},
         **{key: None if key in unused or first else made[key] for key in ("attention", "attention_class")},
         **{key: made[key] for key in SETTINGS if key not in ("beta", "gamma", "attention", "attention_class")},

@@ -60,6 +60,8 @@ class Settings:
     seed: int = kinds.number("seed of every random choice", int, 0, 2**32 - 1)
     device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
     deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
+    statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
+    readout: str = kinds.choice("what answers", "head", "prototypes", "discriminant", "rebalanced")
     save_interval: int = kinds.number("epochs between saves", int, 1)
     save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = kinds.switch("go on from the checkpoint of an earlier run")
@@ -109,8 +111,8 @@ FILE_FLAGS = {
 }
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size backbone_lr freeze balanced momentum weight_decay flip "
-    "precision cache_dir skip_bad_images hold_back seed device deterministic save_interval save_interval_steps resume "
-    "overwrite quiet json tensorboard output_dir"
+    "precision cache_dir skip_bad_images hold_back seed device deterministic statistics save_interval "
+    "save_interval_steps resume overwrite quiet json tensorboard output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size mean std lr {_TRAINING}", "", "weights old_classes_file"),
@@ -119,7 +121,11 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
         "teacher",
         "student",
     ),
-    "demo": ("dataset data_dir cache_dir skip_bad_images device quiet json output_dir", "teacher student", "images"),
+    "demo": (
+        "dataset data_dir cache_dir skip_bad_images device readout quiet json output_dir",
+        "teacher student",
+        "images",
+    ),
     "gradcam": ("", "checkpoint image", "class_name layer output"),
 }
 

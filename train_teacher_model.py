@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import InputError, one_line_errors
 from settings import Settings, read_settings
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     import models
     import plots
     import progress
+    import readout
     import report
     import training
     from data import Place, channel_statistics, find_test_images, open_source
@@ -86,9 +87,16 @@ def main(argv: list[str] | None = None) -> None:
         accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
         return {"test_accuracy": accuracy[0]}, accuracy
 
+    def last(model: models.Network) -> dict[str, Any]:
+        if not settings.statistics:
+            return {}
+        known = readout.after_first_step(model, head, train)
+        found = evaluation.by_readout(model, known, test, mean, std, len(classes))
+        return {"statistics": readout.packed(known), "readouts": found}
+
     if settings.epochs:
         watch = progress.Watch(settings, run.folder, run.kind)
-        log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch)
+        log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch, last=last)
     else:
         head["steps"][0]["group_accuracy"] = judge(model)[1] if len(test.labels) else [None]
         with run.writing():

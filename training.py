@@ -142,15 +142,16 @@ def fit(
     teacher: Network | None = None,
     teacher_hash: str = "",
     watch: Callable[[Row], None] = lambda row: None,
+    last: Callable[[Network], dict[str, Any]] = lambda model: {},
 ) -> list[Row]:
     """Train ``model`` in place, where it is, and save it; returns the log, a row an epoch.
 
     ``head`` is the checkpoint without weights and training state; the learning rate and the number of epochs are
     those of its last step. ``judge(model)`` returns columns for the log and the accuracy of each group of classes;
-    it is asked every SAVE_INTERVAL epochs. ``watch(row)`` is called after every epoch. The model that is saved last is
-    that of the last epoch: nothing is chosen by accuracy. A run that was interrupted goes on to the same bits. Of
-    several processes, which ``fit`` ends, each trains on its share of every batch, and batch size, terms and
-    accuracies are those of all.
+    it is asked every SAVE_INTERVAL epochs. ``watch(row)`` is called after every epoch, and what ``last(model)`` returns
+    goes into the last save. That is of the model of the last epoch: nothing is chosen by accuracy. A run that was
+    interrupted goes on to the same bits. Of several processes, which ``fit`` ends, each trains on its share of every
+    batch, and batch size, terms and accuracies are those of all.
     Raises InputError where the run to go on from was another one, RunError where a loss term is no longer finite,
     memory runs out or a save fails, and Interrupted after a signal.
     """
@@ -159,8 +160,10 @@ def fit(
     with run.writing(), StopSignal() as stop, _failures_named(loop.device, settings.batch_size, run):
         if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
             run.write_log(rows)
-        if run.resumed and len(rows) == step["epochs"] and not run.model.exists():  # finished in another folder
-            run.save(run.resumed | {"version": VERSION})
+        if run.resumed and len(rows) == step["epochs"]:  # in another folder perhaps, or without statistics yet
+            more = {} if run.resumed["statistics"] else last(model)
+            if more or not run.model.exists():
+                run.save(run.resumed | more | {"version": VERSION})
         if has_room_for(train.pixels, loop.device):
             loop.train = train.to(loop.device)
         for epoch in range(len(rows) + 1, step["epochs"] + 1):
@@ -172,6 +175,8 @@ def fit(
                 row.update(columns)
             rows.append(row)
             signum = stop.agreed()  # asked once: it may come at any moment
+            if finished:
+                head |= last(model)
             if judged or signum:
                 loop.save(finished)
             run.write_log(rows)

@@ -24,6 +24,7 @@ __all__ = [
     "freeze_backbone",
     "head_weight",
     "load_torchvision",
+    "replace_head",
     "start_at_prior",
     "widen_head",
 ]
@@ -132,6 +133,15 @@ def widen_head(model: Network, new_classes: int) -> None:
         wide.weight[: old.out_features] = old.weight
         wide.bias[: old.out_features] = old.bias
     model.fc = wide
+
+
+def replace_head(model: Network, weight: Tensor, bias: Tensor) -> None:
+    """Give the model a head of these numbers, (N, C) and (N,), in place."""
+    old = model.fc.weight
+    model.fc = nn.Linear(weight.shape[1], len(weight), device=old.device, dtype=old.dtype)
+    with torch.no_grad():
+        model.fc.weight.copy_(weight)
+        model.fc.bias.copy_(bias)
 
 
 def start_at_prior(model: Network, first: int) -> None:

@@ -79,14 +79,15 @@ class FromTorchvision(Network):
         self.train()
 
     def forward(self, images: Tensor) -> Output:
-        features = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.fc.weight.dtype)
-            if self.closed_form or features.requires_grad or torch.is_inference_mode_enabled():
-                return Output(self.fc(self.neck(features)), features)
-            features.requires_grad_()
-            with torch.enable_grad():
-                return Output(self.fc(self.neck(features)), features)
+        features = self.backbone(images).to(self.fc.weight.dtype)
+        if self.closed_form or features.requires_grad or torch.is_inference_mode_enabled():
+            return self.classified(features)
+        features.requires_grad_()
+        with torch.enable_grad():
+            return self.classified(features)
+
+    def pooled(self, features: Tensor) -> Tensor:
+        return self.neck(features)
 
     def stages(self) -> list[list[nn.Module]]:
         """The parts of the backbone in order; a part that is nothing but a container stands for its own parts."""

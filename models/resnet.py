@@ -47,12 +47,15 @@ class Network(nn.Module):
         """The parts before the head, in order."""
         raise NotImplementedError
 
+    def pooled(self, features: Tensor) -> Tensor:
+        """What ``fc`` sees of the features (B, C, h, w): a row (B, C) each."""
+        return self.avgpool(features).flatten(1)
 
-def _pooled_and_classified(model: ImageNetResNet | CifarResNet, features: Tensor) -> Output:
-    """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
-    with torch.autocast(features.device.type, enabled=False):
-        features = features.to(model.fc.weight.dtype)
-        return Output(model.fc(model.avgpool(features).flatten(1)), features)
+    def classified(self, features: Tensor) -> Output:
+        """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.fc.weight.dtype)
+            return Output(self.fc(self.pooled(features)), features)
 
 
 class ImageNetResNet(ResNet, Network):
@@ -84,7 +87,7 @@ class ImageNetResNet(ResNet, Network):
     def forward(self, images: Tensor) -> Output:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return _pooled_and_classified(self, features)
+        return self.classified(features)
 
 
 class OptionAShortcut(nn.Module):
@@ -132,4 +135,4 @@ class CifarResNet(Network):
     def forward(self, images: Tensor) -> Output:
         x = self.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(x)))
-        return _pooled_and_classified(self, features)
+        return self.classified(features)

@@ -86,6 +86,8 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
         "class_names": list(names),
         "steps": [step_of(names)],
         "model": model.state_dict(),
+        "statistics": {},
+        "readouts": {},
         "finished": True,
         "training": {},
     } | changes

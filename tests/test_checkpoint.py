@@ -398,7 +398,7 @@ def test_a_changed_byte_is_found_wherever_it_is_read(tmp_path, unfinished):
         assert "is not what was written" in refused(path)
 
 
-@pytest.mark.parametrize("version", [0, 3, -1, None, "1", True, 1.0, [1], 10**30])
+@pytest.mark.parametrize("version", [0, 4, -1, None, "1", True, 1.0, [1], 10**30])
 def test_another_version_is_refused(tmp_path, example, version):
     write(tmp_path / "model.pth", example, {"version": version})
     said = refused(tmp_path / "model.pth")
@@ -795,6 +795,16 @@ def test_what_the_settings_say_of_the_optimiser_is_not_taken_from_the_file(stopp
 # Version 1 ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_of_version_2_has_no_statistics(tmp_path, example):
+    old = {name: value for name, value in example.items() if name not in ("statistics", "readouts")}
+    torch.save({"format": checkpoint.FORMAT, "version": 2, **old}, tmp_path / "model.pth")
+    loaded = checkpoint.load(tmp_path / "model.pth")
+    assert loaded["statistics"] == loaded["readouts"] == {}
+    torch.save({"format": checkpoint.FORMAT, "version": 3, **old}, tmp_path / "model.pth")
+    with pytest.raises(InputError, match="'statistics' is missing"):
+        checkpoint.load(tmp_path / "model.pth")
+
+
 def test_a_checkpoint_of_version_1_is_read_and_its_run_goes_on(tmp_path, capsys):
     """data/version1.pth.gz was written by the last code that wrote version 1 (commit a9b4b1f).
 
@@ -839,7 +849,7 @@ def test_a_checkpoint_of_version_1_is_read_and_its_run_goes_on(tmp_path, capsys)
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["loss"]) == pytest.approx(1.4108, rel=0.01)
-    assert torch.load(path, weights_only=True)["version"] == 2
+    assert torch.load(path, weights_only=True)["version"] == 3
     assert checkpoint.load(path)["finished"] is True
 
 

@@ -1,0 +1,247 @@
+"""Read-outs: other linear heads for the same features, made from what a checkpoint keeps of each class.
+
+A head that was trained step by step leans to the newest classes; the features often still tell the old ones apart.
+After each step a checkpoint gets, for each new class, the mean and the covariance of its features (what the last linear
+layer sees), and carries those of the old classes along: the map from the old network's features to the new one's is
+fitted on the new images alone, where both are known, and old means and covariances go through it (after SDC, CVPR 2020;
+learnable drift compensation, ECCV 2024; AdaGauss, NeurIPS 2024). From them follow
+
+    prototypes     the class whose mean is nearest by cosine
+    discriminant   linear discriminant analysis with one covariance for all classes
+    rebalanced     a softmax regression on features drawn from the Gaussians of all classes
+
+Each is a linear layer over the features, so that the result is a plain network again: exported and explained like one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data import to_input
+from errors import InputError
+from models import Network, replace_head
+
+WIDEST = 128  # channels; above it a step has one covariance for all its classes: 512 x 512 numbers are 1 MB
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, that the rebalanced head is trained on
+SMALLEST = 1e-6  # variance that any direction has, of the mean one
+DECAY = 1e-2  # of the rebalanced head's weights, on whitened features
+
+Linear = tuple[Tensor, Tensor]  # weight (N, C), bias (N)
+
+
+class Statistics(NamedTuple):
+    """Of the features of N classes: ``means`` (N, C), ``covariances`` (M, C, C), and which of them is each class's."""
+
+    means: Tensor
+    covariances: Tensor
+    of: list[int]
+
+    def joined(self, more: Statistics) -> Statistics:
+        """Those of ``more`` classes behind these."""
+        return Statistics(
+            torch.cat([self.means, more.means]),
+            torch.cat([self.covariances, more.covariances]),
+            self.of + [len(self.covariances) + index for index in more.of],
+        )
+
+
+class Transport(NamedTuple):
+    """weight x + bias takes a feature of the old network to the new one, up to noise of covariance ``residual``."""
+
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+    penalty: float
+
+
+@torch.no_grad()
+def features_of(
+    model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+) -> Tensor:
+    """What the head sees of uint8 (n, 3, H, W), in eval mode: float64 (n, C), on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    parts = [model.pooled(model(to_input(part.to(device), mean, std)).features) for part in pixels.split(batch_size)]
+    return torch.cat([part.cpu().double() for part in parts])
+
+
+def measured(features: Tensor, labels: Tensor, classes: int) -> Statistics:
+    """Of features (n, C) with labels int64 (n,), 0 to ``classes`` - 1; computed in the precision of the features.
+
+    The covariances are shrunk to a multiple of the identity as Ledoit and Wolf (2004) have it, which matters where a
+    class has few images.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    means, covariances = [], []
+    for label in range(classes):
+        own = features[labels == label]
+        means.append(own.mean(0))
+        shrunk, _ = ledoit_wolf((own - means[-1]).numpy(), assume_centered=True)
+        covariances.append(torch.from_numpy(shrunk))
+    if features.shape[1] > WIDEST:
+        return Statistics(torch.stack(means), torch.stack(covariances).mean(0, keepdim=True), [0] * classes)
+    return Statistics(torch.stack(means), torch.stack(covariances), list(range(classes)))
+
+
+def fitted(before: Tensor, after: Tensor) -> Transport:
+    """The map from ``before`` to ``after``, both (n, C), features of the same images in the old and the new network.
+
+    Ridge regression of the difference: where the images say nothing the map leaves a feature as it is. Its penalty is
+    the one of ``PENALTIES`` (in units of the features' mean variance) with the least squared error on every fifth image
+    when it is fitted on the others.
+    """
+    held = torch.arange(len(before)) % 5 == 0
+
+    def error(penalty: float) -> float:
+        weight, bias = _ridge(before[~held], after[~held], penalty)
+        return float((before[held] @ weight.T + bias - after[held]).square().sum())
+
+    penalty = min(PENALTIES, key=error)
+    weight, bias = _ridge(before, after, penalty)
+    rest = after - before @ weight.T - bias
+    return Transport(weight, bias, rest.T @ rest / len(rest), penalty)
+
+
+def _ridge(before: Tensor, after: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    centre, target = before.mean(0), after.mean(0)
+    x, moved = before - centre, after - before - (target - centre)
+    gram = x.T @ x / len(x)
+    one = torch.eye(len(gram), dtype=gram.dtype)
+    scale = gram.trace().clamp(min=torch.finfo(gram.dtype).tiny) / len(gram)
+    weight = one + torch.linalg.solve(gram + penalty * scale * one, x.T @ moved / len(x)).T
+    return weight, target - weight @ centre
+
+
+def transported(statistics: Statistics, by: Transport) -> Statistics:
+    """The statistics of the same classes in the new network."""
+    return Statistics(
+        statistics.means @ by.weight.T + by.bias,
+        by.weight @ statistics.covariances @ by.weight.T + by.residual,
+        statistics.of,
+    )
+
+
+# The heads --------------------------------------------------------------------------------------------------------
+
+
+def heads(statistics: Statistics, seed: int = 0) -> dict[str, Linear]:
+    """A linear layer over the features for each read-out but "head"; float64."""
+    return {
+        "prototypes": prototypes(statistics),
+        "discriminant": discriminant(statistics),
+        "rebalanced": rebalanced(statistics, seed),
+    }
+
+
+def prototypes(statistics: Statistics) -> Linear:
+    """cos(x, m_c) times the length of x, which is the same for all classes: the order of the answers is that of cos."""
+    means = statistics.means
+    return F.normalize(means, dim=1), means.new_zeros(len(means))
+
+
+def discriminant(statistics: Statistics) -> Linear:
+    """With S the mean of the classes' covariances: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely."""
+    means = statistics.means
+    weight = torch.linalg.solve(_regular(_shared(statistics)), means.T).T
+    return weight, -(weight * means).sum(1) / 2
+
+
+def rebalanced(statistics: Statistics, seed: int = 0) -> Linear:
+    """Softmax regression on as many features of each class, drawn from its Gaussian; it begins at the discriminant."""
+    means = statistics.means
+    count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
+    generator = torch.Generator().manual_seed(seed)
+    roots = torch.linalg.cholesky(_regular(statistics.covariances))
+    noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
+    drawn = means.unsqueeze(1) + torch.stack([n @ roots[k].T for n, k in zip(noise, statistics.of, strict=True)])
+    labels = torch.arange(len(means)).repeat_interleave(count)
+    # Whitened, so that the regression converges in a few steps.
+    centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(_regular(_shared(statistics))))
+    inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
+    start = (means - centre) @ whiten.T
+    weight, bias = start.clone().requires_grad_(), (-start.square().sum(1) / 2).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = F.cross_entropy(inputs @ weight.T + bias, labels) + DECAY / 2 * weight.square().sum() / len(means)
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    plain = weight.detach() @ whiten
+    return plain, bias.detach() - plain @ centre
+
+
+def _shared(statistics: Statistics) -> Tensor:
+    """The mean over the classes of their covariances (C, C)."""
+    return statistics.covariances[torch.tensor(statistics.of)].mean(0)
+
+
+def _regular(covariances: Tensor) -> Tensor:
+    """(..., C, C), safe to be inverted where features do not vary at all, or lost digits in fp32."""
+    scale = covariances.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-9)
+    return covariances + SMALLEST * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+
+
+# In a checkpoint --------------------------------------------------------------------------------------------------
+
+
+def packed(statistics: Statistics | None) -> dict[str, Any]:
+    """As a checkpoint keeps them, in fp32; nothing for None."""
+    if statistics is None:
+        return {}
+    return {"means": statistics.means.float(), "covariances": statistics.covariances.float(), "of": statistics.of}
+
+
+def unpacked(saved: dict[str, Any]) -> Statistics | None:
+    """Those of a checkpoint, in float64; None where it has none."""
+    kept = saved["statistics"]
+    return Statistics(kept["means"].double(), kept["covariances"].double(), kept["of"]) if kept else None
+
+
+def after_first_step(model: Network, saved: dict[str, Any], images: Any) -> Statistics:
+    """Of all classes of a first step, on its training images (data.Images)."""
+    features = features_of(model, images.pixels, saved["mean"], saved["std"])
+    return measured(features, images.labels, len(saved["class_names"]))
+
+
+def after_step(teacher: Network, student: Network, before: dict[str, Any], images: Any) -> Statistics | None:
+    """Those of ``before``, the teacher's checkpoint, carried along, and those of the new classes behind them.
+
+    ``images`` (data.Images) are the new classes' training images. None where the teacher has none.
+    """
+    known = unpacked(before)
+    if known is None:
+        return None
+    old, new = (features_of(model, images.pixels, before["mean"], before["std"]) for model in (teacher, student))
+    first, last = int(images.labels.min()), int(images.labels.max())
+    return transported(known, fitted(old, new)).joined(measured(new, images.labels - first, last - first + 1))
+
+
+def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:
+    """Put the read-out ``name`` in the place of the model's head; returns the checkpoint with the form of its answers.
+
+    Raises InputError where there are no statistics.
+    """
+    if name == "head":
+        return saved
+    statistics = unpacked(saved)
+    if statistics is None:
+        raise InputError(
+            f"the checkpoint has no statistics of its classes, which the read-out {name} needs: it, or a model before "
+            "it, came from elsewhere or was trained with --no-statistics or by an earlier release; take --readout head"
+        )
+    try:
+        weight, bias = heads(statistics)[name]
+    except torch.linalg.LinAlgError as error:
+        raise InputError("the checkpoint's statistics are damaged: a covariance is none") from error
+    replace_head(model, weight, bias)
+    return saved | {"loss_form": "softmax"}

@@ -1,0 +1,384 @@
+"""The read-outs: statistics of features, their transport, the heads made of them, and the scripts that use them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import checkpoint_of, image_folder
+from sklearn.covariance import LedoitWolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+
+import checkpoint
+import config
+import demo
+import evaluation
+import export
+import incremental_learning_system as incremental
+import models
+import predict
+import readout
+import settings
+import train_teacher_model as trainer
+from data import Images
+from errors import InputError
+from readout import Statistics
+
+SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]
+
+
+def gaussians(classes: int = 3, width: int = 4, count: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (n, C) of overlapping classes that share a covariance, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    means = 2 * torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(classes, count, width, generator=generator, dtype=torch.float64)
+    return (means.unsqueeze(1) + noise @ root.T).flatten(0, 1), torch.arange(classes).repeat_interleave(count)
+
+
+def plain(features: torch.Tensor, labels: torch.Tensor) -> Statistics:
+    """Without shrinkage, which an affine map does not commute with."""
+    own = [features[labels == label] for label in labels.unique()]
+    return Statistics(
+        torch.stack([each.mean(0) for each in own]),
+        torch.stack([each.T.cov(correction=0) for each in own]),
+        list(range(len(own))),
+    )
+
+
+def affine(width: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return weight, torch.randn(width, generator=generator, dtype=torch.float64)
+
+
+# Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_means_and_covariances_are_those_of_each_class():
+    features, labels = gaussians()
+    found = readout.measured(features, labels, 3)
+    assert found.of == [0, 1, 2]
+    for label in range(3):
+        own = features[labels == label].numpy()
+        assert np.allclose(found.means[label], own.mean(0))
+        assert np.allclose(found.covariances[label], LedoitWolf().fit(own).covariance_)
+
+
+def test_wide_features_have_one_covariance_for_all_classes_of_a_step():
+    features, labels = gaussians(classes=2, width=readout.WIDEST + 1, count=40)
+    found = readout.measured(features, labels, 2)
+    assert found.covariances.shape == (1, readout.WIDEST + 1, readout.WIDEST + 1)
+    each = [torch.from_numpy(LedoitWolf().fit(features[labels == label].numpy()).covariance_) for label in (0, 1)]
+    assert torch.allclose(found.covariances[0], (each[0] + each[1]) / 2)
+    both = found.joined(readout.measured(features, labels, 2))
+    assert both.of == [0, 0, 1, 1]
+    assert len(both.means) == 4
+
+
+def test_what_is_packed_is_unpacked_in_double_precision():
+    known = readout.measured(*gaussians(), 3)
+    packed = readout.packed(known)
+    assert {packed[name].dtype for name in ("means", "covariances")} == {torch.float32}
+    again = readout.unpacked({"statistics": packed})
+    assert again.means.dtype == torch.float64
+    assert torch.allclose(again.covariances, known.covariances, rtol=1e-6)
+    assert again.of == known.of
+    assert readout.packed(None) == {}
+    assert readout.unpacked({"statistics": {}}) is None
+
+
+# Transport --------------------------------------------------------------------------------------------------------
+
+
+def test_an_affine_drift_is_found_and_undone():
+    features, labels = gaussians(classes=5)
+    weight, bias = affine()
+    after = features @ weight.T + bias
+    old, new = labels < 3, labels >= 3
+    found = readout.fitted(features[new], after[new])
+    assert found.penalty == readout.PENALTIES[0]
+    known, truth = plain(features[old], labels[old]), plain(after[old], labels[old])
+    carried = readout.transported(known, found)
+    assert torch.allclose(carried.means, truth.means, atol=0.02)
+    assert torch.allclose(carried.covariances, truth.covariances, rtol=0.01, atol=0.02)
+    assert (known.means - truth.means).abs().max() > 1  # they did move
+    assert (known.covariances - truth.covariances).abs().max() > 1
+
+
+def test_the_ridge_regression_is_that_of_the_closed_form_of_a_longer_system():
+    """Ridge as least squares with rows sqrt(penalty) * identity below, whose targets are zero differences."""
+    features, _ = gaussians(count=30)
+    after = features @ affine()[0].T + 0.3 * torch.randn(len(features), 4, dtype=torch.float64)
+    weight, bias = readout._ridge(features, after, 0.1)
+    x, moved = features - features.mean(0), (after - features) - (after - features).mean(0)
+    scale = 0.1 * x.square().sum() / 4
+    longer = torch.cat([x, scale.sqrt() * torch.eye(4, dtype=torch.float64)])
+    solved = torch.linalg.lstsq(longer, torch.cat([moved, torch.zeros(4, 4, dtype=torch.float64)])).solution
+    assert torch.allclose(weight, torch.eye(4, dtype=torch.float64) + solved.T)
+    assert torch.allclose(features.mean(0) @ weight.T + bias, after.mean(0))
+
+
+def test_directions_that_the_images_say_nothing_of_stay_as_they_are():
+    features, _ = gaussians()
+    features[:, 3] = 2.5  # dead for all new images, and moved for them
+    after = features.clone()
+    after[:, 0] *= 3
+    found = readout.fitted(features, after)
+    assert torch.allclose(found.weight[3], torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-6)
+    assert found.weight[0, 0] == pytest.approx(3, abs=0.01)
+
+
+def test_noise_is_added_to_the_covariances_and_raises_the_penalty():
+    features, labels = gaussians(count=12)
+    noise = 5 * torch.randn(len(features), 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = readout.fitted(features, features + noise)
+    assert found.penalty > readout.PENALTIES[0]
+    known = readout.measured(features, labels, 3)
+    carried = readout.transported(known, found)
+    assert torch.allclose(carried.covariances, found.weight @ known.covariances @ found.weight.T + found.residual)
+    assert found.residual.trace() > 50
+
+
+# The heads --------------------------------------------------------------------------------------------------------
+
+
+def answers(head, features):
+    weight, bias = head
+    return (features @ weight.T + bias).argmax(1)
+
+
+def test_prototypes_are_the_nearest_by_cosine():
+    known, (features, _) = readout.measured(*gaussians(), 3), gaussians(seed=9)
+    cosine = torch.nn.functional.cosine_similarity(features.unsqueeze(1), known.means.unsqueeze(0), dim=2)
+    assert torch.equal(answers(readout.prototypes(known), features), cosine.argmax(1))
+
+
+def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance():
+    features, labels = gaussians(count=20_000)
+    known = readout.measured(features, labels, 3)
+    weight, bias = readout.discriminant(known)
+    shared = known.covariances.mean(0)
+    likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in known.means]
+    posterior = torch.stack(likelihood, 1).softmax(1)
+    assert torch.allclose((features @ weight.T + bias).softmax(1), posterior, atol=1e-4)
+    theirs = LinearDiscriminantAnalysis().fit(features.numpy(), labels.numpy()).predict(features.numpy())
+    assert (answers((weight, bias), features).numpy() == theirs).mean() > 0.99  # which does not shrink
+
+
+def test_the_rebalanced_head_is_the_softmax_regression_of_the_same_features():
+    known = readout.measured(*gaussians(), 3)
+    features, labels = gaussians(seed=0, count=3000)
+    weight, bias = readout.rebalanced(known)
+    again = readout.rebalanced(known)
+    assert torch.equal(weight, again[0])
+    assert torch.equal(bias, again[1])
+    assert not torch.equal(weight, readout.rebalanced(known, seed=1)[0])
+    theirs = LogisticRegression(C=1.0, max_iter=1000).fit(features.numpy(), labels.numpy())
+    ours = (answers((weight, bias), features) == labels).double().mean()
+    assert ours == pytest.approx(theirs.score(features.numpy(), labels.numpy()), abs=0.03)
+
+
+def test_the_rebalanced_head_begins_at_the_discriminant(monkeypatch):
+    known = readout.measured(*gaussians(), 3)
+    monkeypatch.setattr(torch.optim.LBFGS, "step", lambda self, closure: None)
+    features = gaussians(seed=3)[0]
+    differences = [
+        features @ weight.T + bias for weight, bias in (readout.rebalanced(known), readout.discriminant(known))
+    ]
+    assert torch.allclose(differences[0].softmax(1), differences[1].softmax(1), atol=1e-6)
+
+
+def test_features_that_do_not_vary_and_many_classes_are_no_error():
+    flat = Statistics(torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), [0, 1])
+    for weight, bias in readout.heads(flat).values():
+        assert weight.isfinite().all()
+        assert bias.isfinite().all()
+
+
+def test_the_names_are_the_same_everywhere():
+    known = readout.measured(*gaussians(), 3)
+    names = ("head", *readout.heads(known))
+    assert names == predict.READOUTS
+    choices = next(f for f in settings.fields(settings.Settings) if f.name == "readout").metadata["help"]
+    assert choices.endswith(", ".join(names))
+    assert config.READOUT in names
+
+
+# With networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet32", "mobilenet_v3_small"])
+def test_the_features_are_what_the_head_sees(architecture):
+    torch.manual_seed(0)
+    model = models.build(architecture, 3, 32)
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    mean, std = [0.4] * 3, [0.3] * 3
+    features = readout.features_of(model, pixels, mean, std, batch_size=2)
+    assert features.dtype == torch.float64
+    logits = features.float() @ model.fc.weight.T + model.fc.bias
+    assert torch.allclose(logits, evaluation.predict(model, pixels, mean, std), atol=1e-5)
+
+
+def test_a_network_answers_with_the_read_out_that_is_put_in():
+    torch.manual_seed(0)
+    model = models.build("resnet32", 3, 8)
+    pixels = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(30) % 3)
+    saved = checkpoint_of(model, "resnet32", "abc", 8)
+    known = readout.after_first_step(model, saved, images)
+    saved["statistics"] = readout.packed(known)
+    found = evaluation.by_readout(model, known, images, saved["mean"], saved["std"], 1)
+    assert list(found) == list(predict.READOUTS)
+    assert found["discriminant"]["accuracy"] > 60  # on what it was made of
+    for name in predict.READOUTS:
+        own = models.build("resnet32", 3, 8)
+        own.load_state_dict(model.state_dict())
+        now = readout.use(own, saved, name)
+        assert now["loss_form"] == ("binary" if name == "head" else "softmax")
+        logits = evaluation.predict(own, pixels, saved["mean"], saved["std"])
+        assert evaluation.accuracies(logits, images.labels, 2)["accuracy"] == pytest.approx(found[name]["accuracy"])
+    nothing = Images(pixels[:0], images.labels[:0])
+    assert evaluation.by_readout(model, known, nothing, saved["mean"], saved["std"], 1) == {}
+
+
+def test_statistics_that_are_none_are_said():
+    model = models.build("resnet32", 2, 8)
+    saved = checkpoint_of(model, "resnet32", "ab", 8, statistics={})
+    with pytest.raises(InputError, match="no statistics of its classes"):
+        readout.use(model, saved, "discriminant")
+    negative = {"means": torch.zeros(2, 64), "covariances": -torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
+    with pytest.raises(InputError, match="statistics are damaged"):
+        readout.use(model, saved | {"statistics": negative}, "rebalanced")
+
+
+# The scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """Teacher, student, and the student of a second step, of a folder's classes."""
+    root = tmp_path_factory.mktemp("readout")
+    images = image_folder(root / "images", dict.fromkeys("abcdef", 8), dict.fromkeys("abcdef", 3))
+    flags = [*SMALL, "--dataset", "folder", "--data-dir", str(images), "--cache-dir", str(root / "cache")]
+    assert trainer.main([*flags, "--old-classes", "a,b", "--output-dir", str(root / "0")]) == 0
+    before = root / "0" / "teacher_model.pth"
+    for number, new in enumerate(("c,d", "e,f"), 1):
+        here = root / str(number)
+        assert (
+            incremental.main([*flags, "--teacher", str(before), "--new-classes", new, "--output-dir", str(here)]) == 0
+        )
+        before = here / "student_model.pth"
+    return root, flags
+
+
+def test_every_step_keeps_and_carries_the_statistics_of_all_classes(steps, capsys):
+    root, _ = steps
+    for number, name in enumerate(("0/teacher", "1/student", "2/student")):
+        saved = checkpoint.load(root / f"{name}_model.pth")
+        classes = 2 + 2 * number
+        assert saved["statistics"]["means"].shape == (classes, 64)
+        assert saved["statistics"]["of"] == list(range(classes))
+        assert list(saved["readouts"]) == list(predict.READOUTS)
+        assert saved["readouts"]["head"]["accuracy"] == pytest.approx(saved["training"]["log"][-1]["test_accuracy"])
+    before = checkpoint.load(root / "1" / "student_model.pth")["statistics"]["means"]
+    after = checkpoint.load(root / "2" / "student_model.pth")["statistics"]["means"][:4]
+    assert not torch.allclose(before, after, atol=1e-3)  # the network has moved, and they with it
+
+
+@pytest.mark.parametrize("name", predict.READOUTS)
+def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
+    root, flags = steps
+    student = str(root / "2" / "student_model.pth")
+    both = ["--teacher", str(root / "1" / "student_model.pth"), "--student", student]
+    assert demo.main([*flags, *both, "--readout", name, "--output-dir", str(tmp_path)]) == 0
+    assert f"\n  {name} " in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["student"]["accuracy"] == pytest.approx(metrics["readouts"][name]["accuracy"])
+    assert metrics["readouts"] == checkpoint.load(student)["readouts"]
+    assert "Read-outs" in (tmp_path / "demo_report.html").read_text()
+    onnx = str(tmp_path / "student.onnx")
+    assert export.main(["--checkpoint", student, "--output", onnx, "--readout", name, "--maps"]) == 0
+    capsys.readouterr()
+    said = []
+    for flags in (["--checkpoint", onnx], ["--checkpoint", student, "--readout", name]):
+        assert predict.main([str(root / "images" / "test" / "e"), *flags, "--json", "--top", "6"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    for one, other in zip(*said, strict=True):
+        ours, theirs = ({each["name"]: each["probability"] for each in row["classes"]} for row in (one, other))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert name == "head" or sum(ours.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_without_statistics_the_head_answers_and_the_rest_is_said(steps, tmp_path, capsys):
+    root, flags = steps
+    own = ["--output-dir", str(tmp_path)]
+    assert trainer.main([*flags, "--old-classes", "a,b", "--no-statistics", *own]) == 0
+    teacher = str(tmp_path / "teacher_model.pth")
+    assert checkpoint.load(teacher)["statistics"] == {}
+    capsys.readouterr()
+    assert incremental.main([*flags, "--teacher", teacher, "--new-classes", "c,d", *own]) == 0
+    assert "has no statistics of its classes" in capsys.readouterr().out
+    student = str(tmp_path / "student_model.pth")
+    both = [*flags, "--teacher", teacher, "--student", student, *own]
+    assert demo.main(both) == 0
+    capsys.readouterr()
+    onnx = str(tmp_path / "student.onnx")
+    for script, given in (
+        (demo, [*both, "--readout", "prototypes"]),
+        (export, ["--checkpoint", student, "--output", onnx, "--readout", "prototypes"]),
+        (predict, [str(root / "images" / "test" / "a"), "--checkpoint", student, "--readout", "prototypes"]),
+    ):
+        assert script.main(given) == 2
+        assert "no statistics of its classes, which the read-out prototypes needs" in capsys.readouterr().err
+    assert export.main(["--checkpoint", student, "--output", onnx]) == 0
+    assert predict.main([str(root / "images" / "test" / "a"), "--checkpoint", onnx, "--readout", "head"]) == 2
+    assert "give the flag to export.py" in capsys.readouterr().err
+
+
+def test_a_run_that_finished_without_them_gets_them_when_it_is_resumed(steps, tmp_path, capsys):
+    root, flags = steps
+    shutil.copytree(root / "1", tmp_path / "again")
+    path = tmp_path / "again" / "student_model.pth"
+    whole = checkpoint.load(path)
+    checkpoint.save(path, whole | {"statistics": {}, "readouts": {}})
+    teacher = ["--teacher", str(root / "0" / "teacher_model.pth"), "--new-classes", "c,d"]
+    assert incremental.main([*flags, *teacher, "--resume", "--output-dir", str(tmp_path / "again")]) == 0
+    again = checkpoint.load(path)
+    assert again["readouts"] == whole["readouts"]
+    assert torch.equal(again["statistics"]["means"], whole["statistics"]["means"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"means": torch.zeros(3, 64)}, "do not fit the head"),
+        ({"covariances": torch.zeros(2, 64, 63)}, "do not fit the head"),
+        ({"more": 1}, "do not fit the head"),
+        ({"of": [0, 2]}, "not those of the classes"),
+        ({"of": [0]}, "not those of the classes"),
+        ({"of": [0, True]}, "not those of the classes"),
+        ({"means": torch.full((2, 64), float("nan"))}, "are not finite numbers"),
+        ({"covariances": torch.zeros(2, 64, 64).double()}, "are not finite numbers"),
+        ({"covariances": -torch.ones(2, 64, 64)}, "a variance of the statistics is negative"),
+        ({"means": [0.0]}, "'means' of the statistics is missing or not a Tensor"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path, change, said):
+    good = {"means": torch.zeros(2, 64), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
+    model = models.build("resnet32", 2, 8)
+    checkpoint.save(tmp_path / "good.pth", checkpoint_of(model, "resnet32", "ab", 8, statistics=good))
+    assert checkpoint.load(tmp_path / "good.pth")["statistics"]["of"] == [0, 1]
+    checkpoint.save(tmp_path / "bad.pth", checkpoint_of(model, "resnet32", "ab", 8, statistics=good | change))
+    with pytest.raises(InputError, match=said):
+        checkpoint.load(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("readouts", [{"head": 1.0}, {"head": {"accuracy": 101.0}}, {"head": {"accuracy": "x"}}])
+def test_accuracies_of_read_outs_that_cannot_be_are_refused(tmp_path, readouts):
+    model = models.build("resnet32", 2, 8)
+    checkpoint.save(tmp_path / "bad.pth", checkpoint_of(model, "resnet32", "ab", 8, readouts=readouts))
+    with pytest.raises(InputError, match="read-out"):
+        checkpoint.load(tmp_path / "bad.pth")
