@@ -59,24 +59,22 @@ def main(argv: list[str] | None = None) -> None:
     images, captions, gone = images_to_judge(settings, after)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
-    judged, known = images.labels >= 0, readout.unpacked(after)
-    readouts = {}
-    if known is not None:
-        labelled = Images(images.pixels[judged], images.labels[judged])
-        readouts = evaluation.by_readout(student, known, labelled, after["mean"], after["std"], len(names) - old)
+    judged = images.labels >= 0
+    labelled = Images(images.pixels[judged], images.labels[judged])
+    statistics = evaluation.of_statistics(student, before, after, labelled)
     with settings.naming("readout"):
         before = readout.use(teacher, before, settings.readout)
         after = readout.use(student, after, settings.readout)
     found = evaluation.compare(teacher, student, before, after, images, history=not settings.images)
     output = Path(settings.output_dir)
     make_folder(output)
-    metrics = found.metrics | {"readouts": readouts}
+    metrics = found.metrics | statistics
 
     if judged.any():
         if gone:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         print_table(metrics, before["class_names"])
-        progress.print_readouts(readouts)
+        progress.print_readouts(metrics["readouts"])
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
     else:
@@ -101,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         for row, index in enumerate(chosen)
     ]
     if judged.any():
-        report.of_student(output / "demo_report.html", before, after | {"readouts": readouts}, images, found)
+        report.of_student(output / "demo_report.html", before, after | {"readouts": metrics["readouts"]}, images, found)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")

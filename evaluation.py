@@ -20,7 +20,7 @@ from data import Images, to_input
 from gradcam import last_map
 from losses import attention_distances
 from models import Network, head_weight
-from readout import Statistics, features_of, heads
+from readout import Statistics, features_of, heads, unpacked
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -170,6 +170,40 @@ def by_readout(
         logits = features @ weight.T + bias
         found[name] = accuracies(logits, images.labels, len(weight) - last)
     return found
+
+
+def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
+    """How far each class's mean is from that of its ``features`` (n, C), labels int64 (n,); None where it has none.
+
+    In units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
+    1 / sqrt(n).
+    """
+    found: list[float | None] = []
+    for label, mean in enumerate(statistics.means):
+        own = features[labels == label]
+        off = (own.mean(0) - mean).norm() / own.var(0, correction=0).sum().sqrt().clamp(min=1e-12) if len(own) else None
+        found.append(None if off is None else float(off))
+    return found
+
+
+def of_statistics(
+    student: Network, before: dict[str, Any], after: dict[str, Any], images: Images
+) -> dict[str, dict[str, Any]]:
+    """What the checkpoint ``after`` of a student can do with its statistics, on ``images`` of known classes.
+
+    "readouts" as ``by_readout``; "means_off" of the old classes' means as the student carried them, and as they were
+    "left" in ``before``, its teacher's checkpoint. Both are empty without statistics or images.
+    """
+    known, earlier, old = unpacked(after), unpacked(before), len(before["class_names"])
+    if known is None or earlier is None or not len(images.labels):
+        return {"readouts": {}, "means_off": {}}
+    mean, std, is_old = after["mean"], after["std"], images.labels < old
+    features = features_of(student, images.pixels[is_old], mean, std) if is_old.any() else earlier.means[:0]
+    both = {"carried": Statistics(known.means[:old], known.covariances, known.of[:old]), "left": earlier}
+    return {
+        "readouts": by_readout(student, known, images, mean, std, len(known.means) - old),
+        "means_off": {name: means_off(each, features, images.labels[is_old]) for name, each in both.items()},
+    }
 
 
 # Teacher and student side by side ---------------------------------------------------------------------------------

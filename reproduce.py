@@ -38,6 +38,8 @@ from tables import (
     moved,
     points_of,
     read_rows,
+    readouts_path,
+    readouts_table,
     table_of,
     table_path,
     variants_of,
@@ -92,6 +94,9 @@ def main(argv: list[str] | None = None) -> None:
         text = table_of(protocol, path)
         table_path(path).write_text(text)
         print(text)
+        if text := readouts_table(protocol, path):
+            readouts_path(path).write_text(text)
+            print(text)
         if read_rows(attention_path(path)):
             text = attention_table(protocol, path)
             attention_path(path).with_suffix(".md").write_text(text)
@@ -303,8 +308,8 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
 
 
 def rows_of_classes(metrics: dict) -> list[dict]:
-    """For each old class what demo.py found of it on its test images: accuracies and attention."""
-    classes, attention = metrics["classes"], metrics["attention"]
+    """What demo.py found of each old class on its test images: accuracies, attention, how far its mean is off."""
+    classes, attention, off = metrics["classes"], metrics["attention"], metrics["means_off"]
     columns = {
         "class": classes["names"],
         "accuracy_before": classes["teacher"],
@@ -313,6 +318,7 @@ def rows_of_classes(metrics: dict) -> list[dict]:
         "overlap": attention["overlap"],
     }
     old = len(attention["distance"])
+    columns |= {f"mean_off_{name}": off.get(name, [None] * old) for name in ("carried", "left")}
     return [{name: values[index] for name, values in columns.items()} for index in range(old)]
 
 

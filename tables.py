@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from predict import READOUTS
 from protocols import REFERENCES, Protocol
 
 NOT_THERE = "–"  # noqa: RUF001
@@ -28,6 +29,10 @@ def table_path(path: Path) -> Path:
 
 def attention_path(path: Path) -> Path:
     return path.with_name("attention.csv" if path.stem == "accuracy" else f"{path.stem}_attention.csv")
+
+
+def readouts_path(path: Path) -> Path:
+    return path.with_name("readouts.md" if path.stem == "accuracy" else f"{path.stem}_readouts.md")
 
 
 def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
@@ -96,7 +101,7 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
     return []
 
 
-def paired(pairs: list[tuple[float | None, float | None]]) -> str:
+def paired(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     """Mean of the differences with its 95 % interval."""
     differences = [one - other for one, other in pairs if one is not None and other is not None]
     if len(differences) < len(pairs):
@@ -166,6 +171,45 @@ def mean_and_spread(values: Sequence[float | None], digits: int = 1) -> str:
         return NOT_THERE
     spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{statistics.mean(known):.{digits}f}{spread}"
+
+
+# Read-outs --------------------------------------------------------------------------------------------------------
+
+
+def readouts_table(protocol: Protocol, path: Path) -> str:
+    """Accuracy over all classes with each read-out, and what it has over the head in pairs by seed; "" without any."""
+    rows, last = read_rows(path), len(protocol.groups) - 1
+    measures = {"average of the steps": slice(None)} if last > 1 else {}
+    measures["after the last step"] = slice(-1, None)
+    lines = []
+    for name in variants_of(protocol, path):
+        seeds: dict[str, list[dict]] = {}
+        for row in rows:
+            if row["method"] == name and row.get(READOUTS[-1]):
+                seeds.setdefault(row["seed"], []).append(row)
+        whole = [own for own in seeds.values() if len(own) == last + 1]
+        for readout in READOUTS if whole else ():
+            cells = []
+            for steps in measures.values():
+                ours, heads = (_means(whole, steps, column) for column in (readout, "head"))
+                cells.append(mean_and_spread(ours))
+                compared = readout != "head" and len(whole) > 2
+                cells.append(paired(list(zip(ours, heads, strict=True))) if compared else NOT_THERE)
+            lines.append(f"| {name} | {readout} | {' | '.join(cells)} | {len(whole)} |")
+    if not lines:
+        return ""
+    columns = [
+        "method",
+        "read-out",
+        *(column for measure in measures for column in (measure, "over the head")),
+        "seeds",
+    ]
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]) + "\n"
+
+
+def _means(seeds: list[list[dict]], steps: slice, readout: str) -> list[float]:
+    column = "accuracy" if readout == "head" else readout
+    return [statistics.mean(float(row[column]) for row in own[steps]) for own in seeds]
 
 
 # Attention --------------------------------------------------------------------------------------------------------

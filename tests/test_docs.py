@@ -11,7 +11,7 @@ from PIL import Image
 import reproduce
 import settings
 from protocols import PROTOCOLS
-from tables import attention_table, fingerprint
+from tables import attention_table, fingerprint, readouts_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +49,14 @@ def test_the_figures_are_drawn_from_the_csv(path):
 def test_the_tables_of_attention_are_those_of_the_csv(path):
     table = path.with_name("ablation.csv" if path.stem.startswith("ablation") else "accuracy.csv")
     assert path.with_suffix(".md").read_text() == attention_table(PROTOCOLS[path.parent.name], table)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*readouts.md")), ids=lambda path: path.parent.name)
+def test_the_tables_of_read_outs_are_those_of_the_csv(path):
+    table = path.with_name("ablation.csv" if path.stem.startswith("ablation") else "accuracy.csv")
+    made = readouts_table(PROTOCOLS[path.parent.name], table)
+    assert path.read_text() == made
+    assert made in (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 import checkpoint
 import config
+import data
 import demo
 import evaluation
 import export
@@ -382,3 +383,26 @@ def test_accuracies_of_read_outs_that_cannot_be_are_refused(tmp_path, readouts):
     checkpoint.save(tmp_path / "bad.pth", checkpoint_of(model, "resnet32", "ab", 8, readouts=readouts))
     with pytest.raises(InputError, match="read-out"):
         checkpoint.load(tmp_path / "bad.pth")
+
+
+def test_how_far_means_are_off_is_in_units_of_the_spread():
+    features, labels = gaussians()
+    known = plain(features, labels)
+    assert evaluation.means_off(known, features, labels) == pytest.approx([0, 0, 0], abs=1e-9)
+    shift = torch.tensor([3.0, 0, 4.0, 0], dtype=torch.float64)
+    off = evaluation.means_off(known, features + shift, labels)
+    assert off == pytest.approx([5 / known.covariances[label].trace().sqrt().item() for label in range(3)])
+    assert evaluation.means_off(known, features[labels > 0], labels[labels > 0])[0] is None
+
+
+def test_carried_means_are_nearer_than_those_that_were_left(steps):
+    root, flags = steps
+    before, after = (checkpoint.load(root / f"{number}" / "student_model.pth") for number in (1, 2))
+    model = checkpoint.restore_model(after)
+    images = data.open_source(data.Place("folder", flags[flags.index("--data-dir") + 1]), 8).test("abcdef", "abcdef")
+    found = evaluation.of_statistics(model, before, after, images)
+    assert found["readouts"] == after["readouts"]
+    assert [len(values) for values in found["means_off"].values()] == [4, 4]
+    assert sum(found["means_off"]["carried"]) < sum(found["means_off"]["left"])
+    nothing = {"readouts": {}, "means_off": {}}
+    assert evaluation.of_statistics(model, before, after | {"statistics": {}}, images) == nothing

@@ -156,6 +156,7 @@ def calls(monkeypatch, tmp_path, judged) -> list[dict]:
             metrics = {
                 "classes": {"names": after, "teacher": [80.0] * old, "student": [10.0 * old] * len(after)},
                 "attention": {"distance": [0.25] * (old - 1) + [None], "overlap": [60.0] * old},
+                "means_off": {"carried": [0.5] * old} if old > 2 else {},
             }
             (folder / "metrics.json").write_text(json.dumps(metrics))
             return
@@ -229,6 +230,7 @@ def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, t
         "60.0",
     ]
     assert rows[-2]["distance"] == "0.25"
+    assert [last["mean_off_carried"], rows[0]["mean_off_carried"], last["mean_off_left"]] == ["0.5", "", ""]
 
 
 def test_a_protocol_of_several_steps_has_figures_that_name_what_they_show(calls, monkeypatch, tmp_path):
@@ -401,3 +403,24 @@ def test_the_command_that_is_recorded_parses(monkeypatch):
     options = argparse.Namespace(protocol="photos32-search", data_dir="x", methods=None, seeds="0", ablation=True)
     words = shlex.split(reproduce.environment(options, 2, 1)["command"])
     assert words[2:] == ["photos32-search", "--data-dir", "photos32", "--seeds", "0", "--ablation", "--jobs", "2"]
+
+
+def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
+    path = tmp_path / "accuracy.csv"
+    gains = {"prototypes": 1.0, "discriminant": 5.0, "rebalanced": -2.0}
+    for seed in range(3):
+        for step in range(5):
+            head = 80.0 - 10 * step + seed
+            values = {name: head + gain + (seed if step == 4 else 0) for name, gain in gains.items()}
+            tables.write_rows(path, [row("lwm", seed, step, head) | values])
+    tables.write_rows(path, [row("lwm", 3, 0, 99.0) | dict.fromkeys(gains, 1.0)])  # not finished
+    tables.write_rows(path, [row("lwf", 0, step, 1.0) | dict.fromkeys(gains) for step in (4,)])  # without read-outs
+    text = tables.readouts_table(FIVE, path)
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [["lwm", name] for name in ("head", *gains)]
+    assert lines[0] == ["lwm", "head", "61.0 ± 1.0", "–", "41.0 ± 1.0", "–", "3"]  # noqa: RUF001
+    assert lines[2][2] == "66.2 ± 1.2"
+    assert lines[2][3].startswith("+5.2 (+5.0 to +5.4)")
+    assert lines[2][4] == "47.0 ± 2.0"
+    assert lines[3][5].startswith("-1.0 (-2.0 to +0.0)")
+    assert tables.readouts_table(PROTOCOLS["digits-2+2"], tmp_path / "none.csv") == ""
