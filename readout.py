@@ -28,9 +28,10 @@ from models import Network, replace_head
 
 WIDEST = 128  # channels; above it a step has one covariance for all its classes: 512 x 512 numbers are 1 MB
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+FOLDS = 5
 DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, that the rebalanced head is trained on
 SMALLEST = 1e-6  # variance that any direction has, of the mean one
-DECAY = 1e-2  # of the rebalanced head's weights, on whitened features
+DECAY = 1.0  # of the rebalanced head's weights, on whitened features
 
 Linear = tuple[Tensor, Tensor]  # weight (N, C), bias (N)
 
@@ -94,18 +95,21 @@ def fitted(before: Tensor, after: Tensor) -> Transport:
     """The map from ``before`` to ``after``, both (n, C), features of the same images in the old and the new network.
 
     Ridge regression of the difference: where the images say nothing the map leaves a feature as it is. Its penalty is
-    the one of ``PENALTIES`` (in units of the features' mean variance) with the least squared error on every fifth image
-    when it is fitted on the others.
+    the one of ``PENALTIES`` (in units of the features' mean variance) that predicts best by cross-validation, and the
+    residual is what it then misses: that on the images it was fitted on would be too small where they are few.
     """
-    held = torch.arange(len(before)) % 5 == 0
+    fold = torch.arange(len(before)) % FOLDS
 
-    def error(penalty: float) -> float:
-        weight, bias = _ridge(before[~held], after[~held], penalty)
-        return float((before[held] @ weight.T + bias - after[held]).square().sum())
+    def missed(penalty: float) -> Tensor:
+        parts = []
+        for number in range(FOLDS):
+            weight, bias = _ridge(before[fold != number], after[fold != number], penalty)
+            parts.append(after[fold == number] - before[fold == number] @ weight.T - bias)
+        return torch.cat(parts)
 
-    penalty = min(PENALTIES, key=error)
+    penalty = min(PENALTIES, key=lambda penalty: float(missed(penalty).square().sum()))
     weight, bias = _ridge(before, after, penalty)
-    rest = after - before @ weight.T - bias
+    rest = missed(penalty)
     return Transport(weight, bias, rest.T @ rest / len(rest), penalty)
 
 
