@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -64,6 +65,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             # What the user gave is the same for all processes of a machine: its first one says what is wrong with it.
             told = code != 1 and os.environ.get("LOCAL_RANK") != "0"
             text = "" if not text or told else f"process {process_number()}: {text}"
+            if code == 2 and told:  # torchrun ends all as soon as one has ended, and the first one is to speak before
+                time.sleep(3)
         _say(text)
         if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os._exit(code)  # not by way of the others' connections, whose threads would wait or abort

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import to_input
-from errors import InputError
+from errors import InputError, RunError
 from models import Network, replace_head
 
 WIDEST = 128  # channels; above it a step has one covariance for all its classes: 512 x 512 numbers are 1 MB
@@ -65,11 +65,17 @@ class Transport(NamedTuple):
 def features_of(
     model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> Tensor:
-    """What the head sees of uint8 (n, 3, H, W), in eval mode: float64 (n, C), on the CPU."""
+    """What the head sees of uint8 (n, 3, H, W), in eval mode: float64 (n, C), on the CPU.
+
+    Raises RunError where that is not finite.
+    """
     model.eval()
     device = next(model.parameters()).device
     parts = [model.pooled(model(to_input(part.to(device), mean, std)).features) for part in pixels.split(batch_size)]
-    return torch.cat([part.cpu().double() for part in parts])
+    features = torch.cat([part.cpu().double() for part in parts])
+    if not features.isfinite().all():
+        raise RunError("the network's features are not finite, so that there are no statistics of them")
+    return features
 
 
 def measured(features: Tensor, labels: Tensor, classes: int) -> Statistics:

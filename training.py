@@ -176,6 +176,7 @@ def fit(
             rows.append(row)
             signum = stop.agreed()  # asked once: it may come at any moment
             if finished:
+                loop.check_weights()
                 head |= last(model)
             if judged or signum:
                 loop.save(finished)
@@ -283,13 +284,16 @@ class _Loop:
             where = f"in epoch {len(self.rows) + 1}, after step {self.part.batches} of {self.steps}"
         print(f"going on from {self.run.source}, {where}")
 
-    def save(self, finished: bool = False) -> None:
-        weights, part = self.model.state_dict(), self.part
-        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+    def check_weights(self) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in self.model.state_dict().values()):
             raise RunError(
-                f"epoch {len(self.rows) + bool(part)}: the weights are no longer finite; a lower learning rate may "
-                f"help; {self.run.what_is_left()}"
+                f"epoch {len(self.rows) + bool(self.part)}: the weights are no longer finite; a lower learning rate "
+                f"may help; {self.run.what_is_left()}"
             )
+
+    def save(self, finished: bool = False) -> None:
+        self.check_weights()
+        part = self.part
         position = part and {
             **{name: getattr(part, name) for name in ("order", "learning_rate", "batches", "seconds")},
             "sums": dict(zip(part.names, distributed.summed(part.sums).tolist(), strict=True)),
@@ -303,7 +307,7 @@ class _Loop:
             "log": self.rows,
             "position": position,
         }
-        self.run.save({**self.head, "model": weights, "finished": finished, "training": training})
+        self.run.save({**self.head, "model": self.model.state_dict(), "finished": finished, "training": training})
 
     def epoch(self, number: int, stop: StopSignal) -> Row:
         """One pass over the training images, or the rest of one; the terms are summed on the device."""
