@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data import to_input
+from data import Images, to_input
 from errors import InputError, RunError
 from models import Network, replace_head
 
@@ -58,7 +58,7 @@ class Transport(NamedTuple):
     weight: Tensor
     bias: Tensor
     residual: Tensor
-    penalty: float
+    penalty: float  # of the ridge regression that found it
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _ridge(before: Tensor, after: Tensor, penalty: float) -> tuple[Tensor, Tenso
     x, moved = before - centre, after - before - (target - centre)
     gram = x.T @ x / len(x)
     one = torch.eye(len(gram), dtype=gram.dtype)
-    scale = gram.trace().clamp(min=torch.finfo(gram.dtype).tiny) / len(gram)
+    scale = gram.trace().clamp(min=1e-9) / len(gram)
     weight = one + torch.linalg.solve(gram + penalty * scale * one, x.T @ moved / len(x)).T
     return weight, target - weight @ centre
 
@@ -217,16 +217,16 @@ def unpacked(saved: dict[str, Any]) -> Statistics | None:
     return Statistics(kept["means"].double(), kept["covariances"].double(), kept["of"]) if kept else None
 
 
-def after_first_step(model: Network, saved: dict[str, Any], images: Any) -> Statistics:
-    """Of all classes of a first step, on its training images (data.Images)."""
+def after_first_step(model: Network, saved: dict[str, Any], images: Images) -> Statistics:
+    """Of all classes of a first step, on its training images."""
     features = features_of(model, images.pixels, saved["mean"], saved["std"])
     return measured(features, images.labels, len(saved["class_names"]))
 
 
-def after_step(teacher: Network, student: Network, before: dict[str, Any], images: Any) -> Statistics | None:
+def after_step(teacher: Network, student: Network, before: dict[str, Any], images: Images) -> Statistics | None:
     """Those of ``before``, the teacher's checkpoint, carried along, and those of the new classes behind them.
 
-    ``images`` (data.Images) are the new classes' training images. None where the teacher has none.
+    ``images`` are the new classes' training images. None where the teacher has none.
     """
     known = unpacked(before)
     if known is None:

@@ -122,6 +122,15 @@ def test_the_ridge_regression_is_that_of_the_closed_form_of_a_longer_system():
     assert torch.allclose(features.mean(0) @ weight.T + bias, after.mean(0))
 
 
+def test_two_images_are_enough_not_to_break_it():
+    features, _ = gaussians(count=1)
+    found = readout.fitted(features[:2], features[:2] + 1)
+    assert torch.allclose(found.weight, torch.eye(4, dtype=torch.float64))
+    assert torch.allclose(found.bias, torch.ones(4, dtype=torch.float64))
+    same = readout.fitted(features[:1].repeat(2, 1), features[:1].repeat(2, 1))  # they do not even differ
+    assert same.weight.isfinite().all()
+
+
 def test_directions_that_the_images_say_nothing_of_stay_as_they_are():
     features, _ = gaussians()
     features[:, 3] = 2.5  # dead for all new images, and moved for them
