@@ -204,7 +204,28 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
         *(column for measure in measures for column in (measure, "over the head")),
         "seeds",
     ]
-    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]) + "\n"
+    return (
+        "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_means_off(protocol, path)])
+        + "\n"
+    )
+
+
+def _means_off(protocol: Protocol, path: Path) -> list[str]:
+    """Lines on how far the means of old classes are off, over all steps, in units of a class's spread."""
+    rows = read_rows(attention_path(path))
+    lines = []
+    for name in variants_of(protocol, path):
+        cells = []
+        for column in ("mean_off_carried", "mean_off_left"):
+            seeds: dict[str, list[float]] = {}
+            for row in rows:
+                if row["method"] == name and row.get(column):
+                    seeds.setdefault(row["seed"], []).append(float(row[column]))
+            cells.append(mean_and_spread([statistics.mean(own) for own in seeds.values()], 2) if seeds else "")
+        if all(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    heads = "| method | means of old classes are off, carried along | left as they were |"
+    return ["", heads, "|---|---|---|", *lines] if lines else []
 
 
 def _means(seeds: list[list[dict]], steps: slice, readout: str) -> list[float]:

@@ -11,7 +11,7 @@ from PIL import Image
 import reproduce
 import settings
 from protocols import PROTOCOLS
-from tables import attention_table, fingerprint, readouts_table
+from tables import attention_table, fingerprint, read_rows, readouts_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +31,18 @@ def test_the_tables_are_those_of_the_csv(path):
     made = reproduce.table_of(PROTOCOLS[path.parent.name], path)
     assert reproduce.table_path(path).read_text() == made
     assert made in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_a_cell_that_was_run_twice_gave_the_same_numbers():
+    """lwm is gamma 0.1 of the ablation: trained in another folder, from another commit."""
+    folder = ROOT / "results" / "photos32-5x4"
+    columns = ("seed", "step", "accuracy", "accuracy_old", "accuracy_new", "task_aware", "forgetting", "zero_maps")
+    once, again = (
+        {tuple(row[column] for column in columns) for row in read_rows(folder / f"{stem}.csv") if row["method"] == name}
+        for stem, name in (("accuracy", "lwm"), ("ablation", "binary gamma=0.1"))
+    )
+    assert len(again) >= 10
+    assert again <= once
 
 
 FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}

@@ -424,3 +424,10 @@ def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
     assert lines[2][4] == "47.0 ± 2.0"
     assert lines[3][5].startswith("-1.0 (-2.0 to +0.0)")
     assert tables.readouts_table(PROTOCOLS["digits-2+2"], tmp_path / "none.csv") == ""
+    for seed, off in ((0, 0.1), (1, 0.3)):
+        off_by = {"mean_off_carried": off, "mean_off_left": 0.5}
+        tables.write_rows(tables.attention_path(path), [classes_row("lwm", seed, 1, "a", 0.1, 1.0) | off_by])
+    assert tables.readouts_table(FIVE, path) == text + (
+        "\n| method | means of old classes are off, carried along | left as they were |\n|---|---|---|\n"
+        "| lwm | 0.20 ± 0.14 | 0.50 ± 0.00 |\n"
+    )
