@@ -60,6 +60,7 @@ LAST_OF_STUDENT = LAST_OF_TEACHER | {
     f"test_{name}_{group}" for name in ("accuracy", "task_aware") for group in ("old", "new")
 }
 ADDED_IN_2: dict[str, Any] = {"position": None, "images": None, "machine": {}}
+ADDED_IN_3: dict[str, Any] = {"statistics": {}, "readouts": {}}
 
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
@@ -110,7 +111,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    checkpoint = {"format": FORMAT, "version": VERSION, "statistics": {}, "readouts": {}, **checkpoint}
+    checkpoint = {"format": FORMAT, "version": VERSION, **ADDED_IN_3, **checkpoint}
     torchfile.plain(checkpoint, math.inf)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
@@ -182,7 +183,7 @@ def _upgraded(checkpoint: Any) -> dict[str, Any]:
     if version == 1 and isinstance(checkpoint.get("training"), dict) and checkpoint["training"]:
         checkpoint = checkpoint | {"training": ADDED_IN_2 | checkpoint["training"]}
     if version < 3:
-        checkpoint = checkpoint | {"statistics": {}, "readouts": {}}
+        checkpoint = checkpoint | ADDED_IN_3
     _check_schema(checkpoint)
     return checkpoint
 

@@ -20,7 +20,7 @@ from data import Images, to_input
 from gradcam import last_map
 from losses import attention_distances
 from models import Network, head_weight
-from readout import Statistics, features_of, heads, unpacked
+from readout import HEADS, Statistics, features_of, unpacked
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -155,20 +155,16 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_readout(
-    model: Network, statistics: Statistics, images: Images, mean: Sequence[float], std: Sequence[float], last: int
+    model: Network, statistics: Statistics, features: Tensor, labels: Tensor, last: int
 ) -> dict[str, dict[str, float | None]]:
-    """For each read-out its accuracies in percent on ``images``, none where there are no images.
+    """For each read-out its accuracies in percent on images with ``features`` (n, C) and labels int64 (n,).
 
     ``last`` is the number of classes of the last step, which are the new ones.
     """
-    if not len(images.labels):
-        return {}
-    features = features_of(model, images.pixels, mean, std)
     head = model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
     found = {}
-    for name, (weight, bias) in {"head": head, **heads(statistics)}.items():
-        logits = features @ weight.T + bias
-        found[name] = accuracies(logits, images.labels, len(weight) - last)
+    for name, (weight, bias) in {"head": head, **{name: make(statistics) for name, make in HEADS.items()}}.items():
+        found[name] = accuracies(features @ weight.T + bias, labels, len(weight) - last)
     return found
 
 
@@ -197,12 +193,11 @@ def of_statistics(
     known, earlier, old = unpacked(after), unpacked(before), len(before["class_names"])
     if known is None or earlier is None or not len(images.labels):
         return {"readouts": {}, "means_off": {}}
-    mean, std, is_old = after["mean"], after["std"], images.labels < old
-    features = features_of(student, images.pixels[is_old], mean, std) if is_old.any() else earlier.means[:0]
+    features, is_old = features_of(student, images.pixels, after["mean"], after["std"]), images.labels < old
     both = {"carried": Statistics(known.means[:old], known.covariances, known.of[:old]), "left": earlier}
     return {
-        "readouts": by_readout(student, known, images, mean, std, len(known.means) - old),
-        "means_off": {name: means_off(each, features, images.labels[is_old]) for name, each in both.items()},
+        "readouts": by_readout(student, known, features, images.labels, len(known.means) - old),
+        "means_off": {name: means_off(each, features[is_old], images.labels[is_old]) for name, each in both.items()},
     }
 
 

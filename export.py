@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, RunError, one_line_errors
-from predict import READOUTS, form_of
-from settings import OneLineParser, require_folder
+from predict import form_of
+from settings import READOUTS, OneLineParser, require_folder
 from version import VERSION
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once

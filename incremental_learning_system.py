@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         known = readout.after_step(teacher, model, before, train) if settings.statistics else None
         if known is None:
             return {}
-        found = evaluation.by_readout(model, known, test, head["mean"], head["std"], len(new))
+        features = readout.features_of(model, test.pixels, head["mean"], head["std"])
+        found = evaluation.by_readout(model, known, features, test.labels, len(new))
         return {"statistics": readout.packed(known), "readouts": found}
 
     watch = progress.Watch(settings, run.folder, run.kind)

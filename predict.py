@@ -20,9 +20,8 @@ import numpy as np
 
 from errors import InputError, one_line_errors, warn
 from imagefiles import decode_all, image_files
-from settings import OneLineParser
+from settings import READOUTS, OneLineParser
 
-READOUTS = ("head", "prototypes", "discriminant", "rebalanced")  # those of readout.py, which needs torch
 BATCH = 64  # images in memory at a time
 
 

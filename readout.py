@@ -15,7 +15,7 @@ Each is a linear layer over the features, so that the result is a plain network 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,9 +113,9 @@ def fitted(before: Tensor, after: Tensor) -> Transport:
             parts.append(after[fold == number] - before[fold == number] @ weight.T - bias)
         return torch.cat(parts)
 
-    penalty = min(PENALTIES, key=lambda penalty: float(missed(penalty).square().sum()))
+    tried = ((penalty, missed(penalty)) for penalty in PENALTIES)
+    penalty, rest = min(tried, key=lambda one: float(one[1].square().sum()))
     weight, bias = _ridge(before, after, penalty)
-    rest = missed(penalty)
     return Transport(weight, bias, rest.T @ rest / len(rest), penalty)
 
 
@@ -139,15 +139,6 @@ def transported(statistics: Statistics, by: Transport) -> Statistics:
 
 
 # The heads --------------------------------------------------------------------------------------------------------
-
-
-def heads(statistics: Statistics, seed: int = 0) -> dict[str, Linear]:
-    """A linear layer over the features for each read-out but "head"; float64."""
-    return {
-        "prototypes": prototypes(statistics),
-        "discriminant": discriminant(statistics),
-        "rebalanced": rebalanced(statistics, seed),
-    }
 
 
 def prototypes(statistics: Statistics) -> Linear:
@@ -201,6 +192,14 @@ def _regular(covariances: Tensor) -> Tensor:
     return covariances + SMALLEST * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
 
 
+# Each makes a linear layer over the features, in float64: every read-out but "head".
+HEADS: dict[str, Callable[[Statistics], Linear]] = {
+    "prototypes": prototypes,
+    "discriminant": discriminant,
+    "rebalanced": rebalanced,
+}
+
+
 # In a checkpoint --------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +249,7 @@ def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:
             "it, came from elsewhere or was trained with --no-statistics or by an earlier release; take --readout head"
         )
     try:
-        weight, bias = heads(statistics)[name]
+        weight, bias = HEADS[name](statistics)
     except torch.linalg.LinAlgError as error:
         raise InputError("the checkpoint's statistics are damaged: a covariance is none") from error
     replace_head(model, weight, bias)

@@ -27,18 +27,17 @@ import threading
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
-from predict import READOUTS
 from protocols import JOINT, PROTOCOLS, Protocol
-from settings import OneLineParser, require_folder
+from settings import READOUTS, OneLineParser, require_folder
 from tables import (
     attention_path,
     attention_table,
+    beside,
     by_step,
     fingerprint,
     moved,
     points_of,
     read_rows,
-    readouts_path,
     readouts_table,
     table_of,
     table_path,
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         table_path(path).write_text(text)
         print(text)
         if text := readouts_table(protocol, path):
-            readouts_path(path).write_text(text)
+            beside(path, "readouts.md").write_text(text)
             print(text)
         if read_rows(attention_path(path)):
             text = attention_table(protocol, path)
@@ -148,7 +147,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     require_folder("--work-dir", options.work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    about = path.with_name("environment.json" if path.stem == "accuracy" else f"{path.stem}_environment.json")
+    about = beside(path, "environment.json")
     calls, this = json.loads(about.read_text()) if about.exists() else [], environment(options, jobs, threads)
     if this not in calls:
         about.write_text(json.dumps([*calls, this], indent=1) + "\n")

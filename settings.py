@@ -22,6 +22,8 @@ import kinds
 import progress
 from errors import InputError
 
+READOUTS = ("head", "prototypes", "discriminant", "rebalanced")  # those of readout.py, which needs torch
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,7 +63,7 @@ class Settings:
     device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
     deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
     statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
-    readout: str = kinds.choice("what answers", "head", "prototypes", "discriminant", "rebalanced")
+    readout: str = kinds.choice("what answers", *READOUTS)
     save_interval: int = kinds.number("epochs between saves", int, 1)
     save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = kinds.switch("go on from the checkpoint of an earlier run")

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from predict import READOUTS
 from protocols import REFERENCES, Protocol
+from settings import READOUTS
 
 NOT_THERE = "–"  # noqa: RUF001
 COLUMNS = {
@@ -23,16 +23,17 @@ COLUMNS = {
 }
 
 
+def beside(path: Path, name: str) -> Path:
+    """What belongs to a CSV: ``name`` for accuracy.csv, and for another one ``name`` behind its own."""
+    return path.with_name(name if path.stem == "accuracy" else f"{path.stem}_{name}")
+
+
 def table_path(path: Path) -> Path:
-    return path.with_name("table.md" if path.stem == "accuracy" else f"{path.stem}_table.md")
+    return beside(path, "table.md")
 
 
 def attention_path(path: Path) -> Path:
-    return path.with_name("attention.csv" if path.stem == "accuracy" else f"{path.stem}_attention.csv")
-
-
-def readouts_path(path: Path) -> Path:
-    return path.with_name("readouts.md" if path.stem == "accuracy" else f"{path.stem}_readouts.md")
+    return beside(path, "attention.csv")
 
 
 def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
@@ -135,6 +136,15 @@ def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
     return found
 
 
+def _of_seeds(rows: list[dict], name: str, column: str) -> list[list[dict]]:
+    """For each seed the rows of a method that have something in ``column``."""
+    seeds: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["method"] == name and row.get(column):
+            seeds.setdefault(row["seed"], []).append(row)
+    return list(seeds.values())
+
+
 def by_step(rows: list[dict], name: str, column: str) -> dict[int, list[float]]:
     """Step -> the values of the seeds; of rows for classes, the mean over a seed's classes is its value."""
     found: dict[int, dict[str, list[float]]] = {}
@@ -183,11 +193,7 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
     measures["after the last step"] = slice(-1, None)
     lines = []
     for name in variants_of(protocol, path):
-        seeds: dict[str, list[dict]] = {}
-        for row in rows:
-            if row["method"] == name and row.get(READOUTS[-1]):
-                seeds.setdefault(row["seed"], []).append(row)
-        whole = [own for own in seeds.values() if len(own) == last + 1]
+        whole = [own for own in _of_seeds(rows, name, READOUTS[-1]) if len(own) == last + 1]
         for readout in READOUTS if whole else ():
             cells = []
             for steps in measures.values():
@@ -198,16 +204,9 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
             lines.append(f"| {name} | {readout} | {' | '.join(cells)} | {len(whole)} |")
     if not lines:
         return ""
-    columns = [
-        "method",
-        "read-out",
-        *(column for measure in measures for column in (measure, "over the head")),
-        "seeds",
-    ]
-    return (
-        "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_means_off(protocol, path)])
-        + "\n"
-    )
+    columns = ["method", "read-out", *(name for each in measures for name in (each, "over the head")), "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_means_off(protocol, path)]
+    return "\n".join(lines) + "\n"
 
 
 def _means_off(protocol: Protocol, path: Path) -> list[str]:
@@ -217,11 +216,9 @@ def _means_off(protocol: Protocol, path: Path) -> list[str]:
     for name in variants_of(protocol, path):
         cells = []
         for column in ("mean_off_carried", "mean_off_left"):
-            seeds: dict[str, list[float]] = {}
-            for row in rows:
-                if row["method"] == name and row.get(column):
-                    seeds.setdefault(row["seed"], []).append(float(row[column]))
-            cells.append(mean_and_spread([statistics.mean(own) for own in seeds.values()], 2) if seeds else "")
+            seeds = _of_seeds(rows, name, column)
+            means = [statistics.mean(float(row[column]) for row in own) for own in seeds]
+            cells.append(mean_and_spread(means, 2) if seeds else "")
         if all(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     heads = "| method | means of old classes are off, carried along | left as they were |"
@@ -247,15 +244,12 @@ def attention_table(protocol: Protocol, path: Path) -> str:
     heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "accuracy lost, points", "Spearman", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in variants_of(protocol, path):
-        seeds: dict[str, list[tuple[float, float, float]]] = {}
-        for row in rows:
-            if row["method"] == name and row["distance"]:
-                seeds.setdefault(row["seed"], []).append(moved(row))
+        seeds = [[moved(row) for row in own] for own in _of_seeds(rows, name, "distance")]
         if seeds:
-            means = [[statistics.mean(values) for values in zip(*own, strict=True)] for own in seeds.values()]
+            means = [[statistics.mean(values) for values in zip(*own, strict=True)] for own in seeds]
             distance, overlap, forgotten = zip(*means, strict=True)
             cells = [mean_and_spread(distance, 3), mean_and_spread(overlap), mean_and_spread(forgotten)]
-            cells.append(_correlation(list(seeds.values())))
+            cells.append(_correlation(seeds))
             lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 

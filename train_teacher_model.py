@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         if not settings.statistics:
             return {}
         known = readout.after_first_step(model, head, train)
-        found = evaluation.by_readout(model, known, test, mean, std, len(classes))
+        features = readout.features_of(model, test.pixels, mean, std)
+        found = evaluation.by_readout(model, known, features, test.labels, len(classes))
         return {"statistics": readout.packed(known), "readouts": found}
 
     if settings.epochs:

@@ -208,15 +208,15 @@ def test_the_rebalanced_head_begins_at_the_discriminant(monkeypatch):
 
 def test_features_that_do_not_vary_and_many_classes_are_no_error():
     flat = Statistics(torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), [0, 1])
-    for weight, bias in readout.heads(flat).values():
+    for make in readout.HEADS.values():
+        weight, bias = make(flat)
         assert weight.isfinite().all()
         assert bias.isfinite().all()
 
 
 def test_the_names_are_the_same_everywhere():
-    known = readout.measured(*gaussians(), 3)
-    names = ("head", *readout.heads(known))
-    assert names == predict.READOUTS
+    names = ("head", *readout.HEADS)
+    assert names == settings.READOUTS
     choices = next(f for f in settings.fields(settings.Settings) if f.name == "readout").metadata["help"]
     assert choices.endswith(", ".join(names))
     assert config.READOUT in names
@@ -245,10 +245,11 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
     saved = checkpoint_of(model, "resnet32", "abc", 8)
     known = readout.after_first_step(model, saved, images)
     saved["statistics"] = readout.packed(known)
-    found = evaluation.by_readout(model, known, images, saved["mean"], saved["std"], 1)
-    assert list(found) == list(predict.READOUTS)
+    features = readout.features_of(model, pixels, saved["mean"], saved["std"])
+    found = evaluation.by_readout(model, known, features, images.labels, 1)
+    assert list(found) == list(settings.READOUTS)
     assert found["discriminant"]["accuracy"] > 60  # on what it was made of
-    for name in predict.READOUTS:
+    for name in settings.READOUTS:
         own = models.build("resnet32", 3, 8)
         own.load_state_dict(model.state_dict())
         now = readout.use(own, saved, name)
@@ -256,7 +257,7 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
         logits = evaluation.predict(own, pixels, saved["mean"], saved["std"])
         assert evaluation.accuracies(logits, images.labels, 2)["accuracy"] == pytest.approx(found[name]["accuracy"])
     nothing = Images(pixels[:0], images.labels[:0])
-    assert evaluation.by_readout(model, known, nothing, saved["mean"], saved["std"], 1) == {}
+    assert evaluation.of_statistics(model, saved, saved, nothing)["readouts"] == {}
 
 
 def test_statistics_that_are_none_are_said():
@@ -296,14 +297,14 @@ def test_every_step_keeps_and_carries_the_statistics_of_all_classes(steps, capsy
         classes = 2 + 2 * number
         assert saved["statistics"]["means"].shape == (classes, 64)
         assert saved["statistics"]["of"] == list(range(classes))
-        assert list(saved["readouts"]) == list(predict.READOUTS)
+        assert list(saved["readouts"]) == list(settings.READOUTS)
         assert saved["readouts"]["head"]["accuracy"] == pytest.approx(saved["training"]["log"][-1]["test_accuracy"])
     before = checkpoint.load(root / "1" / "student_model.pth")["statistics"]["means"]
     after = checkpoint.load(root / "2" / "student_model.pth")["statistics"]["means"][:4]
     assert not torch.allclose(before, after, atol=1e-3)  # the network has moved, and they with it
 
 
-@pytest.mark.parametrize("name", predict.READOUTS)
+@pytest.mark.parametrize("name", settings.READOUTS)
 def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
     root, flags = steps
     student = str(root / "2" / "student_model.pth")
