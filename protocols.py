@@ -121,6 +121,20 @@ PROTOCOLS = {
         | grid("lwm", incremental_lr=[0.02], gamma=[0, 1]),
         rotation=2,
     ),
+    "digits-search-3x2": Protocol(
+        about="scikit-learn digits 4 to 9, ResNet-18: 3 steps of 2, from 4 on (seed 0), from 6 on (seed 1) or "
+        "from 8 on (seed 2), judged on a fifth of the training images, held back",
+        dataset="digits",
+        order=None,
+        pool=slice(4, 10),
+        groups=(2, 2, 2),
+        flags=f"{DIGITS} --hold-back 0.2",
+        methods={},
+        ablation=rates("finetune", [0.03, 0.0125, 0.005, 0.002])
+        | rates("frozen", [0.3, 0.1, 0.03, 0.0125])
+        | grid("lwf lwf-mc lwm", incremental_lr=[0.0125, 0.025], beta=[1, 3]),
+        rotation=2,
+    ),
     "photos32-10+10": Protocol(
         about="mini-ImageNet at 32 px, ResNet-32: classes 1-10 of the order, then 11-20, judged on the test images",
         dataset="folder",
