@@ -154,7 +154,7 @@ def discriminant(statistics: Statistics) -> Linear:
     return weight, -(weight * means).sum(1) / 2
 
 
-def rebalanced(statistics: Statistics, seed: int = 0) -> Linear:
+def rebalanced(statistics: Statistics, seed: int = 0, decay: float = DECAY) -> Linear:
     """Softmax regression on as many features of each class, drawn from its Gaussian; it begins at the discriminant."""
     means = statistics.means
     count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
@@ -172,7 +172,7 @@ def rebalanced(statistics: Statistics, seed: int = 0) -> Linear:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = F.cross_entropy(inputs @ weight.T + bias, labels) + DECAY / 2 * weight.square().sum() / len(means)
+        total = F.cross_entropy(inputs @ weight.T + bias, labels) + decay / 2 * weight.square().sum() / len(means)
         total.backward()
         return total
 

@@ -1,0 +1,307 @@
+"""Read-outs of the field, re-implemented on the same networks, classes and images as ours, to be compared with them.
+
+    python3 reproduce.py photos32-search --data-dir photos32 --ablation --methods "lwf incremental_lr=0.1 beta=3"
+    python3 field.py photos32-search --data-dir photos32
+    python3 field.py photos32-5x4 --data-dir photos32 --seeds 0,1,2,3,4
+
+What reproduce.py has left in --work-dir is read, nothing is trained. On a protocol of a search every option of every
+read-out is tried (four each); on another one each has the option whose average over the steps was highest there.
+results/<protocol>/ gets field.csv and field.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import readout
+from errors import InputError, one_line_errors
+
+ROOT = Path(__file__).resolve().parent
+SEARCH = {"photos32-5x4": "photos32-search"}
+SMALLEST = 1e-6  # ridge that keeps a matrix invertible, of its mean diagonal
+
+Scores = Iterator[Tensor]  # after each step (m, N+K): the class with the highest is the answer
+
+
+class Step(NamedTuple):
+    """Features, float64, and what the head says, after a step; labels are positions in the output."""
+
+    before: Tensor  # (n, C), of the new classes' training images in the network before the step; first step: as after
+    after: Tensor  # (n, C), in the network after it
+    labels: Tensor  # int64 (n,)
+    test: Tensor  # (m, C), of test images of all classes so far
+    test_labels: Tensor  # int64 (m,)
+    logits: Tensor  # (m, N+K), of the head
+
+
+def head(steps: Sequence[Step]) -> Scores:
+    yield from (step.logits for step in steps)
+
+
+def sdc(steps: Sequence[Step], sigma: float) -> Scores:
+    """Semantic drift compensation (Yu et al., CVPR 2020, sections 3.3 and 3.4): nearest class mean, on unit length.
+
+    An old mean moves as the new images near it do, weighted by a Gaussian of width ``sigma``.
+    """
+    means = steps[0].after[:0]
+    for step in steps:
+        before, after, test = (F.normalize(each, dim=1) for each in (step.before, step.after, step.test))
+        near = (-torch.cdist(means, before).square() / (2 * sigma**2)).softmax(1)
+        means = torch.cat([means + near @ (after - before), _means(after, step.labels)])
+        yield -torch.cdist(test, means)
+
+
+def fetril(steps: Sequence[Step], penalty: float) -> Scores:
+    """FeTrIL (Petit et al., WACV 2023, section 3): a linear SVM on real features of new and moved ones of old classes.
+
+    For an old class stand the features of the new class whose mean is nearest by cosine, moved by the difference of the
+    means. The network is that of the first step in all ``steps``; ``penalty`` is the C of the SVM.
+    """
+    from sklearn.svm import LinearSVC
+
+    means = steps[0].after[:0]
+    for step in steps:
+        new, first = _means(step.after, step.labels), len(means)
+        nearest = (F.normalize(means, dim=1) @ F.normalize(new, dim=1).T).argmax(1)
+        features, labels = [step.after], [step.labels]
+        for old, other in enumerate(nearest.tolist()):
+            own = step.after[step.labels == first + other]
+            features.append(own + means[old] - new[other])
+            labels.append(torch.full((len(own),), old))
+        means = torch.cat([means, new])
+        svm = LinearSVC(C=penalty, dual=False, random_state=0)
+        svm.fit(F.normalize(torch.cat(features), dim=1).numpy(), torch.cat(labels).numpy())
+        scores = torch.from_numpy(svm.decision_function(F.normalize(step.test, dim=1).numpy()))
+        yield scores if scores.ndim == 2 else torch.stack([-scores, scores], dim=1)  # of two classes one column
+
+
+def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
+    """DPCR (He et al., ICML 2025, section 3): ridge regression from second moments that two projections carry along.
+
+    The first is the ridge regression from the old network's features of the new images to the new one's; before it,
+    each class is projected to the space that its own features span. ``penalty`` is that of the classifier, in units of
+    the mean diagonal; its columns are scaled to unit length.
+    """
+    means, moments, counts = steps[0].after[:0], steps[0].after.new_zeros(0, *[steps[0].after.shape[1]] * 2), []
+    for step in steps:
+        if len(means):
+            shift = torch.linalg.solve(_ridged(step.before.T @ step.before), step.before.T @ step.after)
+            sizes, axes = torch.linalg.eigh(moments)
+            axes = axes * (sizes > SMALLEST * sizes[:, -1:]).unsqueeze(1)
+            both = axes @ axes.mT @ shift
+            means, moments = (means.unsqueeze(1) @ both).squeeze(1), both.mT @ moments @ both
+        own = [step.after[step.labels == label] for label in step.labels.unique()]
+        means = torch.cat([means, _means(step.after, step.labels)])
+        moments = torch.cat([moments, torch.stack([each.T @ each for each in own])])
+        counts += [len(each) for each in own]
+        sums = means * torch.tensor(counts).unsqueeze(1)
+        weight = torch.linalg.solve(_ridged(moments.sum(0), penalty), sums.T)
+        yield step.test @ F.normalize(weight, dim=0)
+
+
+def bayes(steps: Sequence[Step], shrinkage: float) -> Scores:
+    """AdaGauss's read-out (Rypesc et al., NeurIPS 2024, section 3): the likeliest Gaussian, each with its covariance.
+
+    Means and covariances are carried by our affine map, where the paper trains a network for it; to a covariance
+    ``shrinkage`` times its mean variance is added in all directions.
+    """
+    for step, known in zip(steps, carried(steps), strict=True):
+        covariances = torch.stack([_ridged(each, shrinkage) for each in known.covariances])[known.of]
+        off = step.test.unsqueeze(0) - known.means.unsqueeze(1)  # (N+K, m, C)
+        whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariances), off.mT, upper=False)
+        yield -(whitened.square().sum(1) + torch.logdet(covariances).unsqueeze(1)).T
+
+
+def carried(steps: Sequence[Step]) -> Iterator[readout.Statistics]:
+    """Our statistics after each step (readout.py)."""
+    known = None
+    for step in steps:
+        first, classes = int(step.labels.min()), len(step.labels.unique())
+        new = readout.measured(step.after, step.labels - first, classes)
+        known = readout.transported(known, readout.fitted(step.before, step.after)).joined(new) if known else new
+        yield known
+
+
+def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequence[Step]], Scores]:
+    def scores(steps: Sequence[Step]) -> Scores:
+        for step, known in zip(steps, carried(steps), strict=True):
+            weight, bias = make(known)
+            yield step.test @ weight.T + bias
+
+    return scores
+
+
+def _means(features: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([features[labels == label].mean(0) for label in labels.unique()])
+
+
+def _ridged(matrix: Tensor, penalty: float = SMALLEST) -> Tensor:
+    one = torch.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + penalty * matrix.diagonal().mean() * one
+
+
+# Four of each that has any: the same budget.
+OPTIONS: dict[str, dict[str, Callable[[Sequence[Step]], Scores]]] = {
+    "head": {"": head},
+    "sdc": {f"sigma={sigma}": partial(sdc, sigma=sigma) for sigma in (0.1, 0.2, 0.3, 1.0)},
+    "fetril": {f"C={c}": partial(fetril, penalty=c) for c in (0.1, 1.0, 10.0, 100.0)},
+    "dpcr": {f"penalty={penalty}": partial(dpcr, penalty=penalty) for penalty in (0.001, 0.01, 0.1, 1.0)},
+    "bayes": {f"shrinkage={more}": partial(bayes, shrinkage=more) for more in (0.001, 0.01, 0.1, 1.0)},
+    "prototypes": {"": ours(readout.prototypes)},
+    "discriminant": {"": ours(readout.discriminant)},
+    "rebalanced": {f"decay={d}": ours(partial(readout.rebalanced, decay=d)) for d in (0.01, 0.1, 1.0, 10.0)},
+}
+# The cell of the search that was trained as the protocol's method is.
+TRAINED = {"lwf": "lwf incremental_lr=0.1 beta=3", "lwm": "lwm incremental_lr=0.1 beta=1"}
+OURS = ("lwm", "discriminant")
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    from settings import OneLineParser
+
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("protocol", choices=sorted({*SEARCH, *SEARCH.values()}))
+    parser.add_argument("--data-dir", help="as for reproduce.py")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--work-dir", default="runs/reproduce", help="where reproduce.py has trained")
+    parser.add_argument("--table", action="store_true", help="only make the table again from the CSV")
+    options = parser.parse_args(argv)
+    path = ROOT / "results" / options.protocol / "field.csv"
+    chosen = best_options(SEARCH[options.protocol]) if options.protocol in SEARCH else None
+    if not options.table:
+        evaluate(options, chosen, path)
+    text = table(path)
+    path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> None:
+    """Rows of every cell and read-out, with all options where none is ``chosen``."""
+    from reproduce import machine, whole_number
+    from tables import write_rows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for seed in [whole_number("--seeds", each, 0, 2**32 - 1) for each in options.seeds.split(",")]:
+        for method in TRAINED:
+            moving = chain(options, method, seed)
+            still = chain(options, method, seed, first_network=True)
+            scores = {
+                (name, option): list(make(still if name == "fetril" else moving))
+                for name, tried in OPTIONS.items()
+                for option, make in tried.items()
+                if chosen is None or chosen[method, name] == option
+            }
+            for number, step in enumerate(moving):
+                key = {"protocol": options.protocol, "method": method, "seed": seed, "step": number}
+                found = {name: (each[number].argmax(1) == step.test_labels) for name, each in scores.items()}
+                write_rows(
+                    path,
+                    [
+                        {**key, "readout": name, "option": option, "accuracy": 100 * right.double().mean().item()}
+                        for (name, option), right in found.items()
+                    ],
+                )
+            print(f"{method}, seed {seed}: done", flush=True)
+    path.with_name("field_environment.json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
+def chain(options: argparse.Namespace, method: str, seed: int, first_network: bool = False) -> list[Step]:
+    """What the networks of a cell see after each of its steps, or what that of its first step sees of them all."""
+    import checkpoint
+    import data
+    from protocols import PROTOCOLS
+    from reproduce import MADE, class_order, form_of, groups_of
+
+    protocol = PROTOCOLS[options.protocol]
+    cells = protocol.methods or protocol.ablation
+    name = method if method in cells else TRAINED[method]
+    folder = Path(options.work_dir) / options.protocol / f"seed{seed}"
+    first = folder / f"first-{form_of(cells[name].split())}" / MADE["train_teacher_model.py"]
+    groups = groups_of(protocol, class_order(protocol, options.data_dir)[protocol.pool], seed)
+    own = folder / name.replace(" ", "_")
+    later = [own / str(number) / MADE["incremental_learning_system.py"] for number in range(1, len(groups))]
+    paths, names, steps = [first, *later], [], []
+    if not paths[-1].exists():
+        raise InputError(
+            f"{paths[-1]} is not there: reproduce.py {options.protocol} --methods {name!r} --seeds {seed} makes it"
+        )
+    before = None
+    for path, group in zip(paths, groups, strict=True):
+        saved = checkpoint.load(path)
+        record = saved["steps"][-1]
+        source = data.open_source(
+            data.Place(protocol.dataset, options.data_dir or "", record["hold_back"]), saved["image_size"]
+        )
+        names += group
+        train, test = source.train(group, names), source.test(names, names)
+        model = checkpoint.restore_model(checkpoint.load(first) if first_network else saved)
+        seen = [readout.features_of(model, images.pixels, saved["mean"], saved["std"]) for images in (train, test)]
+        old = readout.features_of(before or model, train.pixels, saved["mean"], saved["std"])
+        logits = seen[1] @ model.fc.weight.detach().double().T + model.fc.bias.detach().double()
+        steps.append(Step(old, seen[0], train.labels, seen[1], test.labels, logits))
+        before = model
+    return steps
+
+
+def best_options(protocol: str) -> dict[tuple[str, str], str]:
+    """Of each method and read-out the option with the highest average over the steps in a search."""
+    averages = _averages(ROOT / "results" / protocol / "field.csv")
+    if not averages:
+        raise InputError(f"the options come from a search: run field.py {protocol} first")
+    best: dict[tuple[str, str], str] = {}
+    for (method, name, option), seeds in averages.items():
+        now = best.get((method, name))
+        mean = statistics.mean(average for average, _ in seeds.values())
+        if now is None or mean > statistics.mean(average for average, _ in averages[method, name, now].values()):
+            best[method, name] = option
+    return best
+
+
+def _averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
+    """(method, read-out, option) -> seed -> accuracy on the average of the steps and after the last, in percent."""
+    from tables import read_rows
+
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in read_rows(path):  # in the order of the steps
+        seeds = found.setdefault((row["method"], row["readout"], row["option"]), {})
+        seeds.setdefault(row["seed"], []).append(float(row["accuracy"]))
+    return {key: {s: (statistics.mean(a), a[-1]) for s, a in seeds.items()} for key, seeds in found.items()}
+
+
+def table(path: Path) -> str:
+    """Accuracy over all classes by training and read-out, and what ours has over each in pairs by seed."""
+    from tables import NOT_THERE, mean_and_spread, paired
+
+    averages = _averages(path)
+    if not averages:
+        raise InputError(f"--table: there is no row in {path}; run it without --table first")
+    best = next(seeds for (method, name, _), seeds in averages.items() if (method, name) == OURS)
+    heads = ["trained with", "read-out", "option", "average of the steps", "after the last step"]
+    heads += ["ours over it, average", "ours over it, last", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (method, name, option), seeds in averages.items():
+        cells = [mean_and_spread([values[column] for values in seeds.values()]) for column in (0, 1)]
+        common = [seed for seed in seeds if seed in best]
+        for column in (0, 1):
+            pairs = [(best[seed][column], seeds[seed][column]) for seed in common]
+            cells.append(paired(pairs) if len(pairs) >= 3 and (method, name) != OURS else NOT_THERE)
+        lines.append(f"| {method} | {name} | {option} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The field's read-outs: each against another route to the same answer, and the script on a small run."""
+
+import argparse
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.linear_model import Ridge
+from sklearn.svm import LinearSVC
+from torch.nn import functional as F
+
+import checkpoint
+import field
+import incremental_learning_system as incremental
+import train_teacher_model as trainer
+from field import Step
+from protocols import PROTOCOLS, Protocol
+from tables import read_rows, write_rows
+
+WIDTH, COUNT = 5, 60
+
+
+def drawn(classes: list[int], seed: int = 0, count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (n, C) of Gaussian classes, each the same for every call of its number but for the noise."""
+    parts = []
+    for label in classes:
+        means = torch.Generator().manual_seed(label)
+        noise = torch.Generator().manual_seed(1000 * seed + label)
+        mean = 3 * torch.randn(WIDTH, generator=means, dtype=torch.float64)
+        root = torch.randn(WIDTH, WIDTH, generator=means, dtype=torch.float64)
+        parts.append(mean + torch.randn(count, WIDTH, generator=noise, dtype=torch.float64) @ root.T)
+    return torch.cat(parts), torch.tensor(classes).repeat_interleave(count)
+
+
+def two_steps(shift=lambda features: features) -> list[Step]:
+    """Classes 0 and 1, then 2, 3 and 4, between which the network moves by ``shift``."""
+    steps = []
+    for new, move in (([0, 1], lambda features: features), ([2, 3, 4], shift)):
+        features, labels = drawn(new)
+        test, test_labels = drawn(list(range(new[-1] + 1)), seed=1)
+        steps.append(Step(features, move(features), labels, move(test), test_labels, torch.zeros(0)))
+    return steps
+
+
+def linear(features: torch.Tensor) -> torch.Tensor:
+    matrix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return features @ matrix
+
+
+def all_real(steps: list[Step], shift) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training features of all classes as they are after the last step."""
+    old, labels = drawn([0, 1])
+    return torch.cat([shift(old), steps[-1].after]), torch.cat([labels, steps[-1].labels])
+
+
+def test_sdc_undoes_a_drift_that_is_the_same_for_all_and_weighs_the_near_ones_otherwise():
+    steps = two_steps()
+    unit = F.normalize(steps[1].after, dim=1)
+    # A shift of unit vectors cannot be the same for all; one that depends on a feature shows the weights.
+    moved = steps[1]._replace(after=steps[1].after + steps[1].before[:, :1].abs())
+    scores = list(field.sdc([steps[0], moved], 0.3))
+    means = torch.stack([F.normalize(steps[0].after[steps[0].labels == c], dim=1).mean(0) for c in (0, 1)])
+    for label, mean in enumerate(means):
+        weights = torch.tensor([float(torch.exp(-(mean - each).square().sum() / (2 * 0.3**2))) for each in unit])
+        weights = weights.double() / weights.double().sum()
+        drift = sum(w * d for w, d in zip(weights, F.normalize(moved.after, dim=1) - unit, strict=True))
+        expected = (F.normalize(moved.test, dim=1) - mean - drift).norm(dim=1)
+        assert torch.allclose(-scores[1][:, label], expected, atol=1e-5)
+    own = F.normalize(moved.after[moved.labels == 3], dim=1).mean(0)
+    assert torch.allclose(-scores[1][:, 3], (F.normalize(moved.test, dim=1) - own).norm(dim=1))
+    assert scores[0].shape == (2 * COUNT, 2)
+    assert scores[1].shape == (5 * COUNT, 5)
+
+
+def test_sdc_with_a_narrow_gaussian_takes_the_nearest_image_and_does_not_divide_by_zero():
+    steps = two_steps(linear)
+    scores = list(field.sdc(steps, 1e-4))[1]
+    assert scores.isfinite().all()
+
+
+def test_fetril_sees_real_features_where_old_classes_are_new_ones_moved():
+    old, labels = drawn([0, 1])
+    offset = torch.full((WIDTH,), 0.5, dtype=torch.float64)
+    new = old + offset  # so that moved back by the difference of the means they are the old ones
+    steps = [Step(old, old, labels, old, labels, torch.zeros(0))]
+    both = torch.cat([old, new]), torch.cat([labels, labels + 2])
+    steps.append(Step(new, new, labels + 2, both[0], both[1], torch.zeros(0)))
+    scores = list(field.fetril(steps, 1.0))
+    order = [2, 3, 0, 1]  # the order of the training set, which a convex problem does not depend on
+    features = torch.cat([both[0][both[1] == c] for c in order])
+    svm = LinearSVC(C=1.0, dual=False).fit(
+        F.normalize(features, dim=1), torch.cat([both[1][both[1] == c] for c in order])
+    )
+    expected = svm.decision_function(F.normalize(both[0], dim=1))
+    assert torch.allclose(scores[1], torch.from_numpy(expected), atol=1e-2)
+    assert scores[0].shape == (2 * COUNT, 2)
+    two = LinearSVC(C=1.0, dual=False).fit(F.normalize(old, dim=1), labels).predict(F.normalize(old, dim=1))
+    assert (scores[0].argmax(1).numpy() == two).all()
+
+
+def test_dpcr_is_ridge_regression_on_all_images_where_the_drift_is_linear():
+    steps = two_steps(linear)
+    scores = list(field.dpcr(steps, 0.01))[1]
+    features, labels = all_real(steps, linear)
+    gram = features.T @ features
+    ridge = Ridge(alpha=0.01 * float(gram.diagonal().mean()), fit_intercept=False)
+    weight = torch.from_numpy(ridge.fit(features, F.one_hot(labels).double()).coef_)
+    expected = steps[1].test @ F.normalize(weight, dim=1).T
+    assert torch.allclose(scores, expected, atol=1e-3)
+    assert not torch.allclose(scores, list(field.dpcr(two_steps(), 0.01))[1], atol=0.1)
+
+
+def test_dpcr_keeps_a_class_in_the_space_that_its_features_span():
+    steps = two_steps()
+    flat = steps[0].after.clone()
+    flat[:, 2:] = 0
+    noisy = steps[1].after + 0.5 * torch.randn(steps[1].after.shape, generator=torch.Generator().manual_seed(3))
+    found = []
+    for wide in (steps[0]._replace(after=flat), steps[0]):
+        found.append(list(field.dpcr([wide, steps[1]._replace(after=noisy)], 0.01))[1])
+    shift = torch.linalg.lstsq(steps[1].before, noisy.double()).solution
+    means = torch.stack([flat[steps[0].labels == c].mean(0) for c in (0, 1)]) @ shift
+    assert means.isfinite().all()
+    assert found[0].isfinite().all()
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_bayes_answers_with_the_likeliest_gaussian():
+    steps = two_steps(linear)
+    (known,) = list(field.carried(steps))[1:]
+    scores = list(field.bayes(steps, 0.1))[1]
+    one = torch.eye(WIDTH, dtype=torch.float64)
+    for label in range(5):
+        covariance = known.covariances[known.of[label]]
+        covariance = covariance + 0.1 * covariance.trace() / WIDTH * one
+        expected = 2 * multivariate_normal(known.means[label].numpy(), covariance.numpy()).logpdf(steps[1].test.numpy())
+        constant = WIDTH * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
+        assert torch.allclose(scores[:, label] - constant, torch.from_numpy(expected))
+
+
+TINY = Protocol(
+    about="digits in three steps",
+    dataset="digits",
+    order=None,
+    pool=slice(0, 6),
+    groups=(2, 2, 2),
+    flags="--model resnet32 --image-size 8 --epochs 1",
+    methods={"lwf": "--method lwf", "lwm": "--method lwm"},
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Both cells of seed 0 as reproduce.py leaves them, and a search of the very same."""
+    root = tmp_path_factory.mktemp("work")
+    cells, searched = root / "tiny" / "seed0", root / "tiny-search" / "seed0"
+    searched.mkdir(parents=True)
+    flags = [*TINY.flags.split(), "--dataset", "digits", "--seed", "0"]
+    for method, form in (("lwf", "softmax"), ("lwm", "binary")):
+        model = cells / f"first-{form}" / "teacher_model.pth"
+        trainer.main([*flags, "--old-classes", "0,1", "--loss-form", form, "--output-dir", str(model.parent)])
+        for number, new in ((1, "2,3"), (2, "4,5")):
+            more = ["--method", method, "--teacher", str(model), "--new-classes", new]
+            model = cells / method / str(number) / "student_model.pth"
+            incremental.main([*flags, *more, "--output-dir", str(model.parent)])
+        (searched / field.TRAINED[method].replace(" ", "_")).symlink_to(cells / method)
+        (searched / f"first-{form}").symlink_to(cells / f"first-{form}")
+    return root
+
+
+@pytest.fixture
+def compare(work, monkeypatch, tmp_path):
+    """Calls field.py on these cells; the results go to tmp_path."""
+    monkeypatch.setattr(field, "ROOT", tmp_path)
+    monkeypatch.setattr(field, "SEARCH", {"tiny": "tiny-search"})
+    monkeypatch.setitem(PROTOCOLS, "tiny", TINY)
+    search = {field.TRAINED[method]: flags for method, flags in TINY.methods.items()}
+    monkeypatch.setitem(PROTOCOLS, "tiny-search", dataclasses.replace(TINY, methods={}, ablation=search))
+    return lambda *flags: field.main(["--work-dir", str(work), *flags])
+
+
+def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints_say_too(compare, work, tmp_path):
+    compare("tiny-search")
+    searched = read_rows(tmp_path / "results" / "tiny-search" / "field.csv")
+    assert {(row["readout"], row["option"]) for row in searched} == {
+        (name, option) for name, tried in field.OPTIONS.items() for option in tried
+    }
+    compare("tiny")
+    rows = read_rows(tmp_path / "results" / "tiny" / "field.csv")
+    assert len(rows) == 2 * len(field.OPTIONS) * 3
+    for method in ("lwf", "lwm"):
+        for name in field.OPTIONS:
+            own = [row for row in rows if (row["method"], row["readout"]) == (method, name)]
+            (option,) = {row["option"] for row in own}
+            averages = {
+                each: np.mean(
+                    [float(r["accuracy"]) for r in searched if (r["method"], r["readout"], r["option"]) == each]
+                )
+                for each in {(method, name, option) for option in field.OPTIONS[name]}
+            }
+            assert averages[method, name, option] == max(averages.values())
+        for step in (1, 2):
+            saved = checkpoint.load(work / "tiny" / "seed0" / method / str(step) / "student_model.pth")
+            said = {"head": saved["training"]["log"][-1]["test_accuracy"]}
+            said |= {name: saved["readouts"][name]["accuracy"] for name in ("prototypes", "discriminant")}
+            for name, accuracy in said.items():
+                (found,) = [r for r in rows if (r["method"], r["readout"], r["step"]) == (method, name, str(step))]
+                assert float(found["accuracy"]) == pytest.approx(accuracy, abs=0.01)
+    text = (tmp_path / "results" / "tiny" / "field.md").read_text()
+    assert text.count("\n") == 2 + 2 * len(field.OPTIONS)
+    assert "torch" in json.loads((tmp_path / "results" / "tiny" / "field_environment.json").read_text())
+
+
+def test_fetril_stays_with_the_network_of_the_first_step(compare, work):
+    options = argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None)
+    moving, still = field.chain(options, "lwm", 0), field.chain(options, "lwm", 0, first_network=True)
+    assert torch.equal(moving[0].after, still[0].after)
+    assert not torch.allclose(moving[1].after, still[1].after)
+    assert torch.equal(still[2].before, still[2].after)
+    assert torch.equal(moving[1].before, still[1].after)
+    assert [len(step.test_labels.unique()) for step in moving] == [2, 4, 6]
+
+
+def test_what_ours_has_over_another_is_taken_in_pairs_by_seed(tmp_path):
+    path = tmp_path / "field.csv"
+    for seed in range(3):
+        for step, more in ((0, 0.0), (1, 10.0)):
+            key = {"method": "lwm", "seed": seed, "step": step}
+            values = {"discriminant": 50.0 + seed + more, "sdc": 48.0 + more}
+            write_rows(path, [{**key, "readout": n, "option": "", "accuracy": v} for n, v in values.items()])
+    ours, sdc = field.table(path).splitlines()[2:]
+    assert ours == "| lwm | discriminant |  | 56.0 ± 1.0 | 61.0 ± 1.0 | – | – | 3 |"  # noqa: RUF001
+    assert sdc == "| lwm | sdc |  | 53.0 ± 0.0 | 58.0 ± 0.0 | +3.0 (+2.0 to +4.0) | +3.0 (+2.0 to +4.0) | 3 |"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["tiny"], "run field.py tiny-search first"),
+        (
+            ["tiny-search", "--seeds", "1"],
+            "reproduce.py tiny-search --methods 'lwf incremental_lr=0.1 beta=3' --seeds 1",
+        ),
+        (["tiny-search", "--seeds", "x"], "--seeds is 'x'"),
+        (["tiny-search", "--table"], "run it without --table first"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_line(compare, flags, words, capsys):
+    assert compare(*flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
