@@ -1,13 +1,9 @@
-"""The one training loop, and what surrounds it: seeds, progress, stopping, going on from a save."""
+"""The one training loop, with its progress and its way to go on from a save."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +13,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import distributed
+from batches import augment, batches, draw_augmentation
 from checkpoint import VERSION, checked_optimizer, checked_state
-from data import Images, augment, batches, draw_augmentation, to_input
-from errors import InputError, Interrupted, RunError, is_lack_of_memory
+from data import Images, to_input
+from errors import InputError, Interrupted, RunError
 from hardware import has_room_for, moved
 from models import Network, Output, head_weight
 from run import Row, Run
+from stopping import StopSignal, failures_named
 
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
 
@@ -58,61 +56,6 @@ def optimisation_step(
     optimizer.step()
     terms = {name: term.detach() for name, term in terms.items()}
     return terms | {"correct": 100 * (student_output.logits.argmax(1) == labels).float().mean()}
-
-
-# Stopping ---------------------------------------------------------------------------------------------------------
-
-
-class StopSignal:
-    """The first Ctrl-C or SIGTERM is noted in ``received``, and the loop ends well; the second ends the process."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-                    self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # Where another process has ended, torchrun sends SIGTERM: what went wrong is to be said first.
-        ends_with_others = error[0] is not None and distributed.size() > 1
-        for signum, handler in self._before.items():
-            signal.signal(signum, signal.SIG_IGN if ends_with_others else handler)
-
-    def _note(self, signum: int, frame: object) -> None:
-        self.received = signum
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        # print could not be used: the signal may have come in the middle of one. And Ctrl-C ends the reader of a pipe,
-        # such as tee, as well.
-        if distributed.size() == 1:  # torchrun sends one where another process has failed, too
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping: saving after this step; once more stops at once\n")
-
-    def agreed(self) -> int | None:
-        """The signal that any of the processes has received; all of them ask at once."""
-        return distributed.largest(self.received or 0) or None
-
-
-@contextlib.contextmanager
-def _failures_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RunError):
-            raise
-        if distributed.is_loss_of_a_process(error):
-            raise RunError(f"another process of this run has ended; {run.what_is_left()}") from error
-        if not is_lack_of_memory(error):
-            raise
-        raise RunError(
-            f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
-            f"begins anew); {run.what_is_left()}"
-        ) from error
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
@@ -157,7 +100,7 @@ def fit(
     """
     loop = _Loop(run, model, teacher, train, loss, settings, head, teacher_hash)
     step, rows = head["steps"][-1], loop.rows
-    with run.writing(), StopSignal() as stop, _failures_named(loop.device, settings.batch_size, run):
+    with run.writing(), StopSignal() as stop, failures_named(loop.device, settings.batch_size, run):
         if rows:  # a run that was killed may have written a row that it had not saved, or not yet the last one
             run.write_log(rows)
         if run.resumed and len(rows) == step["epochs"]:  # in another folder perhaps, or without statistics yet

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 from sklearn.datasets import load_digits
 
+import batches
 import data
 import imagefiles
 from data import Place, open_source
@@ -829,19 +830,19 @@ def test_to_input_against_numpy():
 
 @given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=st.integers(0, 99))
 def test_batches_cover_each_image_once_in_near_equal_parts(count, batch_size, seed):
-    parts = data.batches(torch.zeros(count), batch_size, torch.Generator().manual_seed(seed))
+    parts = batches.batches(torch.zeros(count), batch_size, torch.Generator().manual_seed(seed))
     sizes = [len(part) for part in parts]
     assert sorted(torch.cat(parts).tolist()) == list(range(count))
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
     assert len(parts) == int(np.ceil(count / batch_size))
-    again = data.batches(torch.zeros(count), batch_size, torch.Generator().manual_seed(seed))
+    again = batches.batches(torch.zeros(count), batch_size, torch.Generator().manual_seed(seed))
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
 def test_batches_are_shuffled_anew_each_time():
     generator = torch.Generator().manual_seed(0)
-    orders = [torch.cat(data.batches(torch.zeros(100), 32, generator)).tolist() for _ in range(2)]
+    orders = [torch.cat(batches.batches(torch.zeros(100), 32, generator)).tolist() for _ in range(2)]
     assert orders[0] != orders[1]
     assert list(range(100)) not in orders
 
@@ -870,7 +871,7 @@ def crops(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
 
 def augmented(pixels: torch.Tensor, flip: bool, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return data.augment(pixels, data.draw_augmentation(len(pixels), pixels.shape[-1], flip, generator))
+    return batches.augment(pixels, batches.draw_augmentation(len(pixels), pixels.shape[-1], flip, generator))
 
 
 def moves(pixels: torch.Tensor, flip: bool, seed: int = 0) -> list[tuple[int, int, bool]]:

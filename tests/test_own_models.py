@@ -8,8 +8,8 @@ import torch
 import torchvision
 from conftest import image_folder, loss_settings, randomised
 
+import batches
 import checkpoint
-import data
 import demo
 import incremental_learning_system as incremental
 import losses
@@ -196,7 +196,7 @@ def test_balanced_batches_draw_the_classes_equally_often(counts):
     generator = torch.Generator().manual_seed(0)
     seen: set[int] = set()
     for _ in range(30):
-        order = torch.cat(data.batches(labels, 8, generator, balanced=True))
+        order = torch.cat(batches.batches(labels, 8, generator, balanced=True))
         assert len(order) == len(labels)
         drawn = labels[order].bincount(minlength=len(counts))
         assert drawn.max() - drawn.min() <= 1
