@@ -259,19 +259,19 @@ def chain(options: argparse.Namespace, method: str, seed: int, first_network: bo
 
 def best_options(protocol: str) -> dict[tuple[str, str], str]:
     """Of each method and read-out the option with the highest average over the steps in a search."""
-    averages = _averages(ROOT / "results" / protocol / "field.csv")
-    if not averages:
+    found = averages(ROOT / "results" / protocol / "field.csv")
+    if not found:
         raise InputError(f"the options come from a search: run field.py {protocol} first")
     best: dict[tuple[str, str], str] = {}
-    for (method, name, option), seeds in averages.items():
+    for (method, name, option), seeds in found.items():
         now = best.get((method, name))
         mean = statistics.mean(average for average, _ in seeds.values())
-        if now is None or mean > statistics.mean(average for average, _ in averages[method, name, now].values()):
+        if now is None or mean > statistics.mean(average for average, _ in found[method, name, now].values()):
             best[method, name] = option
     return best
 
 
-def _averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
+def averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
     """(method, read-out, option) -> seed -> accuracy on the average of the steps and after the last, in percent."""
     from tables import read_rows
 
@@ -286,14 +286,14 @@ def table(path: Path) -> str:
     """Accuracy over all classes by training and read-out, and what ours has over each in pairs by seed."""
     from tables import NOT_THERE, mean_and_spread, paired
 
-    averages = _averages(path)
-    if not averages:
+    found = averages(path)
+    if not found:
         raise InputError(f"--table: there is no row in {path}; run it without --table first")
-    best = next(seeds for (method, name, _), seeds in averages.items() if (method, name) == OURS)
+    best = next(seeds for (method, name, _), seeds in found.items() if (method, name) == OURS)
     heads = ["trained with", "read-out", "option", "average of the steps", "after the last step"]
     heads += ["ours over it, average", "ours over it, last", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (method, name, option), seeds in averages.items():
+    for (method, name, option), seeds in found.items():
         cells = [mean_and_spread([values[column] for values in seeds.values()]) for column in (0, 1)]
         common = [seed for seed in seeds if seed in best]
         for column in (0, 1):

@@ -3,7 +3,7 @@
     python3 benchmarks/start_at_prior.py photos32 --jobs 2
 
 Trains the first step of photos32-search-10+10 (ten classes, judged on training images held back) both ways with three
-seeds, and writes results/start-at-prior/{accuracy.csv,table.md,environment.json}: accuracy by epoch, in percent.
+seeds, and writes results/start-at-prior/{curves.csv,table.md,environment.json}: accuracy by epoch, in percent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
             found[start].append(accuracies)
             for epoch, accuracy in enumerate(accuracies, 1):
                 key = {"protocol": PROTOCOL, "method": start, "seed": seed, "step": epoch}
-                write_rows(results / "accuracy.csv", [{**key, "accuracy": accuracy}])
+                write_rows(results / "curves.csv", [{**key, "accuracy": accuracy}])
     lines = [f"| outputs start at | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |", "|---" * 7 + "|"]
     for start, name in (("prior", "1 / classes"), ("half", "one half")):
         cells = [mean_and_spread([accuracies[epoch - 1] for accuracies in found[start]]) for epoch in EPOCHS]

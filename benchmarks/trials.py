@@ -1,0 +1,295 @@
+"""What else may help a student to keep its classes apart: ways to train that are tried, and kept only if they win.
+
+    python3 benchmarks/trials.py photos32-search --data-dir photos32 --seeds 0,1,2 --jobs 2
+    python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
+
+All steps of a protocol with LwM (``plain``), and with one change each; AdaGauss's training is among them. Every network
+is read in each way that field.py knows for it. A cell (a trial with a seed) that is in the CSV is not run again.
+results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    flags: str = "--method lwm"  # of the incremental script, beside the protocol's
+    first_flags: str = ""  # likewise, of the first step's
+    # Weight of feature distillation through a learned linear map (AdaGauss, section 3.2), as a share of the variance.
+    projection: float = 0.0
+    anti_collapse: float = 0.0  # weight of AdaGauss's L_AC, in all steps
+    ema: float = 0.0  # decay of an exponential moving average of the student, which then takes its place
+    warm_up: int = 0  # epochs that train the new rows of the head alone, before the others
+    rotations: bool = False  # the first step tells 4 N classes apart, each image in four rotations (PASS, CVPR 2021)
+    strong: bool = False  # TrivialAugment (Mueller and Hutter, ICCV 2021) after crop and mirror, in all steps
+    cosine: bool = False  # the head sees unit length, and has it, times 10
+
+
+ADAGAUSS = "--method lwf --beta 0"  # cross-entropy over the new classes and no distillation of logits
+TRIALS = {
+    "plain": Trial(),
+    "gamma=0": Trial("--method lwm --gamma 0"),
+    "gamma=1": Trial("--method lwm --gamma 1"),
+    "projection=1": Trial(projection=1),
+    "projection=10": Trial(projection=10),
+    "gentler": Trial("--method lwm --incremental-lr 0.03"),
+    "longer": Trial("--method lwm --epochs 40"),
+    "longer, all": Trial("--method lwm --epochs 40", "--epochs 40"),
+    "warm-up=3": Trial(warm_up=3),
+    "ema=0.99": Trial(ema=0.99),
+    "rotations": Trial(rotations=True),
+    "strong": Trial(strong=True),
+    "strong, longer, all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
+    "cosine": Trial(cosine=True),
+    **{
+        f"adagauss projection={weight} lr={rate}": Trial(
+            f"{ADAGAUSS} --incremental-lr {rate}", "--loss-form softmax", projection=weight, anti_collapse=1
+        )
+        for weight in (1, 10)
+        for rate in (0.1, 0.03)
+    },
+}
+READ = {
+    **{name: "" for name in ("head", "prototypes", "discriminant")},
+    "rebalanced": "decay=1.0",
+    "bayes": "shrinkage=0.1",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol")
+    parser.add_argument("--data-dir", help="as for reproduce.py")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--trials", help="separated by semicolons (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once; the CPU cores are shared out")
+    parser.add_argument("--table", action="store_true", help="only make the table again")
+    options = parser.parse_args()
+    path = ROOT / "results" / options.protocol / "trials.csv"
+    if not options.table:
+        run(options, path)
+    path.with_suffix(".md").write_text(text := table(path))
+    print(text)
+
+
+def run(options: argparse.Namespace, path: Path) -> None:
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+    from reproduce import machine
+    from tables import read_rows, write_rows
+
+    done = {(row["method"], int(row["seed"])) for row in read_rows(path)}
+    chosen = options.trials.split(";") if options.trials else list(TRIALS)
+    cells = [(name, int(seed)) for seed in options.seeds.split(",") for name in chosen]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as workers:
+        wanted = [cell for cell in cells if cell not in done]
+        waiting = {
+            workers.submit(cell, options.protocol, options.data_dir, name, seed): (name, seed) for name, seed in wanted
+        }
+        for finished in concurrent.futures.as_completed(waiting):
+            name, seed = waiting[finished]
+            for number, found in enumerate(finished.result()):
+                key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
+                write_rows(path, [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()])
+            print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
+    path.with_name("trials_environment.json").write_text(json.dumps(machine(threads), indent=1) + "\n")
+
+
+def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[dict[str, float]]:
+    """Accuracy over all classes in percent, after each step and by each read-out."""
+    import torch
+
+    import data
+    import field
+    import losses
+    import models
+    import readout
+    from protocols import PROTOCOLS
+    from reproduce import class_order, groups_of
+    from settings import read_settings
+
+    protocol, trial = PROTOCOLS[protocol_name], TRIALS[name]
+    common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--seed", str(seed)]
+    common += ["--data-dir", data_dir] if data_dir else []
+    settings = read_settings("train_teacher_model", [*common, *trial.first_flags.split()])
+    later = read_settings("incremental_learning_system", [*common, *trial.flags.split(), "--teacher", "-"])
+    later = dataclasses.replace(later, loss_form=later.loss_form or settings.loss_form)
+    place = data.Place(protocol.dataset, data_dir or "", settings.hold_back)
+    source = data.open_source(place, settings.image_size)
+    groups = groups_of(protocol, class_order(protocol, data_dir)[protocol.pool], seed)
+
+    names: list[str] = []
+    steps: list[field.Step] = []
+    teacher = None
+    for number, group in enumerate(groups):
+        names += group
+        train, test = source.train(group, names), source.test(names, names)
+        torch.manual_seed(seed)
+        if teacher is None:
+            mean, std = data.channel_statistics(train.pixels)
+            model = models.build(settings.model, 4 * len(group) if trial.rotations else len(group), settings.image_size)
+            first, rate, loss = 0, settings.lr, losses.first_step
+        else:
+            settings, rate, loss = later, later.incremental_lr, losses.METHODS[later.method]
+            model = copy.deepcopy(teacher)
+            first = model.fc.out_features
+            models.widen_head(model, len(group))
+        if settings.loss_form == "binary":
+            models.start_at_prior(model, first)
+        if trial.cosine:
+            model.fc.__class__ = cosine_head()
+        model = model.to(memory_format=torch.channels_last)
+        train_model(model, teacher, train, (mean, std), loss, settings, trial, rate)
+        if trial.rotations and not number:
+            models.replace_head(model, model.fc.weight.detach()[::4], model.fc.bias.detach()[::4])
+        seen = [readout.features_of(model, images.pixels, mean, std) for images in (train, test)]
+        old = readout.features_of(teacher or model, train.pixels, mean, std)
+        with torch.no_grad():
+            logits = model.fc(seen[1].float()).double()
+        steps.append(field.Step(old, seen[0], train.labels, seen[1], test.labels, logits))
+        teacher = model.eval().requires_grad_(False)
+    found: list[dict[str, float]] = [{} for _ in steps]
+    for readout_name, option in READ.items():
+        for number, scores in enumerate(field.OPTIONS[readout_name][option](steps)):
+            right = scores.argmax(1) == steps[number].test_labels
+            found[number][readout_name] = 100 * right.double().mean().item()
+    return found
+
+
+def train_model(
+    model: Any, teacher: Any, images: Any, statistics: Any, loss: Any, settings: Any, trial: Trial, rate: float
+) -> None:
+    """As training.fit does it, with what the trial changes."""
+    import torch
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    from batches import augment, batches, draw_augmentation
+    from data import to_input
+    from training import optimisation_step
+
+    model.requires_grad_(True)
+    rotates = trial.rotations and teacher is None
+    projection = nn.Linear(model.fc.in_features, model.fc.in_features)
+    nn.init.eye_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    beside = torch.optim.Adam(projection.parameters())
+
+    def total(student: Any, known: Any, labels: Any, heads: Any, settings: Any) -> dict[str, Any]:
+        terms = loss(student, known, labels, heads, settings)
+        pooled = model.pooled(student.features)
+        if trial.projection and teacher is not None:
+            aim = model.pooled(known.features)
+            missed = (projection(pooled) - aim).square().sum() / (aim - aim.mean(0)).square().sum()
+            terms["total"] = terms["total"] + trial.projection * missed
+        if trial.anti_collapse:
+            spread = pooled.T.cov() + 1e-4 * torch.eye(pooled.shape[1])
+            terms["total"] = (
+                terms["total"] - trial.anti_collapse * torch.linalg.cholesky(spread).diagonal().clamp(max=1).mean()
+            )
+        return terms
+
+    optimizer = torch.optim.SGD(model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay)
+    count = -(-len(images.labels) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * count)
+    averaged = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trial.ema), use_buffers=True) if trial.ema else None
+    )
+    strong = TrivialAugmentWide()
+    generator = torch.Generator().manual_seed(settings.seed)
+    warm_up = trial.warm_up if teacher is not None else 0
+    for epoch in range(-warm_up, settings.epochs):
+        model.train(epoch >= 0)
+        for index in batches(images.labels, settings.batch_size, generator):
+            pixels = augment(
+                images.pixels[index],
+                draw_augmentation(len(index), images.pixels.shape[-1], settings.flip, generator),
+            )
+            labels = images.labels[index]
+            if trial.strong:
+                pixels = torch.stack([strong(each) for each in pixels])
+            if rotates:
+                pixels = torch.cat([pixels.rot90(turns, (2, 3)) for turns in range(4)])
+                labels = torch.cat([4 * labels + turns for turns in range(4)])
+            inputs = to_input(pixels, *statistics).contiguous(memory_format=torch.channels_last)
+            before = [each.detach().clone() for each in model.parameters()] if epoch < 0 else []
+            optimisation_step(model, teacher, inputs, labels, total, settings, optimizer)
+            if epoch < 0:
+                put_back(model, before, teacher.fc.out_features)
+                continue
+            schedule.step()
+            beside.step()
+            beside.zero_grad()
+            if averaged:
+                averaged.update_parameters(model)
+        if epoch == -1:
+            optimizer.state.clear()
+    if averaged:
+        model.load_state_dict(averaged.module.state_dict())
+
+
+def put_back(model: Any, before: list[Any], old: int) -> None:
+    """All but the new rows of the head as they were."""
+    import torch
+
+    head = {id(model.fc.weight), id(model.fc.bias)}
+    with torch.no_grad():
+        for parameter, was in zip(model.parameters(), before, strict=True):
+            if id(parameter) in head:
+                parameter[:old] = was[:old]
+            else:
+                parameter.copy_(was)
+
+
+def cosine_head() -> type:
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    class Cosine(nn.Linear):
+        def forward(self, features: Tensor) -> Tensor:
+            return 10 * F.linear(F.normalize(features), F.normalize(self.weight)) + self.bias
+
+    return Cosine
+
+
+def table(path: Path) -> str:
+    """Of each trial the accuracies by head and discriminant, and in pairs by seed what it has over ``plain``."""
+    from field import averages
+    from tables import NOT_THERE, mean_and_spread, paired
+
+    found = averages(path)
+    heads = ["trial", "read-out", "average of the steps", "over plain", "after the last step", "over plain", "seeds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for trial in TRIALS:
+        for readout, option in READ.items():
+            seeds = found.get((trial, readout, option), {})
+            plain = found.get(("plain", readout, option), {})
+            cells = []
+            for column in (0, 1):
+                cells.append(mean_and_spread([values[column] for values in seeds.values()]) if seeds else "")
+                pairs = [(seeds[seed][column], plain[seed][column]) for seed in seeds if seed in plain]
+                cells.append(paired(pairs) if len(pairs) >= 3 and trial != "plain" else NOT_THERE)
+            if seeds:
+                lines.append(f"| {trial} | {readout} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
