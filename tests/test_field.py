@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import checkpoint
 import field
 import incremental_learning_system as incremental
+import models
 import train_teacher_model as trainer
 from field import Step
 from protocols import PROTOCOLS, Protocol
@@ -253,3 +254,54 @@ def test_what_is_missing_is_said_in_a_line(compare, flags, words, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+# Trials: benchmarks/trials.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trials():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(field.ROOT / "benchmarks")
+        patch.setitem(PROTOCOLS, "tiny", TINY)
+        import trials
+
+        yield trials
+
+
+def test_the_plain_trial_trains_as_the_scripts_do(trials, work):
+    found = trials.cell("tiny", None, "plain", 0)
+    saved = checkpoint.load(work / "tiny" / "seed0" / "first-binary" / "teacher_model.pth")
+    for name in ("head", "prototypes", "discriminant"):
+        assert found[0][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=0.6)  # one of 180 images
+    # The new rows of a head begin elsewhere.
+    for number in (1, 2):
+        saved = checkpoint.load(work / "tiny" / "seed0" / "lwm" / str(number) / "student_model.pth")
+        for name in ("head", "prototypes", "discriminant"):
+            assert found[number][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss projection=1 lr=0.03"],
+)
+def test_each_trial_changes_something_and_tells_the_digits_apart(trials, name):
+    plain, found = (trials.cell("tiny", None, each, 0) for each in ("plain", name))
+    assert plain != found
+    assert [list(step) for step in found] == [list(trials.READ)] * 3
+    assert found[2]["discriminant"] > 2 * 100 / 6  # twice what guessing has
+
+
+def test_a_warm_up_moves_the_new_rows_alone(trials):
+    model = models.build("resnet32", 3, 8)
+    before = [each.detach().clone() for each in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    trials.put_back(model, before, 2)
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        if parameter is model.fc.weight or parameter is model.fc.bias:
+            assert torch.equal(parameter[:2], was[:2])
+            assert torch.equal(parameter[2:], was[2:] + 1)
+        else:
+            assert torch.equal(parameter, was)
