@@ -87,27 +87,19 @@ def fetril(steps: Sequence[Step], penalty: float) -> Scores:
 
 
 def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
-    """DPCR (He et al., ICML 2025, section 3): ridge regression from second moments that two projections carry along.
+    """DPCR (He et al., ICML 2025, section 3): ridge regression from means and second moments that are carried along.
 
-    The first is the ridge regression from the old network's features of the new images to the new one's; before it,
-    each class is projected to the space that its own features span. ``penalty`` is that of the classifier, in units of
-    the mean diagonal; its columns are scaled to unit length.
+    The carrying map is the ridge regression from the old network's features of the new images to the new one's. The
+    paper also projects each class to the space that its own features span, which does nothing here: with more images
+    than channels that is the whole space. ``penalty`` is that of the classifier, in units of the mean diagonal; its
+    columns are scaled to unit length, so that the number of images of a class cancels.
     """
-    means, moments, counts = steps[0].after[:0], steps[0].after.new_zeros(0, *[steps[0].after.shape[1]] * 2), []
+    means, moment = steps[0].after[:0], steps[0].after.new_zeros(2 * steps[0].after.shape[1:])
     for step in steps:
-        if len(means):
-            shift = torch.linalg.solve(_ridged(step.before.T @ step.before), step.before.T @ step.after)
-            sizes, axes = torch.linalg.eigh(moments)
-            axes = axes * (sizes > SMALLEST * sizes[:, -1:]).unsqueeze(1)
-            both = axes @ axes.mT @ shift
-            means, moments = (means.unsqueeze(1) @ both).squeeze(1), both.mT @ moments @ both
-        own = [step.after[step.labels == label] for label in step.labels.unique()]
-        means = torch.cat([means, _means(step.after, step.labels)])
-        moments = torch.cat([moments, torch.stack([each.T @ each for each in own])])
-        counts += [len(each) for each in own]
-        sums = means * torch.tensor(counts).unsqueeze(1)
-        weight = torch.linalg.solve(_ridged(moments.sum(0), penalty), sums.T)
-        yield step.test @ F.normalize(weight, dim=0)
+        shift = torch.linalg.solve(_ridged(step.before.T @ step.before), step.before.T @ step.after)
+        means = torch.cat([means @ shift, _means(step.after, step.labels)])
+        moment = shift.T @ moment @ shift + step.after.T @ step.after
+        yield step.test @ F.normalize(torch.linalg.solve(_ridged(moment, penalty), means.T), dim=0)
 
 
 def bayes(steps: Sequence[Step], shrinkage: float) -> Scores:
