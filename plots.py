@@ -218,8 +218,9 @@ def over_steps(
             places = [step + 0.05 * (number - len(methods) / 2) for step in by_step]
             if places:
                 _errorbar(axes, number, name, places, list(by_step.values()))
-        axes.set(xlabel="step (0: the first classes)", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        steps = sorted({step for by_step in methods.values() for step in by_step})
+        axes.set(xlabel="step (0: the first classes)", ylabel=label, xticks=steps)
+        axes.margins(x=0.05 if len(steps) > 1 else 1)
     for number, (name, pairs) in enumerate((lost or {}).items()):
         fifths = [part for part in np.array_split(np.array(sorted(pairs)), 5) if len(part)]
         places = [part[:, 0].mean() for part in fifths]
