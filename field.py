@@ -1,6 +1,8 @@
 """Read-outs of the field, re-implemented on the same networks, classes and images as ours, to be compared with them.
 
-    python3 reproduce.py photos32-search --data-dir photos32 --ablation --methods "lwf incremental_lr=0.1 beta=3"
+    python3 reproduce.py photos32-search --data-dir photos32 --ablation \\
+        --methods "lwf incremental_lr=0.1 beta=3,lwm incremental_lr=0.1 beta=1"
+    python3 reproduce.py photos32-5x4 --data-dir photos32 --methods lwf,lwm --seeds 0,1,2,3,4
     python3 field.py photos32-search --data-dir photos32
     python3 field.py photos32-5x4 --data-dir photos32 --seeds 0,1,2,3,4
 
@@ -24,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import evaluation
 import readout
+from data import Images
 from errors import InputError, one_line_errors
+from models import Network
 
 ROOT = Path(__file__).resolve().parent
 SEARCH = {"photos32-5x4": "photos32-search"}
-SMALLEST = 1e-6  # ridge that keeps a matrix invertible, of its mean diagonal
 
 Scores = Iterator[Tensor]  # after each step (m, N+K): the class with the highest is the answer
 
@@ -39,10 +43,33 @@ class Step(NamedTuple):
 
     before: Tensor  # (n, C), of the new classes' training images in the network before the step; first step: as after
     after: Tensor  # (n, C), in the network after it
+    first: Tensor  # (n, C), in the network of the first step
     labels: Tensor  # int64 (n,)
     test: Tensor  # (m, C), of test images of all classes so far
+    first_test: Tensor  # (m, C), in the network of the first step
     test_labels: Tensor  # int64 (m,)
     logits: Tensor  # (m, N+K), of the head
+    known: readout.Statistics  # as a checkpoint keeps them
+
+
+def look(
+    steps: Sequence[Step], networks: Sequence[Network], train: Images, test: Images, mean: list[float], std: list[float]
+) -> Step:
+    """The step after ``steps``: ``networks`` are those after each step, this one included."""
+    before, after, first = (
+        readout.features_of(network, train.pixels, mean, std)
+        for network in (networks[-2:][0], networks[-1], networks[0])
+    )
+    tested, first_tested = (readout.features_of(each, test.pixels, mean, std) for each in (networks[-1], networks[0]))
+    with torch.no_grad():
+        logits = networks[-1].fc(tested.float()).double()
+    known = readout.carried(steps[-1].known if steps else None, before, after, train.labels)
+    return Step(before, after, first, train.labels, tested, first_tested, test.labels, logits, known)
+
+
+def accuracy(scores: Tensor, step: Step) -> float | None:
+    """Over all classes, in percent."""
+    return evaluation.accuracies(scores, step.test_labels, 0)["accuracy"]
 
 
 def head(steps: Sequence[Step]) -> Scores:
@@ -66,23 +93,23 @@ def fetril(steps: Sequence[Step], penalty: float) -> Scores:
     """FeTrIL (Petit et al., WACV 2023, section 3): a linear SVM on real features of new and moved ones of old classes.
 
     For an old class stand the features of the new class whose mean is nearest by cosine, moved by the difference of the
-    means. The network is that of the first step in all ``steps``; ``penalty`` is the C of the SVM.
+    means. The network is that of the first step all along; ``penalty`` is the C of the SVM.
     """
     from sklearn.svm import LinearSVC
 
-    means = steps[0].after[:0]
+    means = steps[0].first[:0]
     for step in steps:
-        new, first = _means(step.after, step.labels), len(means)
+        new, known = _means(step.first, step.labels), len(means)
         nearest = (F.normalize(means, dim=1) @ F.normalize(new, dim=1).T).argmax(1)
-        features, labels = [step.after], [step.labels]
+        features, labels = [step.first], [step.labels]
         for old, other in enumerate(nearest.tolist()):
-            own = step.after[step.labels == first + other]
+            own = step.first[step.labels == known + other]
             features.append(own + means[old] - new[other])
             labels.append(torch.full((len(own),), old))
         means = torch.cat([means, new])
         svm = LinearSVC(C=penalty, dual=False, random_state=0)
         svm.fit(F.normalize(torch.cat(features), dim=1).numpy(), torch.cat(labels).numpy())
-        scores = torch.from_numpy(svm.decision_function(F.normalize(step.test, dim=1).numpy()))
+        scores = torch.from_numpy(svm.decision_function(F.normalize(step.first_test, dim=1).numpy()))
         yield scores if scores.ndim == 2 else torch.stack([-scores, scores], dim=1)  # of two classes one column
 
 
@@ -96,10 +123,10 @@ def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
     """
     means, moment = steps[0].after[:0], steps[0].after.new_zeros(2 * steps[0].after.shape[1:])
     for step in steps:
-        shift = torch.linalg.solve(_ridged(step.before.T @ step.before), step.before.T @ step.after)
+        shift = torch.linalg.solve(readout.regular(step.before.T @ step.before), step.before.T @ step.after)
         means = torch.cat([means @ shift, _means(step.after, step.labels)])
         moment = shift.T @ moment @ shift + step.after.T @ step.after
-        yield step.test @ F.normalize(torch.linalg.solve(_ridged(moment, penalty), means.T), dim=0)
+        yield step.test @ F.normalize(torch.linalg.solve(readout.regular(moment, penalty), means.T), dim=0)
 
 
 def bayes(steps: Sequence[Step], shrinkage: float) -> Scores:
@@ -108,27 +135,17 @@ def bayes(steps: Sequence[Step], shrinkage: float) -> Scores:
     Means and covariances are carried by our affine map, where the paper trains a network for it; to a covariance
     ``shrinkage`` times its mean variance is added in all directions.
     """
-    for step, known in zip(steps, carried(steps), strict=True):
-        covariances = torch.stack([_ridged(each, shrinkage) for each in known.covariances])[known.of]
-        off = step.test.unsqueeze(0) - known.means.unsqueeze(1)  # (N+K, m, C)
+    for step in steps:
+        covariances = readout.regular(step.known.covariances, shrinkage)[step.known.of]
+        off = step.test.unsqueeze(0) - step.known.means.unsqueeze(1)  # (N+K, m, C)
         whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariances), off.mT, upper=False)
         yield -(whitened.square().sum(1) + torch.logdet(covariances).unsqueeze(1)).T
 
 
-def carried(steps: Sequence[Step]) -> Iterator[readout.Statistics]:
-    """Our statistics after each step (readout.py)."""
-    known = None
-    for step in steps:
-        first, classes = int(step.labels.min()), len(step.labels.unique())
-        new = readout.measured(step.after, step.labels - first, classes)
-        known = readout.transported(known, readout.fitted(step.before, step.after)).joined(new) if known else new
-        yield known
-
-
 def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequence[Step]], Scores]:
     def scores(steps: Sequence[Step]) -> Scores:
-        for step, known in zip(steps, carried(steps), strict=True):
-            weight, bias = make(known)
+        for step in steps:
+            weight, bias = make(step.known)
             yield step.test @ weight.T + bias
 
     return scores
@@ -136,11 +153,6 @@ def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequ
 
 def _means(features: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([features[labels == label].mean(0) for label in labels.unique()])
-
-
-def _ridged(matrix: Tensor, penalty: float = SMALLEST) -> Tensor:
-    one = torch.eye(len(matrix), dtype=matrix.dtype)
-    return matrix + penalty * matrix.diagonal().mean() * one
 
 
 # Four of each that has any: the same budget.
@@ -183,36 +195,33 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> None:
     """Rows of every cell and read-out, with all options where none is ``chosen``."""
-    from reproduce import machine, whole_number
+    from reproduce import machine, seeds_of
     from tables import write_rows
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for seed in [whole_number("--seeds", each, 0, 2**32 - 1) for each in options.seeds.split(",")]:
+    for seed in seeds_of(options.seeds):
         for method in TRAINED:
-            moving = chain(options, method, seed)
-            still = chain(options, method, seed, first_network=True)
+            steps = chain(options, method, seed)
             scores = {
-                (name, option): list(make(still if name == "fetril" else moving))
+                (name, option): list(make(steps))
                 for name, tried in OPTIONS.items()
                 for option, make in tried.items()
                 if chosen is None or chosen[method, name] == option
             }
-            for number, step in enumerate(moving):
+            for number, step in enumerate(steps):
                 key = {"protocol": options.protocol, "method": method, "seed": seed, "step": number}
-                found = {name: (each[number].argmax(1) == step.test_labels) for name, each in scores.items()}
                 write_rows(
                     path,
                     [
-                        {**key, "readout": name, "option": option, "accuracy": 100 * right.double().mean().item()}
-                        for (name, option), right in found.items()
+                        {**key, "readout": name, "option": option, "accuracy": accuracy(each[number], step)}
+                        for (name, option), each in scores.items()
                     ],
                 )
             print(f"{method}, seed {seed}: done", flush=True)
     path.with_name("field_environment.json").write_text(json.dumps(machine(), indent=1) + "\n")
 
 
-def chain(options: argparse.Namespace, method: str, seed: int, first_network: bool = False) -> list[Step]:
-    """What the networks of a cell see after each of its steps, or what that of its first step sees of them all."""
+def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
+    """What the networks of a cell see after each of its steps."""
     import checkpoint
     import data
     from protocols import PROTOCOLS
@@ -226,26 +235,23 @@ def chain(options: argparse.Namespace, method: str, seed: int, first_network: bo
     groups = groups_of(protocol, class_order(protocol, options.data_dir)[protocol.pool], seed)
     own = folder / name.replace(" ", "_")
     later = [own / str(number) / MADE["incremental_learning_system.py"] for number in range(1, len(groups))]
-    paths, names, steps = [first, *later], [], []
+    paths = [first, *later]
     if not paths[-1].exists():
         raise InputError(
             f"{paths[-1]} is not there: reproduce.py {options.protocol} --methods {name!r} --seeds {seed} makes it"
         )
-    before = None
+    names: list[str] = []
+    networks: list[Network] = []
+    steps: list[Step] = []
     for path, group in zip(paths, groups, strict=True):
         saved = checkpoint.load(path)
-        record = saved["steps"][-1]
-        source = data.open_source(
-            data.Place(protocol.dataset, options.data_dir or "", record["hold_back"]), saved["image_size"]
-        )
+        if not networks:
+            place = data.Place(protocol.dataset, options.data_dir or "", saved["steps"][0]["hold_back"])
+            source = data.open_source(place, saved["image_size"])
         names += group
+        networks.append(checkpoint.restore_model(saved))
         train, test = source.train(group, names), source.test(names, names)
-        model = checkpoint.restore_model(checkpoint.load(first) if first_network else saved)
-        seen = [readout.features_of(model, images.pixels, saved["mean"], saved["std"]) for images in (train, test)]
-        old = readout.features_of(before or model, train.pixels, saved["mean"], saved["std"])
-        logits = seen[1] @ model.fc.weight.detach().double().T + model.fc.bias.detach().double()
-        steps.append(Step(old, seen[0], train.labels, seen[1], test.labels, logits))
-        before = model
+        steps.append(look(steps, networks, train, test, saved["mean"], saved["std"]))
     return steps
 
 

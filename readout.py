@@ -138,6 +138,17 @@ def transported(statistics: Statistics, by: Transport) -> Statistics:
     )
 
 
+def carried(known: Statistics | None, before: Tensor, after: Tensor, labels: Tensor) -> Statistics:
+    """``known`` of the old classes, if there are any, in the new network, and those of the new classes behind them.
+
+    ``before`` and ``after`` (n, C) are the new images' features in the old and the new network, labels int64 (n,) their
+    positions in the output.
+    """
+    first, last = int(labels.min()), int(labels.max())
+    new = measured(after, labels - first, last - first + 1)
+    return new if known is None else transported(known, fitted(before, after)).joined(new)
+
+
 # The heads --------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +161,7 @@ def prototypes(statistics: Statistics) -> Linear:
 def discriminant(statistics: Statistics) -> Linear:
     """With S the mean of the classes' covariances: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely."""
     means = statistics.means
-    weight = torch.linalg.solve(_regular(_shared(statistics)), means.T).T
+    weight = torch.linalg.solve(regular(_shared(statistics)), means.T).T
     return weight, -(weight * means).sum(1) / 2
 
 
@@ -159,12 +170,12 @@ def rebalanced(statistics: Statistics, seed: int = 0, decay: float = DECAY) -> L
     means = statistics.means
     count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
     generator = torch.Generator().manual_seed(seed)
-    roots = torch.linalg.cholesky(_regular(statistics.covariances))
+    roots = torch.linalg.cholesky(regular(statistics.covariances))
     noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
     drawn = means.unsqueeze(1) + torch.stack([n @ roots[k].T for n, k in zip(noise, statistics.of, strict=True)])
     labels = torch.arange(len(means)).repeat_interleave(count)
     # Whitened, so that the regression converges in a few steps.
-    centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(_regular(_shared(statistics))))
+    centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(regular(_shared(statistics))))
     inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
     start = (means - centre) @ whiten.T
     weight, bias = start.clone().requires_grad_(), (-start.square().sum(1) / 2).requires_grad_()
@@ -186,10 +197,13 @@ def _shared(statistics: Statistics) -> Tensor:
     return statistics.covariances[torch.tensor(statistics.of)].mean(0)
 
 
-def _regular(covariances: Tensor) -> Tensor:
-    """(..., C, C), safe to be inverted where features do not vary at all, or lost digits in fp32."""
+def regular(covariances: Tensor, more: float = SMALLEST) -> Tensor:
+    """(..., C, C) with ``more`` of the mean variance in each direction.
+
+    The default only makes them safe to be inverted where features do not vary at all, or lost digits in fp32.
+    """
     scale = covariances.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-9)
-    return covariances + SMALLEST * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+    return covariances + more * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
 
 
 # Each makes a linear layer over the features, in float64: every read-out but "head".
@@ -231,8 +245,7 @@ def after_step(teacher: Network, student: Network, before: dict[str, Any], image
     if known is None:
         return None
     old, new = (features_of(model, images.pixels, before["mean"], before["std"]) for model in (teacher, student))
-    first, last = int(images.labels.min()), int(images.labels.max())
-    return transported(known, fitted(old, new)).joined(measured(new, images.labels - first, last - first + 1))
+    return carried(known, old, new, images.labels)
 
 
 def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:

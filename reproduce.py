@@ -131,6 +131,16 @@ def whole_number(flag: str, text: str, least: int, most: int) -> int:
     return number
 
 
+def seeds_of(text: str) -> list[int]:
+    """Those of --seeds. Raises InputError for what is none."""
+    return [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in text.split(",")]
+
+
+def threads_of(jobs: int) -> int:
+    """For each of ``jobs`` runs at once: the CPU cores are shared out."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
     variants = variants_of(protocol, path)
@@ -138,7 +148,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     for name in chosen:
         if name not in variants:
             raise InputError(f"--methods: {options.protocol} has no {name!r}: {', '.join(variants)}")
-    seeds = [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in options.seeds.split(",")]
+    seeds = seeds_of(options.seeds)
     for flag, values in (("--methods", chosen), ("--seeds", seeds)):
         if len(set(values)) < len(values):  # two runs at once in one folder
             raise InputError(f"{flag}: {statistics.mode(values)!r} is named twice")
@@ -146,7 +156,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads_of(jobs)
     about = beside(path, "environment.json")
     calls, this = json.loads(about.read_text()) if about.exists() else [], environment(options, jobs, threads)
     if this not in calls:

@@ -58,6 +58,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted([*others, *rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"]))))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text.getvalue())
     temporary.replace(path)

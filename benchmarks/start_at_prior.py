@@ -3,7 +3,8 @@
     python3 benchmarks/start_at_prior.py photos32 --jobs 2
 
 Trains the first step of photos32-search-10+10 (ten classes, judged on training images held back) both ways with three
-seeds, and writes results/start-at-prior/{curves.csv,table.md,environment.json}: accuracy by epoch, in percent.
+seeds, and writes results/start-at-prior/{curves.csv,table.md,environment.json}: accuracy in percent, by epoch, which is
+the column step of the CSV.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ def main() -> None:
     parser.add_argument("folder", help="with train/<class>/ and test/<class>/")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once; the CPU cores are shared out")
     options = parser.parse_args()
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
 
-    from reproduce import machine
+    from reproduce import machine, threads_of
     from tables import mean_and_spread, write_rows
 
+    threads = threads_of(options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     results = ROOT / "results" / "start-at-prior"
-    results.mkdir(parents=True, exist_ok=True)
     cases = [(options.folder, seed, start) for seed in SEEDS for start in ("prior", "half")]
     spawn = multiprocessing.get_context("spawn")
     found: dict[str, list[list[float]]] = {"prior": [], "half": []}
@@ -47,7 +47,10 @@ def main() -> None:
             for epoch, accuracy in enumerate(accuracies, 1):
                 key = {"protocol": PROTOCOL, "method": start, "seed": seed, "step": epoch}
                 write_rows(results / "curves.csv", [{**key, "accuracy": accuracy}])
-    lines = [f"| outputs start at | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |", "|---" * 7 + "|"]
+    lines = [
+        f"| outputs start at | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
+        "|---" * (1 + len(EPOCHS)) + "|",
+    ]
     for start, name in (("prior", "1 / classes"), ("half", "one half")):
         cells = [mean_and_spread([accuracies[epoch - 1] for accuracies in found[start]]) for epoch in EPOCHS]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -4,7 +4,7 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
 All steps of a protocol with LwM (``plain``), and with one change each; AdaGauss's training is among them. Every network
-is read in each way that field.py knows for it. A cell (a trial with a seed) that is in the CSV is not run again.
+is read in several ways, with field.py. A cell (a trial with a seed) that is in the CSV is not run again.
 results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
 """
 
@@ -48,12 +48,12 @@ TRIALS = {
     "projection=10": Trial(projection=10),
     "gentler": Trial("--method lwm --incremental-lr 0.03"),
     "longer": Trial("--method lwm --epochs 40"),
-    "longer, all": Trial("--method lwm --epochs 40", "--epochs 40"),
+    "longer-all": Trial("--method lwm --epochs 40", "--epochs 40"),
     "warm-up=3": Trial(warm_up=3),
     "ema=0.99": Trial(ema=0.99),
     "rotations": Trial(rotations=True),
     "strong": Trial(strong=True),
-    "strong, longer, all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
+    "strong-longer-all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
     "cosine": Trial(cosine=True),
     **{
         f"adagauss projection={weight} lr={rate}": Trial(
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("protocol")
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--trials", help="separated by semicolons (default: all)")
+    parser.add_argument("--trials", help="comma-separated (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once; the CPU cores are shared out")
     parser.add_argument("--table", action="store_true", help="only make the table again")
     options = parser.parse_args()
@@ -87,15 +87,14 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, path: Path) -> None:
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
-    from reproduce import machine
+    from reproduce import machine, seeds_of, threads_of
     from tables import read_rows, write_rows
 
+    threads = threads_of(options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     done = {(row["method"], int(row["seed"])) for row in read_rows(path)}
-    chosen = options.trials.split(";") if options.trials else list(TRIALS)
-    cells = [(name, int(seed)) for seed in options.seeds.split(",") for name in chosen]
+    chosen = options.trials.split(",") if options.trials else list(TRIALS)
+    cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as workers:
         wanted = [cell for cell in cells if cell not in done]
@@ -119,7 +118,7 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
     import field
     import losses
     import models
-    import readout
+    from hardware import to_device
     from protocols import PROTOCOLS
     from reproduce import class_order, groups_of
     from settings import read_settings
@@ -136,11 +135,12 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
 
     names: list[str] = []
     steps: list[field.Step] = []
-    teacher = None
-    for number, group in enumerate(groups):
+    networks: list[models.Network] = []
+    for group in groups:
         names += group
         train, test = source.train(group, names), source.test(names, names)
         torch.manual_seed(seed)
+        teacher = networks[-1] if networks else None
         if teacher is None:
             mean, std = data.channel_statistics(train.pixels)
             model = models.build(settings.model, 4 * len(group) if trial.rotations else len(group), settings.image_size)
@@ -154,21 +154,16 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
             models.start_at_prior(model, first)
         if trial.cosine:
             model.fc.__class__ = cosine_head()
-        model = model.to(memory_format=torch.channels_last)
+        model = to_device(model, torch.device("cpu"))
         train_model(model, teacher, train, (mean, std), loss, settings, trial, rate)
-        if trial.rotations and not number:
+        if trial.rotations and teacher is None:
             models.replace_head(model, model.fc.weight.detach()[::4], model.fc.bias.detach()[::4])
-        seen = [readout.features_of(model, images.pixels, mean, std) for images in (train, test)]
-        old = readout.features_of(teacher or model, train.pixels, mean, std)
-        with torch.no_grad():
-            logits = model.fc(seen[1].float()).double()
-        steps.append(field.Step(old, seen[0], train.labels, seen[1], test.labels, logits))
-        teacher = model.eval().requires_grad_(False)
+        networks.append(model.eval().requires_grad_(False))
+        steps.append(field.look(steps, networks, train, test, mean, std))
     found: list[dict[str, float]] = [{} for _ in steps]
     for readout_name, option in READ.items():
         for number, scores in enumerate(field.OPTIONS[readout_name][option](steps)):
-            right = scores.argmax(1) == steps[number].test_labels
-            found[number][readout_name] = 100 * right.double().mean().item()
+            found[number][readout_name] = field.accuracy(scores, steps[number])
     return found
 
 

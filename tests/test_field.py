@@ -13,9 +13,12 @@ from sklearn.svm import LinearSVC
 from torch.nn import functional as F
 
 import checkpoint
+import data
 import field
 import incremental_learning_system as incremental
+import losses
 import models
+import readout
 import train_teacher_model as trainer
 from field import Step
 from protocols import PROTOCOLS, Protocol
@@ -36,13 +39,20 @@ def drawn(classes: list[int], seed: int = 0, count: int = COUNT) -> tuple[torch.
     return torch.cat(parts), torch.tensor(classes).repeat_interleave(count)
 
 
+def step_after(steps, before, after, labels, test, test_labels) -> Step:
+    """Without a head; the network of the first step is nowhere to be seen."""
+    known = readout.carried(steps[-1].known if steps else None, before, after, labels)
+    nothing = torch.full_like(after, torch.nan), torch.full_like(test, torch.nan)
+    return Step(before, after, nothing[0], labels, test, nothing[1], test_labels, torch.zeros(0), known)
+
+
 def two_steps(shift=lambda features: features) -> list[Step]:
     """Classes 0 and 1, then 2, 3 and 4 with half as many images; in between the network moves by ``shift``."""
-    steps = []
+    steps: list[Step] = []
     for new, move in (([0, 1], lambda features: features), ([2, 3, 4], shift)):
         features, labels = drawn(new, count=COUNT // (1 + len(steps)))
         test, test_labels = drawn(list(range(new[-1] + 1)), seed=1)
-        steps.append(Step(features, move(features), labels, move(test), test_labels, torch.zeros(0)))
+        steps.append(step_after(steps, features, move(features), labels, move(test), test_labels))
     return steps
 
 
@@ -86,9 +96,11 @@ def test_fetril_sees_real_features_where_old_classes_are_new_ones_moved():
     old, labels = drawn([0, 1])
     offset = torch.full((WIDTH,), 0.5, dtype=torch.float64)
     new = old + offset  # so that moved back by the difference of the means they are the old ones
-    steps = [Step(old, old, labels, old, labels, torch.zeros(0))]
     both = torch.cat([old, new]), torch.cat([labels, labels + 2])
-    steps.append(Step(new, new, labels + 2, both[0], both[1], torch.zeros(0)))
+    # In the network of the first step; what the others see is something else.
+    steps = [step_after([], linear(old), linear(old), labels, linear(old), labels)._replace(first=old, first_test=old)]
+    more = step_after(steps, linear(new), linear(new), labels + 2, linear(both[0]), both[1])
+    steps.append(more._replace(first=new, first_test=both[0]))
     scores = list(field.fetril(steps, 1.0))
     order = [2, 3, 0, 1]  # the order of the training set, which a convex problem does not depend on
     features = torch.cat([both[0][both[1] == c] for c in order])
@@ -116,7 +128,7 @@ def test_dpcr_is_ridge_regression_on_all_images_where_the_drift_is_linear():
 
 def test_bayes_answers_with_the_likeliest_gaussian():
     steps = two_steps(linear)
-    (known,) = list(field.carried(steps))[1:]
+    known = steps[1].known
     scores = list(field.bayes(steps, 0.1))[1]
     one = torch.eye(WIDTH, dtype=torch.float64)
     for label in range(5):
@@ -196,23 +208,39 @@ def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints
                 (found,) = [r for r in rows if (r["method"], r["readout"], r["step"]) == (method, name, str(step))]
                 assert float(found["accuracy"]) == pytest.approx(accuracy, abs=0.01)
     options = argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None)
-    still = field.chain(options, "lwm", 0, first_network=True)
+    steps = field.chain(options, "lwm", 0)
     (found,) = [row for row in rows if (row["method"], row["readout"], row["step"]) == ("lwm", "fetril", "2")]
-    answers = list(field.OPTIONS["fetril"][found["option"]](still))[2].argmax(1)
-    assert float(found["accuracy"]) == pytest.approx(100 * (answers == still[2].test_labels).double().mean(), abs=0.01)
+    answers = list(field.OPTIONS["fetril"][found["option"]](steps))[2].argmax(1)
+    assert float(found["accuracy"]) == pytest.approx(100 * (answers == steps[2].test_labels).double().mean(), abs=0.01)
     text = (tmp_path / "results" / "tiny" / "field.md").read_text()
     assert text.count("\n") == 2 + 2 * len(field.OPTIONS)
     assert "torch" in json.loads((tmp_path / "results" / "tiny" / "field_environment.json").read_text())
 
 
-def test_fetril_stays_with_the_network_of_the_first_step(compare, work):
-    options = argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None)
-    moving, still = field.chain(options, "lwm", 0), field.chain(options, "lwm", 0, first_network=True)
-    assert torch.equal(moving[0].after, still[0].after)
-    assert not torch.allclose(moving[1].after, still[1].after)
-    assert torch.equal(still[2].before, still[2].after)
-    assert torch.equal(moving[1].before, still[1].after)
-    assert [len(step.test_labels.unique()) for step in moving] == [2, 4, 6]
+def test_a_step_has_what_the_networks_before_it_after_it_and_of_the_first_step_see(compare, work):
+    steps = field.chain(argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None), "lwm", 0)
+    cells = work / "tiny" / "seed0"
+    paths = [cells / "first-binary" / "teacher_model.pth"]
+    paths += [cells / "lwm" / number / "student_model.pth" for number in ("1", "2")]
+    saved = [checkpoint.load(path) for path in paths]
+    networks = [checkpoint.restore_model(each) for each in saved]
+    source, names = data.open_source(data.Place("digits", ""), 8), [str(digit) for digit in range(6)]
+    for number, step in enumerate(steps):
+        train, test = (
+            source.train(names[2 * number : 2 * number + 2], names),
+            source.test(names[: 2 * number + 2], names),
+        )
+        seen = {"before": (max(0, number - 1), train), "after": (number, train), "first": (0, train)}
+        seen |= {"test": (number, test), "first_test": (0, test)}
+        for field_name, (which, images) in seen.items():
+            of = saved[0]["mean"], saved[0]["std"]
+            assert torch.equal(getattr(step, field_name), readout.features_of(networks[which], images.pixels, *of))
+        kept = readout.unpacked(saved[number])
+        assert torch.allclose(step.known.means, kept.means, atol=1e-4)
+        assert torch.allclose(step.known.covariances, kept.covariances, atol=1e-4)
+        assert torch.equal(step.test_labels, test.labels)
+    assert not torch.allclose(steps[1].after, steps[1].first)
+    assert not torch.allclose(steps[2].before, steps[2].first)
 
 
 def test_what_ours_has_over_another_is_taken_in_pairs_by_seed(tmp_path):
@@ -259,24 +287,28 @@ def trials():
         yield trials
 
 
-def test_the_plain_trial_trains_as_the_scripts_do(trials, work):
-    found = trials.cell("tiny", None, "plain", 0)
+@pytest.fixture(scope="module")
+def plain(trials):
+    return trials.cell("tiny", None, "plain", 0)
+
+
+def test_the_plain_trial_trains_as_the_scripts_do(plain, work):
     saved = checkpoint.load(work / "tiny" / "seed0" / "first-binary" / "teacher_model.pth")
     for name in ("head", "prototypes", "discriminant"):
-        assert found[0][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=0.6)  # one of 180 images
+        assert plain[0][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=0.6)  # one of 180 images
     # The new rows of a head begin elsewhere.
     for number in (1, 2):
         saved = checkpoint.load(work / "tiny" / "seed0" / "lwm" / str(number) / "student_model.pth")
         for name in ("head", "prototypes", "discriminant"):
-            assert found[number][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=10)
+            assert plain[number][name] == pytest.approx(saved["readouts"][name]["accuracy"], abs=10)
 
 
 @pytest.mark.parametrize(
     "name",
     ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss projection=1 lr=0.03"],
 )
-def test_each_trial_changes_something_and_tells_the_digits_apart(trials, name):
-    plain, found = (trials.cell("tiny", None, each, 0) for each in ("plain", name))
+def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, name):
+    found = trials.cell("tiny", None, name, 0)
     assert plain != found
     assert [list(step) for step in found] == [list(trials.READ)] * 3
     assert found[2]["discriminant"] > 2 * 100 / 6  # twice what guessing has
@@ -295,3 +327,19 @@ def test_a_warm_up_moves_the_new_rows_alone(trials):
             assert torch.equal(parameter[2:], was[2:] + 1)
         else:
             assert torch.equal(parameter, was)
+
+
+def test_rotations_are_told_apart_in_the_first_step_alone(trials, monkeypatch):
+    seen = {"first_step": set(), "lwm": set()}
+
+    def watched(name: str, loss):
+        def recorded(student, teacher, labels, heads, settings):
+            seen[name] |= set(labels.tolist())
+            return loss(student, teacher, labels, heads, settings)
+
+        return recorded
+
+    monkeypatch.setattr(losses, "first_step", watched("first_step", losses.first_step))
+    monkeypatch.setitem(losses.METHODS, "lwm", watched("lwm", losses.lwm))
+    trials.cell("tiny", None, "rotations", 0)
+    assert seen == {"first_step": set(range(8)), "lwm": {2, 3, 4, 5}}  # four for each of two classes
