@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import platform
@@ -27,6 +28,10 @@ class Interrupted(Exception):
     def __init__(self, signum: int, text: str) -> None:
         super().__init__(text)
         self.signum = signum
+
+
+# What the user has named cannot be opened, whatever it is named for.
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 def process_number() -> int:
@@ -55,6 +60,11 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             code, text = 128 + signal.SIGINT, "interrupted"
+        except OSError as error:
+            if error.errno not in _UNREADABLE or not isinstance(error.filename, str):
+                error.add_note(_to_report())
+                raise
+            code, text = 2, f"error: {error.filename}: {os.strerror(error.errno)}; name another file or folder"
         except Exception as error:
             if not (isinstance(error, RuntimeError | MemoryError) and is_lack_of_memory(error)):
                 error.add_note(_to_report())

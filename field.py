@@ -14,7 +14,6 @@ results/<protocol>/ gets field.csv and field.md.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -185,9 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only make the table again from the CSV")
     options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "field.csv"
-    chosen = best_options(SEARCH[options.protocol]) if options.protocol in SEARCH else None
     if not options.table:
-        evaluate(options, chosen, path)
+        evaluate(options, best_options(SEARCH[options.protocol]) if options.protocol in SEARCH else None, path)
     text = table(path)
     path.with_suffix(".md").write_text(text)
     print(text)
@@ -195,9 +193,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> None:
     """Rows of every cell and read-out, with all options where none is ``chosen``."""
-    from reproduce import machine, seeds_of
-    from tables import write_rows
+    from reproduce import seeds_of
+    from tables import record_call, write_rows
 
+    data_dir = ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
+    command = ["field.py", options.protocol, *data_dir, "--seeds", options.seeds]
+    record_call(path.with_name("field_environment.json"), command, torch.get_num_threads())
     for seed in seeds_of(options.seeds):
         for method in TRAINED:
             steps = chain(options, method, seed)
@@ -217,15 +218,14 @@ def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> No
                     ],
                 )
             print(f"{method}, seed {seed}: done", flush=True)
-    path.with_name("field_environment.json").write_text(json.dumps(machine(), indent=1) + "\n")
 
 
 def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
     """What the networks of a cell see after each of its steps."""
     import checkpoint
     import data
-    from protocols import PROTOCOLS
-    from reproduce import MADE, class_order, form_of, groups_of
+    from protocols import PROTOCOLS, class_order, groups_of
+    from reproduce import MADE, form_of
 
     protocol = PROTOCOLS[options.protocol]
     cells = protocol.methods or protocol.ablation
@@ -287,7 +287,7 @@ def table(path: Path) -> str:
     found = averages(path)
     if not found:
         raise InputError(f"--table: there is no row in {path}; run it without --table first")
-    best = next(seeds for (method, name, _), seeds in found.items() if (method, name) == OURS)
+    best = next((seeds for (method, name, _), seeds in found.items() if (method, name) == OURS), {})
     heads = ["trained with", "read-out", "option", "average of the steps", "after the last step"]
     heads += ["ours over it, average", "ours over it, last", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import os
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,3 +89,27 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def has_room_for(pixels: Tensor, device: torch.device) -> bool:
     """Whether all images of a run can lie on the device; half of its free memory is left to the networks."""
     return device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+
+
+def machine(threads: int | None = None) -> dict[str, str]:
+    """Date, hardware and versions, as every committed figure has them beside it."""
+    import torchvision
+
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    threads = threads or torch.get_num_threads()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{gpu}{processor()}, {threads} thread(s) a run",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import write_atomically
+from tables import interval
 
 
 def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:
@@ -178,11 +179,9 @@ STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
 def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval of Student's t, none for a single value."""
-    from scipy.stats import sem, t
-
-    half = sem(values) * t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
-    return float(np.mean(values)), float(half)
+    """Mean and half its 95 % interval."""
+    low, high = interval(values)
+    return (low + high) / 2, (high - low) / 2
 
 
 def _errorbar(
@@ -191,7 +190,7 @@ def _errorbar(
     """The means that are drawn; a method keeps its ``number`` in every panel, and with it style and colour."""
     means, halves = zip(*(_mean_and_half(each) for each in values), strict=True)
     look: dict[str, Any] = {
-        "fmt": STYLES[number],
+        "fmt": STYLES[number % len(STYLES)],
         "color": f"C{number}",
         "capsize": 2,
         "markersize": 5,

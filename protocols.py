@@ -9,6 +9,9 @@ initialisation, batches and crops always do.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import InputError
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ PROTOCOLS = {
         groups=(2, 2),
         flags=DIGITS,
         # The last two are no choices of ours: learned faster, they lean to the new classes and show the frontier.
-        methods={name: METHODS[name] for name in ("finetune", "lwf", "lwf-mc", "lwm")}
+        methods={name: flags for name, flags in METHODS.items() if name not in ("frozen", JOINT)}
         | {
             "lwm lr=0.02": "--method lwm --incremental-lr 0.02",
             "lwm lr=0.02 gamma=1": "--method lwm --incremental-lr 0.02 --gamma 1",
@@ -232,3 +235,39 @@ PROTOCOLS = {
         | grid("lwf lwf-mc lwm", incremental_lr=[0.1, 0.03], beta=[1, 3]),
     ),
 }
+
+
+def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
+    """The names of all classes of the data, sorted, or in the protocol's shuffle of that."""
+    if protocol.dataset == "digits":
+        names = [str(digit) for digit in range(10)]
+    elif protocol.dataset == "cifar100":
+        import config
+
+        groups = [getattr(config, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
+        names = [name for group in groups for name in group]
+    else:
+        if not data_dir or not (Path(data_dir) / "train").is_dir():
+            raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
+        names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
+        if len(names) < protocol.pool.stop:
+            needed = protocol.pool.stop
+            raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
+    if protocol.order is None:
+        return names
+    import numpy as np
+
+    return [names[index] for index in np.random.RandomState(protocol.order).permutation(len(names))]
+
+
+def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:
+    """The classes of each step."""
+    import numpy as np
+
+    if protocol.shuffle and seed:
+        pool = [pool[index] for index in np.random.RandomState(seed).permutation(len(pool))]
+    start, groups = seed * protocol.rotation, []
+    for size in protocol.groups:
+        groups.append([pool[(start + index) % len(pool)] for index in range(size)])
+        start += size
+    return groups

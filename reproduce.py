@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -27,7 +25,7 @@ import threading
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
-from protocols import JOINT, PROTOCOLS, Protocol
+from protocols import JOINT, PROTOCOLS, Protocol, class_order, groups_of
 from settings import READOUTS, OneLineParser, require_folder
 from tables import (
     attention_path,
@@ -39,6 +37,8 @@ from tables import (
     points_of,
     read_rows,
     readouts_table,
+    record_call,
+    recorded_calls,
     table_of,
     table_path,
     variants_of,
@@ -46,10 +46,8 @@ from tables import (
 )
 
 ROOT = Path(__file__).resolve().parent
-SETTINGS = (
-    *("loss_form", "beta", "gamma", "attention", "attention_class", "batch_norm"),
-    *("learning_rate", "epochs", "precision"),
-)
+WEIGHED = ("beta", "gamma", "attention", "attention_class")  # of a later step, and of the methods that use them
+SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
 MADE = {
     "train_teacher_model.py": "teacher_model.pth",
     "incremental_learning_system.py": "student_model.pth",
@@ -118,7 +116,9 @@ def draw(protocol: Protocol, results: Path) -> None:
         labels = {"distance": "distance of the maps (L_AD)", "overlap": "overlap of the strongest fifth, %"}
         panels = {label: {name: by_step(attention, name, column) for name in names} for column, label in labels.items()}
         seen = [row for row in attention if row["distance"]]
-        lost = {name: [moved(row)[::2] for row in seen if row["method"] == name] for name in names}
+        lost = {
+            name: [(float(row["distance"]), moved(row)[2]) for row in seen if row["method"] == name] for name in names
+        }
         plots.over_steps(panels, results / "attention.png", fingerprint(attention_path(accuracy)), lost)
     curves = points_of(protocol, ablation) | points_of(protocol, accuracy)
     plots.plane(curves, results / "plane.png", fingerprint(ablation, accuracy))
@@ -158,9 +158,11 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     threads = threads_of(jobs)
     about = beside(path, "environment.json")
-    calls, this = json.loads(about.read_text()) if about.exists() else [], environment(options, jobs, threads)
-    if this not in calls:
-        about.write_text(json.dumps([*calls, this], indent=1) + "\n")
+    # Of your own images the name of the protocol does not say which these are.
+    which = shlex.join(command_of(options)[:6])
+    if options.groups and path.exists() and not any(which in call["command"] for call in recorded_calls(about)):
+        raise InputError(f"{path.parent} has rows of another --data-dir or --groups; move that folder away first")
+    record_call(about, command_of(options), threads)
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
     if options.data_dir:
         common += ["--data-dir", options.data_dir]
@@ -215,19 +217,6 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
         list(workers.map(lambda pair: cell(*pair), [(seed, name) for seed in seeds for name in chosen]))
 
 
-def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:
-    """The classes of each step."""
-    import numpy as np
-
-    if protocol.shuffle and seed:
-        pool = [pool[index] for index in np.random.RandomState(seed).permutation(len(pool))]
-    start, groups = seed * protocol.rotation, []
-    for size in protocol.groups:
-        groups.append([pool[(start + index) % len(pool)] for index in range(size)])
-        start += size
-    return groups
-
-
 def step(script: str, folder: Path, flags: list[str], threads: int, after: Path | None = None) -> Path:
     """What the script leaves in ``folder``; it is called unless it has finished there with these flags, and with the
     same for the model that it comes ``after``.
@@ -241,29 +230,6 @@ def step(script: str, folder: Path, flags: list[str], threads: int, after: Path 
         call(script, [*flags, "--output-dir", str(folder), *how], threads)
         done.write_text(history)
     return made
-
-
-def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
-    """The names of all classes of the data, sorted, or in the protocol's shuffle of that."""
-    if protocol.dataset == "digits":
-        names = [str(digit) for digit in range(10)]
-    elif protocol.dataset == "cifar100":
-        import config
-
-        groups = [getattr(config, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
-        names = [name for group in groups for name in group]
-    else:
-        if not data_dir or not (Path(data_dir) / "train").is_dir():
-            raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
-        names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
-        if len(names) < protocol.pool.stop:
-            needed = protocol.pool.stop
-            raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
-    if protocol.order is None:
-        return names
-    import numpy as np
-
-    return [names[index] for index in np.random.RandomState(protocol.order).permutation(len(names))]
 
 
 def form_of(flags: list[str]) -> str:
@@ -296,8 +262,7 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
     first = len(saved["steps"]) == 1
     history = [done["group_accuracy"] for done in saved["steps"]]
     losses = [] if first else [lost for lost in forgetting(history[:-1], history[-1]) if lost is not None]
-    unused = {"lwf": ["gamma"], "lwf-mc": ["gamma"], "lwm": []}.get(made["method"], ["beta", "gamma"])
-    unused += ["attention", "attention_class"] if "gamma" in unused else []
+    unused = {"finetune": WEIGHED, "frozen": WEIGHED, "lwf": WEIGHED[1:], "lwf-mc": WEIGHED[1:]}.get(made["method"], ())
     return {
         "protocol": protocol,
         "method": name,
@@ -310,9 +275,8 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
         "forgetting": statistics.mean(losses) if losses else None,
         "zero_maps": last.get("zero_maps"),
         **{name: saved["readouts"].get(name, {}).get("accuracy") for name in READOUTS if name != "head"},
-        **{key: None if key in unused or first else made[key] for key in ("beta", "gamma")},
-        **{key: None if key in unused or first else made[key] for key in ("attention", "attention_class")},
-        **{key: made[key] for key in SETTINGS if key not in ("beta", "gamma", "attention", "attention_class")},
+        **{key: None if key in unused or first else made[key] for key in WEIGHED},
+        **{key: made[key] for key in SETTINGS},
     }
 
 
@@ -331,37 +295,13 @@ def rows_of_classes(metrics: dict) -> list[dict]:
     return [{name: values[index] for name, values in columns.items()} for index in range(old)]
 
 
-def environment(options: argparse.Namespace, jobs: int, threads: int) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    words = [options.protocol, *(["--data-dir", "photos32"] if options.data_dir else [])]
-    words += [*(["--methods", options.methods] if options.methods else []), "--seeds", options.seeds]
-    words += [*(["--ablation"] if options.ablation else []), "--jobs", str(jobs)]
-    return {"command": f"python3 reproduce.py {shlex.join(words)}", "commit": commit, **machine(threads)}
-
-
-def machine(threads: int | None = None) -> dict:
-    """Date, hardware and versions, as every committed figure has them beside it."""
-    import torch
-    import torchvision
-
-    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    threads = threads or torch.get_num_threads()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{gpu}{processor()}, {threads} thread(s) a run",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def command_of(options: argparse.Namespace) -> list[str]:
+    """The call without what is of this machine alone; the folder of images goes by its name."""
+    words = ["reproduce.py", options.protocol]
+    words += ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
+    words += ["--groups", options.groups] if options.groups else []
+    words += ["--methods", options.methods] if options.methods else []
+    return [*words, "--seeds", options.seeds, *(["--ablation"] if options.ablation else []), "--jobs", options.jobs]
 
 
 if __name__ == "__main__":

@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
+import shlex
 import statistics
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lock import held
 from protocols import REFERENCES, Protocol
 from settings import READOUTS
 
+ROOT = Path(__file__).resolve().parent
 NOT_THERE = "–"  # noqa: RUF001
 COLUMNS = {
     "average": "average of the steps",
@@ -50,7 +55,13 @@ def read_rows(path: Path) -> list[dict]:
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Put the rows of one method, seed and step in their place, replacing earlier ones of that step."""
     key = ("method", "seed", "step")
-    others = [row for row in read_rows(path) if any(row[name] != str(rows[0][name]) for name in key)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_suffix(".lock"), str(path), wait=True):
+        others = [row for row in read_rows(path) if any(row[name] != str(rows[0][name]) for name in key)]
+        _write(path, others, rows)
+
+
+def _write(path: Path, others: list[dict], rows: list[dict]) -> None:
     rounded = [
         {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows
     ]
@@ -58,10 +69,26 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted([*others, *rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"]))))
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text.getvalue())
     temporary.replace(path)
+
+
+def record_call(path: Path, command: Sequence[str], threads: int) -> None:
+    """Add to ``path`` by which command, on what and from which commit rows were made, unless it has this already."""
+    from hardware import machine
+
+    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    this = {"command": f"python3 {shlex.join(command)}", "commit": said.stdout.strip(), **machine(threads)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_suffix(".lock"), str(path), wait=True):
+        calls = recorded_calls(path)
+        if this not in calls:
+            path.write_text(json.dumps([*calls, this], indent=1) + "\n")
+
+
+def recorded_calls(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def table_of(protocol: Protocol, path: Path) -> str:
@@ -88,13 +115,17 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
         )
         seeds = [seed for seed in ones if seed in others]
         if len(seeds) >= 3:
-            cells = [paired([(ones[seed][column], others[seed][column]) for seed in seeds]) for column in columns]
+            pairs = [[(ones[seed][column], others[seed][column]) for seed in seeds] for column in columns]
+            cells = [paired(each) for each in pairs]
             lines.append(f"| {name} − {REFERENCES[name]} | {' | '.join(cells)} | {len(seeds)} |")  # noqa: RUF001
+            cells = [paired(each, bootstrapped).partition(" ")[2] or NOT_THERE for each in pairs]
+            lines.append(f"| by bootstrap | {' | '.join(cells)} | |")
     if lines:
         heads = ["difference", *(COLUMNS[name] for name in columns), "seeds"]
         return [
             "",
-            "In pairs by seed, with the 95 % interval of the mean by bootstrap:",
+            "In pairs by seed, with the 95 % interval of the mean by Student's t; below it by bootstrap, too narrow "
+            "for few seeds:",
             "",
             f"| {' | '.join(heads)} |",
             "|---" * len(heads) + "|",
@@ -103,24 +134,41 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
     return []
 
 
-def paired(pairs: Sequence[tuple[float | None, float | None]]) -> str:
-    """Mean of the differences with its 95 % interval."""
-    differences = [one - other for one, other in pairs if one is not None and other is not None]
-    if len(differences) < len(pairs):
-        return NOT_THERE
-    low, high = interval(differences)
-    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
+Interval = Callable[[Sequence[float]], tuple[float, float]]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean: percentile bootstrap over the seeds (Efron and Tibshirani, 1993, chapter 13)."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; of a single value, that value."""
+    from scipy.stats import sem, t
+
+    mean = statistics.mean(values)
+    half = sem(values) * t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
+    return float(mean - half), float(mean + half)
+
+
+def bootstrapped(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean: percentile bootstrap over the seeds (Efron and Tibshirani, 1993, chapter 13).
+
+    Of three values it is the smallest and the largest, since one sample in 27 has the smallest alone.
+    """
     import numpy as np
     from scipy.stats import bootstrap
 
+    if len(set(values)) == 1:  # which SciPy warns of
+        return values[0], values[0]
     generator = np.random.default_rng(0)
     found = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=generator)
     low, high = found.confidence_interval
     return float(low), float(high)
+
+
+def paired(pairs: Sequence[tuple[float | None, float | None]], within: Interval = interval) -> str:
+    """Mean of the differences with its 95 % interval."""
+    differences = [one - other for one, other in pairs if one is not None and other is not None]
+    if len(differences) < len(pairs):
+        return NOT_THERE
+    low, high = within(differences)
+    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
@@ -237,38 +285,55 @@ def _means(seeds: list[list[dict]], steps: slice, readout: str) -> list[float]:
 def attention_table(protocol: Protocol, path: Path) -> str:
     """How far the maps of the old classes move in a step, and whether the classes whose maps move are those forgotten.
 
-    Mean and standard deviation over the seeds of the mean over all steps and old classes. Spearman's correlation is
-    that of the distance and the accuracy lost, within a seed over its steps and classes, with the 95 % interval of its
-    mean over the seeds.
+    Mean and standard deviation over the seeds of the mean over all steps and old classes; a class without a map on any
+    image, the teacher's or the student's, has no distance and no overlap. Spearman's correlation is that of the
+    distance and the accuracy lost, with the 95 % interval of its mean over the seeds: within a seed over all its steps
+    and classes, and once more where a class is ranked among those alone that came together with it, in one step.
     """
     rows = read_rows(attention_path(path))
-    heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "accuracy lost, points", "Spearman", "seeds"]
+    heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "no map left, % of the classes"]
+    heads += ["accuracy lost, points", "Spearman", "of classes of one age", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in variants_of(protocol, path):
-        seeds = [[moved(row) for row in own] for own in _of_seeds(rows, name, "distance")]
+        seeds = _of_seeds(rows, name, "accuracy_before")
         if seeds:
-            means = [[statistics.mean(values) for values in zip(*own, strict=True)] for own in seeds]
-            distance, overlap, forgotten = zip(*means, strict=True)
-            cells = [mean_and_spread(distance, 3), mean_and_spread(overlap), mean_and_spread(forgotten)]
-            cells.append(_correlation(seeds))
+            silent = [100 * statistics.mean(not row["distance"] for row in own) for own in seeds]
+            cells = [_spread_of_means(seeds, 0, 3), _spread_of_means(seeds, 1), mean_and_spread(silent)]
+            cells.append(_spread_of_means(seeds, 2))
+            cells += [_correlation(seeds, together) for together in (False, True)]
             lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 
-def moved(row: dict) -> tuple[float, float, float]:
+def moved(row: dict) -> tuple[float | None, float | None, float]:
     """Distance, overlap and accuracy lost of a class in a step."""
-    return float(row["distance"]), float(row["overlap"]), float(row["accuracy_before"]) - float(row["accuracy"])
+    distance, overlap = (float(row[column]) if row[column] else None for column in ("distance", "overlap"))
+    return distance, overlap, float(row["accuracy_before"]) - float(row["accuracy"])
 
 
-def _correlation(seeds: list[list[tuple[float, float, float]]]) -> str:
-    from scipy.stats import spearmanr
+def _spread_of_means(seeds: list[list[dict]], column: int, digits: int = 1) -> str:
+    known = [[value for row in own if (value := moved(row)[column]) is not None] for own in seeds]
+    return mean_and_spread([statistics.mean(values) if values else None for values in known], digits)
+
+
+def _correlation(seeds: list[list[dict]], together: bool) -> str:
+    """Of distance and accuracy lost by rank, among all classes and steps of a seed or among classes of one age."""
+    import numpy as np
+    from scipy.stats import rankdata
 
     found = []
     for own in seeds:
-        distance, _, forgotten = zip(*own, strict=True)
-        if len(set(distance)) < 2 or len(set(forgotten)) < 2:
+        since: dict[str, str] = {}  # class -> the first step that finds it old; rows are in the order of the steps
+        blocks: dict[tuple, list[tuple]] = {}
+        for row in own:
+            age = (row["step"], since.setdefault(row["class"], row["step"])) if together else ()
+            if row["distance"]:
+                blocks.setdefault(age, []).append(moved(row)[::2])
+        ranks = [rankdata(block, axis=0) - (len(block) + 1) / 2 for block in blocks.values()]
+        distance, lost = np.concatenate(ranks).T if ranks else np.zeros((2, 1))
+        if not distance.any() or not lost.any():
             return NOT_THERE
-        found.append(float(spearmanr(distance, forgotten).statistic))
+        found.append(float(distance @ lost / np.linalg.norm(distance) / np.linalg.norm(lost)))
     if len(found) < 3:
         return f"{statistics.mean(found):+.2f}"
     low, high = interval(found)

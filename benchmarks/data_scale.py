@@ -33,7 +33,7 @@ def main() -> None:
     if options.count:
         print(json.dumps(measure(options)))
         return
-    from reproduce import machine
+    from hardware import machine
 
     rows = []
     for count in options.counts.split(","):

@@ -1,4 +1,4 @@
-"""An ESTIMATE of what an ImageNet-sized step takes on 1, 8 and 64 GPUs, and of what stops it from scaling.
+"""An ESTIMATE of what an ImageNet-sized step takes on 1, 8, 64 and 512 GPUs, and of what stops it from scaling.
 
     python3 benchmarks/estimate.py
 

@@ -27,7 +27,7 @@ from step_cost import NEW, arguments, interleaved, step_of
 import hardware
 import plots
 from checkpoint import load
-from reproduce import machine
+from hardware import machine
 from tables import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import sys
@@ -32,8 +31,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once; the CPU cores are shared out")
     options = parser.parse_args()
 
-    from reproduce import machine, threads_of
-    from tables import mean_and_spread, write_rows
+    from reproduce import threads_of
+    from tables import mean_and_spread, record_call, write_rows
 
     threads = threads_of(options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -41,7 +40,8 @@ def main() -> None:
     cases = [(options.folder, seed, start) for seed in SEEDS for start in ("prior", "half")]
     spawn = multiprocessing.get_context("spawn")
     found: dict[str, list[list[float]]] = {"prior": [], "half": []}
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as workers:
+    # A process for each, since "half" changes the module that it runs with.
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as workers:
         for (_, seed, start), accuracies in zip(cases, workers.map(trained, *zip(*cases, strict=True)), strict=True):
             found[start].append(accuracies)
             for epoch, accuracy in enumerate(accuracies, 1):
@@ -55,8 +55,8 @@ def main() -> None:
         cells = [mean_and_spread([accuracies[epoch - 1] for accuracies in found[start]]) for epoch in EPOCHS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     (results / "table.md").write_text("\n".join(lines) + "\n")
-    about = {"command": f"python3 benchmarks/start_at_prior.py photos32 --jobs {options.jobs}", **machine(threads)}
-    (results / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    command = ["benchmarks/start_at_prior.py", Path(options.folder).name, "--jobs", str(options.jobs)]
+    record_call(results / "environment.json", command, threads)
     print("\n".join(lines))
 
 
@@ -65,8 +65,7 @@ def trained(folder: str, seed: int, start: str) -> list[float]:
     import models
     import train_teacher_model
     from checkpoint import load
-    from protocols import PROTOCOLS
-    from reproduce import class_order, groups_of
+    from protocols import PROTOCOLS, class_order, groups_of
 
     protocol = PROTOCOLS[PROTOCOL]
     if start == "half":

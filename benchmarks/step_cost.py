@@ -27,7 +27,7 @@ import losses
 import models
 import training
 from gradcam import autograd_map
-from reproduce import machine
+from hardware import machine
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
 OLD, NEW = 10, 10

@@ -6,6 +6,7 @@ cases share one folder, the desk, with a copy of the scripts and files of every 
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shlex
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def desk(tmp_path_factory) -> Path:
     """The working folder of all cases, which none of them may change."""
     desk = tmp_path_factory.mktemp("desk")
-    for source in ROOT.glob("*.py"):
+    for source in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(source, desk)
     shutil.copytree(ROOT / "models", desk / "models", ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -361,6 +362,9 @@ def test_every_bad_value_of_every_setting_is_refused_by_the_script_itself(desk, 
         ("reproduce", "digits-2+2 --jobs 0", "--jobs is '0'"),
         ("reproduce", "digits-2+2 --methods ewc", "has no 'ewc'"),
         ("reproduce", "photos32-search --data-dir gone", "--data-dir is 'gone'"),
+        ("reproduce", f"photos32-search --data-dir {LONG}", f"{LONG}/train: File name too long"),
+        ("predict", f"--checkpoint student.onnx {LONG}", f"{LONG}: File name too long"),
+        ("export", f"--checkpoint student.pth --output {LONG}", f"{LONG}: File name too long"),
     ],
 )
 def test_the_command_line_refuses_in_the_same_way(desk, script, flags, words):
@@ -388,6 +392,17 @@ def test_a_page_that_python_cannot_read_is_said_with_its_line(tmp_path, source, 
     if source is not None:
         (tmp_path / "config.py").write_text(source)
     assert words in refused_by_command(tmp_path, "train_teacher_model")
+
+
+def test_a_file_that_may_not_be_read_is_named_and_a_full_disk_is_no_bad_input(capsys):
+    @one_line_errors
+    def main(number):
+        raise OSError(number, os.strerror(number), "locked/cat.png")
+
+    assert main(errno.EACCES) == 2
+    assert capsys.readouterr().err == "error: locked/cat.png: Permission denied; name another file or folder\n"
+    with pytest.raises(OSError, match="No space left"):
+        main(errno.ENOSPC)
 
 
 def test_an_error_that_nobody_has_foreseen_says_what_to_report(capsys):

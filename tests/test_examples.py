@@ -87,8 +87,10 @@ def test_every_code_block_can_be_executed(page, folder, monkeypatch, capsys):
     blocks = BLOCK.findall(page.read_text())
     assert page.read_text().count("```") == 2 * len(blocks)
     images = torch.randn(4, 3, 16, 16)
-    names = {**vars(config), "losses": losses, "loader": [(images, torch.tensor([4, 5, 4, 5]))]}
+    names = {**vars(config), "loader": [(images, torch.tensor([4, 5, 4, 5]))]}
     for language, block in blocks:
+        if page.name == "adding-a-method.md":
+            names |= vars(losses)  # where it is to stand
         if language == "python":
             exec(block, names)
         else:

@@ -1,11 +1,12 @@
 """The protocols: their steps, their rows, their tables, what they refuse. The runs are those of the scripts."""
 
-import argparse
 import copy
 import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import tables
 from protocols import JOINT, METHODS, PROTOCOLS, Protocol
 from settings import read_settings
 
+ROOT = Path(__file__).resolve().parent.parent
 FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, order=None, shuffle=True)
 
 
@@ -59,6 +61,15 @@ def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
     assert [r["accuracy"] for r in tables.read_rows(path)] == ["20.0", "30.0"]
 
 
+def test_two_processes_write_one_csv(tmp_path):
+    path, script = tmp_path / "accuracy.csv", "import sys, tables, pathlib\nfor step in range(40):\n"
+    script += " tables.write_rows(pathlib.Path(sys.argv[1]), [{'method': 'lwm', 'seed': sys.argv[2], 'step': step}])"
+    calls = [subprocess.Popen([sys.executable, "-c", script, str(path), seed], cwd=ROOT) for seed in "12"]
+    assert [call.wait() for call in calls] == [0, 0]
+    assert len(tables.read_rows(path)) == 80
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_differences_are_taken_in_pairs_by_seed_with_an_interval(tmp_path):
     path = tmp_path / "accuracy.csv"
     lwm, lwf_mc = {0: 70.0, 1: 50.0, 2: 61.0, 3: 40.0}, {0: 68.0, 1: 49.0, 2: 58.0, 4: 10.0}
@@ -67,8 +78,10 @@ def test_differences_are_taken_in_pairs_by_seed_with_an_interval(tmp_path):
             tables.write_rows(path, [row(method, seed, 4, accuracy)])
     text = tables.table_of(FIVE, path)
     (line,) = [line for line in text.splitlines() if line.startswith("| lwm − lwf-mc |")]  # noqa: RUF001
-    # Of three differences 2, 1 and 3 the mean is 2; a bootstrap sample of three lies between 1 and 3.
-    assert line.split(" | ")[1:3] == ["–", "+2.0 (+1.0 to +3.0)"]  # noqa: RUF001
+    # Of three differences 2, 1 and 3 the mean is 2; Student's t with two degrees of freedom has 4.303 standard errors
+    # of 1 / sqrt(3), and a bootstrap sample of three lies between 1 and 3.
+    assert line.split(" | ")[1:3] == ["–", "+2.0 (-0.5 to +4.5)"]  # noqa: RUF001
+    assert "\n| by bootstrap | – | (+1.0 to +3.0) | " in text  # noqa: RUF001
     assert line.endswith("| 3 |")
     assert "lwf-mc − finetune" not in text  # noqa: RUF001
 
@@ -79,6 +92,15 @@ def test_an_interval_is_that_of_the_normal_distribution_for_many_seeds():
     half = 1.96 * differences.std(ddof=1) / 20
     assert mean == pytest.approx(differences.mean(), abs=0.05)
     assert (low, high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.08)
+
+
+def test_an_interval_of_few_seeds_holds_the_mean_19_times_of_20_where_that_by_bootstrap_does_not():
+    draws = np.random.default_rng(0).normal(size=(2000, 3)).tolist()
+    held = [low <= 0 <= high for low, high in map(tables.interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    assert np.mean([low <= 0 <= high for low, high in map(tables.bootstrapped, draws[:200])]) < 0.85
+    assert tables.bootstrapped(draws[0]) == (min(draws[0]), max(draws[0]))
+    assert tables.interval([2.0]) == tables.interval([2.0, 2.0]) == tables.bootstrapped([2.0, 2.0]) == (2.0, 2.0)
 
 
 def classes_row(method: str, seed: int, step: int, name: str, distance: float | None, lost: float) -> dict:
@@ -96,8 +118,23 @@ def test_the_attention_table_has_means_over_classes_and_steps_and_the_correlatio
         tables.write_rows(tables.attention_path(path), rows)
     tables.write_rows(tables.attention_path(path), [classes_row("frozen", 0, 1, name, 0.0, 3.0) for name in "ab"])
     frozen, lwm = tables.attention_table(FIVE, path).splitlines()[2:]
-    assert frozen == "| frozen | 0.000 | 50.0 | 3.0 | – | 1 |"  # noqa: RUF001
-    assert lwm.startswith("| lwm | 0.400 ± 0.000 | 50.0 ± 0.0 | 17.0 ± 0.0 | +0.17 (-1.00 to +1.00) | 3 |")
+    assert frozen == "| frozen | 0.000 | 50.0 | 0.0 | 3.0 | – | – | 1 |"  # noqa: RUF001
+    assert lwm.startswith("| lwm | 0.400 ± 0.000 | 50.0 ± 0.0 | 25.0 ± 0.0 | 35.2 ± 0.0 | +0.17 (-2.42 to +2.75) | ")
+
+
+def test_correlation_among_classes_of_one_age_leaves_out_what_age_alone_does(tmp_path):
+    """The younger classes move more and lose more; among those of one age the one that moves more loses less."""
+    path = tmp_path / "accuracy.csv"
+    tables.write_rows(
+        tables.attention_path(path), [classes_row("lwm", 0, 1, "a", 5, 40), classes_row("lwm", 0, 1, "b", 6, 30)]
+    )
+    second = [("a", 1, 10), ("b", 2, 5), ("c", 7, 50), ("d", 8, 45)]
+    tables.write_rows(tables.attention_path(path), [classes_row("lwm", 0, 2, *each) for each in second])
+    line = tables.attention_table(FIVE, path).splitlines()[2]
+    over_all, of_one_age = map(float, line.split(" | ")[5:7])
+    ranks = np.array([[3, 4], [4, 3], [1, 2], [2, 1], [5, 6], [6, 5]])
+    assert over_all == pytest.approx(np.corrcoef(ranks.T)[0, 1], abs=0.005)
+    assert of_one_age == -1
 
 
 def test_values_by_step_are_one_a_seed(tmp_path):
@@ -126,11 +163,11 @@ def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_p
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
     pool = [str(digit) for digit in range(10)]
-    assert reproduce.groups_of(FIVE, pool, 0) == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"], ["8", "9"]]
-    orders = [reproduce.groups_of(FIVE, pool, seed) for seed in (1, 1, 2)]
+    assert protocols.groups_of(FIVE, pool, 0) == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"], ["8", "9"]]
+    orders = [protocols.groups_of(FIVE, pool, seed) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert all(sorted(sum(order, [])) == pool for order in orders)  # noqa: RUF017
-    turned = reproduce.groups_of(PROTOCOLS["digits-search"], pool[4:], 2)
+    turned = protocols.groups_of(PROTOCOLS["digits-search"], pool[4:], 2)
     assert turned == [["8", "9"], ["4", "5"]]
 
 
@@ -167,7 +204,7 @@ def calls(monkeypatch, tmp_path, judged) -> list[dict]:
             accuracies = [accuracy - 10 for accuracy in steps[-1]["group_accuracy"]]
             steps.append(step_of(names, group_accuracy=[*accuracies, 90.0]))
         names = [name for step in steps for name in step["classes"]]
-        steps[-1] |= {name: getattr(settings, name) for name in reproduce.SETTINGS if hasattr(settings, name)}
+        steps[-1] |= {n: getattr(settings, n) for n in reproduce.SETTINGS + reproduce.WEIGHED if hasattr(settings, n)}
         steps[-1] |= {"method": settings.method, "learning_rate": settings.lr}
         log = [{"epoch": 1, "loss": 1.0, "test_accuracy": float(len(names)), "test_task_aware": 99.0}]
         if settings.teacher:
@@ -198,7 +235,7 @@ def test_steps_are_chained_and_the_first_is_shared(calls, tmp_path):
     assert five("--methods", "lwf-mc,lwm,frozen") == 0
     assert [call["script"] for call in calls].count("train_teacher_model.py") == 1
     assert len(calls) == 1 + 3 * 4
-    order = reproduce.groups_of(FIVE, [str(digit) for digit in range(10)], 1)
+    order = protocols.groups_of(FIVE, [str(digit) for digit in range(10)], 1)
     last = [call for call in calls if len(call["names"]) == 10]
     assert [call["names"] for call in last] == [sum(order, [])] * 3  # noqa: RUF017
     rows = tables.read_rows(tmp_path / "results" / "five" / "accuracy.csv")
@@ -219,7 +256,7 @@ def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, t
     assert len(judged) == 4  # once for each step, and not again
     rows = tables.read_rows(tmp_path / "results" / "five" / "attention.csv")
     assert [int(r["step"]) for r in rows] == [1] * 2 + [2] * 4 + [3] * 6 + [4] * 8
-    order = sum(reproduce.groups_of(FIVE, [str(digit) for digit in range(10)], 1), [])  # noqa: RUF017
+    order = sum(protocols.groups_of(FIVE, [str(digit) for digit in range(10)], 1), [])  # noqa: RUF017
     assert [r["class"] for r in rows[-8:]] == order[:8]
     last = rows[-1]
     assert [last[name] for name in ("method", "accuracy_before", "accuracy", "distance", "overlap")] == [
@@ -340,14 +377,20 @@ def test_settings_are_searched_on_other_classes_than_those_reported():
         assert "--hold-back" in searched.flags
 
 
-def test_your_own_classes_come_by_name_in_the_groups_that_you_say(calls, tmp_path):
+def test_your_own_classes_come_by_name_in_the_groups_that_you_say(calls, tmp_path, capsys):
     for name in ("dog", "ant", "cat", "bee", "elk"):
         for split in ("train", "test"):
             write_images(tmp_path / "mine" / split / name, 2)
     flags = ["folder", "--data-dir", "mine", "--methods", "lwm"]
     assert reproduce.main([*flags, "--groups", "2,1"]) == 0
     assert [call["names"] for call in calls] == [["ant", "bee"], ["ant", "bee", "cat"]]
-    assert [row["step"] for row in tables.read_rows(tmp_path / "results/folder/accuracy.csv")] == ["0", "1"]
+    rows = tables.read_rows(tmp_path / "results/folder/accuracy.csv")
+    assert [row["step"] for row in rows] == ["0", "1"]
+    # Rows of other images or groups would be averaged with these.
+    assert reproduce.main([*flags, "--groups", "2,1", "--jobs", "2"]) == 0
+    assert reproduce.main([*flags, "--groups", "1,1"]) == 2
+    assert "move that folder away" in capsys.readouterr().err
+    assert tables.read_rows(tmp_path / "results/folder/accuracy.csv") == rows
 
 
 @pytest.mark.parametrize(
@@ -368,7 +411,7 @@ def test_groups_that_cannot_be_are_said(calls, tmp_path, capsys, flags, words):
 
 
 def test_cifar_comes_in_the_order_of_the_field():
-    names = reproduce.class_order(PROTOCOLS["cifar100-10x10"], None)
+    names = protocols.class_order(PROTOCOLS["cifar100-10x10"], None)
     assert len(set(names)) == 100
     # iCaRL's shuffle of the class numbers with seed 1993 begins 68, 56, 78, 8, 23, 84, 90, 65, 74, 76.
     alphabet = sorted(names)
@@ -399,10 +442,11 @@ def test_what_is_refused_is_said_in_a_line(flags, words, capsys, monkeypatch, tm
     assert words in line
 
 
-def test_the_command_that_is_recorded_parses(monkeypatch):
-    options = argparse.Namespace(protocol="photos32-search", data_dir="x", methods=None, seeds="0", ablation=True)
-    words = shlex.split(reproduce.environment(options, 2, 1)["command"])
-    assert words[2:] == ["photos32-search", "--data-dir", "photos32", "--seeds", "0", "--ablation", "--jobs", "2"]
+def test_the_command_that_is_recorded_parses():
+    options = reproduce.arguments(["photos32-search", "--data-dir", "some/photos", "--ablation", "--jobs", "2"])
+    words = reproduce.command_of(options)
+    assert words[1:] == ["photos32-search", "--data-dir", "photos", "--seeds", "0", "--ablation", "--jobs", "2"]
+    reproduce.arguments(words[1:])
 
 
 def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
@@ -420,9 +464,9 @@ def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
     assert [line[:2] for line in lines] == [["lwm", name] for name in ("head", *gains)]
     assert lines[0] == ["lwm", "head", "61.0 ± 1.0", "–", "41.0 ± 1.0", "–", "3"]  # noqa: RUF001
     assert lines[2][2] == "66.2 ± 1.2"
-    assert lines[2][3].startswith("+5.2 (+5.0 to +5.4)")
+    assert lines[2][3].startswith("+5.2 (+4.7 to +5.7)")
     assert lines[2][4] == "47.0 ± 2.0"
-    assert lines[3][5].startswith("-1.0 (-2.0 to +0.0)")
+    assert lines[3][5].startswith("-1.0 (-3.5 to +1.5)")
     assert tables.readouts_table(PROTOCOLS["digits-2+2"], tmp_path / "none.csv") == ""
     for seed, off in ((0, 0.1), (1, 0.3)):
         off_by = {"mean_off_carried": off, "mean_off_left": 0.5}
