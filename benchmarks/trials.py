@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import copy
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -23,6 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from errors import InputError, one_line_errors  # noqa: E402
+from settings import OneLineParser  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Trial:
     warm_up: int = 0  # epochs that train the new rows of the head alone, before the others
     rotations: bool = False  # the first step tells 4 N classes apart, each image in four rotations (PASS, CVPR 2021)
     strong: bool = False  # TrivialAugment (Mueller and Hutter, ICCV 2021) after crop and mirror, in all steps
-    cosine: bool = False  # the head sees unit length, and has it, times 10
+    # The head sees unit length, and has it, times 10. L_AD still compares features weighted by rows of the head, which
+    # for this head is not the gradient any more.
+    cosine: bool = False
 
 
 ADAGAUSS = "--method lwf --beta 0"  # cross-entropy over the new classes and no distillation of logits
@@ -70,15 +74,18 @@ READ = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol")
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("protocol", choices=["photos32-search", "photos32-5x4", "digits-search-3x2", "digits-5x2"])
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once; the CPU cores are shared out")
+    parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
     parser.add_argument("--table", action="store_true", help="only make the table again")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "trials.csv"
     if not options.table:
         run(options, path)
@@ -87,16 +94,25 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, path: Path) -> None:
-    from reproduce import machine, seeds_of, threads_of
-    from tables import read_rows, write_rows
+    from protocols import PROTOCOLS
+    from reproduce import seeds_of, threads_of, whole_number
+    from tables import read_rows, record_call, write_rows
 
-    threads = threads_of(options.jobs)
+    jobs = whole_number("--jobs", options.jobs, 1, 1024)
+    threads = threads_of(jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    done = {(row["method"], int(row["seed"])) for row in read_rows(path)}
+    last = str(len(PROTOCOLS[options.protocol].groups) - 1)
+    done = {(row["method"], int(row["seed"])) for row in read_rows(path) if row["step"] == last}
     chosen = options.trials.split(",") if options.trials else list(TRIALS)
+    if unknown := set(chosen) - set(TRIALS):
+        raise InputError(f"--trials: there is no {unknown.pop()!r}: {', '.join(TRIALS)}")
     cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as workers:
+    data_dir = ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
+    command = ["benchmarks/trials.py", options.protocol, *data_dir, "--seeds", options.seeds]
+    command += [*(["--trials", options.trials] if options.trials else []), "--jobs", options.jobs]
+    record_call(path.with_name("trials_environment.json"), command, threads)
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as workers:
         wanted = [cell for cell in cells if cell not in done]
         waiting = {
             workers.submit(cell, options.protocol, options.data_dir, name, seed): (name, seed) for name, seed in wanted
@@ -107,7 +123,6 @@ def run(options: argparse.Namespace, path: Path) -> None:
                 key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
                 write_rows(path, [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()])
             print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
-    path.with_name("trials_environment.json").write_text(json.dumps(machine(threads), indent=1) + "\n")
 
 
 def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[dict[str, float]]:
@@ -119,8 +134,7 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
     import losses
     import models
     from hardware import to_device
-    from protocols import PROTOCOLS
-    from reproduce import class_order, groups_of
+    from protocols import PROTOCOLS, class_order, groups_of
     from settings import read_settings
 
     protocol, trial = PROTOCOLS[protocol_name], TRIALS[name]
@@ -265,7 +279,7 @@ def cosine_head() -> type:
 
 
 def table(path: Path) -> str:
-    """Of each trial the accuracies by head and discriminant, and in pairs by seed what it has over ``plain``."""
+    """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``."""
     from field import averages
     from tables import NOT_THERE, mean_and_spread, paired
 
@@ -287,4 +301,4 @@ def table(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
