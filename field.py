@@ -5,6 +5,7 @@
     python3 reproduce.py photos32-5x4 --data-dir photos32 --methods lwf,lwm --seeds 0,1,2,3,4
     python3 field.py photos32-search --data-dir photos32
     python3 field.py photos32-5x4 --data-dir photos32 --seeds 0,1,2,3,4
+    python3 field.py digits-search-3x2 --seeds 0,1
 
 What reproduce.py has left in --work-dir is read, nothing is trained. On a protocol of a search every option of every
 read-out is tried (four each); on another one each has the option whose average over the steps was highest there.
@@ -32,7 +33,19 @@ from errors import InputError, one_line_errors
 from models import Network
 
 ROOT = Path(__file__).resolve().parent
-SEARCH = {"photos32-5x4": "photos32-search"}
+# Protocol -> the one that its options are searched on, whose classes are among the hundred of photos32-10x10.
+SEARCH = {
+    "photos32-5x4": "photos32-search",
+    "photos32-10x10": "photos32-search",
+    "digits-5x2": "digits-search-3x2",
+}
+# The cells of a search that were trained as the methods of its protocols are.
+CELLS = {
+    "photos32-search": {"lwf": "lwf incremental_lr=0.1 beta=3", "lwm": "lwm incremental_lr=0.1 beta=1"},
+    "digits-search-3x2": {"lwf": "lwf incremental_lr=0.0125 beta=1", "lwm": "lwm incremental_lr=0.0125 beta=1"},
+}
+METHODS = ("lwf", "lwm")
+OURS = ("prototypes", "discriminant", "rebalanced")
 
 Scores = Iterator[Tensor]  # after each step (m, N+K): the class with the highest is the answer
 
@@ -116,9 +129,9 @@ def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
     """DPCR (He et al., ICML 2025, section 3): ridge regression from means and second moments that are carried along.
 
     The carrying map is the ridge regression from the old network's features of the new images to the new one's. The
-    paper also projects each class to the space that its own features span, which does nothing here: with more images
-    than channels that is the whole space. ``penalty`` is that of the classifier, in units of the mean diagonal; its
-    columns are scaled to unit length, so that the number of images of a class cancels.
+    paper also projects each class to the space that its own features span, which is left out: where a class has more
+    images than there are channels, none of them dead, that is the whole space. ``penalty`` is that of the classifier,
+    in units of the mean diagonal; its columns have unit length, so that the number of images of a class cancels.
     """
     means, moment = steps[0].after[:0], steps[0].after.new_zeros(2 * steps[0].after.shape[1:])
     for step in steps:
@@ -128,17 +141,25 @@ def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
         yield step.test @ F.normalize(torch.linalg.solve(readout.regular(moment, penalty), means.T), dim=0)
 
 
-def bayes(steps: Sequence[Step], shrinkage: float) -> Scores:
-    """AdaGauss's read-out (Rypesc et al., NeurIPS 2024, section 3): the likeliest Gaussian, each with its covariance.
+def mahalanobis(steps: Sequence[Step], shrinkage: float) -> Scores:
+    """Nearest mean by Mahalanobis' distance: FeCAM (Goswami et al., NeurIPS 2023, section 3), and in AdaGauss's code.
 
-    Means and covariances are carried by our affine map, where the paper trains a network for it; to a covariance
-    ``shrinkage`` times its mean variance is added in all directions.
+    Each class has its covariance, to which ``shrinkage`` times its mean variance is added in all directions, scaled to
+    correlations; features and means have unit length. Means and covariances are carried by our affine map, where FeCAM
+    keeps the network as it is and AdaGauss (Rypesc et al., NeurIPS 2024) trains a network for it.
     """
     for step in steps:
-        covariances = readout.regular(step.known.covariances, shrinkage)[step.known.of]
-        off = step.test.unsqueeze(0) - step.known.means.unsqueeze(1)  # (N+K, m, C)
-        whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariances), off.mT, upper=False)
-        yield -(whitened.square().sum(1) + torch.logdet(covariances).unsqueeze(1)).T
+        covariances = readout.regular(step.known.covariances, shrinkage)
+        spread = covariances.diagonal(dim1=1, dim2=2).sqrt()
+        roots = torch.linalg.cholesky(covariances / (spread.unsqueeze(2) * spread.unsqueeze(1)))
+        means, test = F.normalize(step.known.means, dim=1), F.normalize(step.test, dim=1)
+        yield torch.stack(
+            [
+                -torch.linalg.solve_triangular(roots[which], (test - mean).T, upper=False).square().sum(0)
+                for which, mean in zip(step.known.of, means, strict=True)
+            ],
+            dim=1,
+        )
 
 
 def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequence[Step]], Scores]:
@@ -154,20 +175,18 @@ def _means(features: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([features[labels == label].mean(0) for label in labels.unique()])
 
 
+SHRINKAGES = (0.0, 0.3, 1.0, 3.0)
 # Four of each that has any: the same budget.
 OPTIONS: dict[str, dict[str, Callable[[Sequence[Step]], Scores]]] = {
     "head": {"": head},
     "sdc": {f"sigma={sigma}": partial(sdc, sigma=sigma) for sigma in (0.1, 0.2, 0.3, 1.0)},
     "fetril": {f"C={c}": partial(fetril, penalty=c) for c in (0.1, 1.0, 10.0, 100.0)},
     "dpcr": {f"penalty={penalty}": partial(dpcr, penalty=penalty) for penalty in (0.001, 0.01, 0.1, 1.0)},
-    "bayes": {f"shrinkage={more}": partial(bayes, shrinkage=more) for more in (0.001, 0.01, 0.1, 1.0)},
+    "mahalanobis": {f"shrinkage={more}": partial(mahalanobis, shrinkage=more) for more in (0.3, 1.0, 3.0, 10.0)},
     "prototypes": {"": ours(readout.prototypes)},
-    "discriminant": {"": ours(readout.discriminant)},
-    "rebalanced": {f"decay={d}": ours(partial(readout.rebalanced, decay=d)) for d in (0.01, 0.1, 1.0, 10.0)},
+    "discriminant": {f"shrinkage={s}": ours(partial(readout.discriminant, shrinkage=s)) for s in SHRINKAGES},
+    "rebalanced": {f"shrinkage={s}": ours(partial(readout.rebalanced, shrinkage=s)) for s in SHRINKAGES},
 }
-# The cell of the search that was trained as the protocol's method is.
-TRAINED = {"lwf": "lwf incremental_lr=0.1 beta=3", "lwm": "lwm incremental_lr=0.1 beta=1"}
-OURS = ("lwm", "discriminant")
 
 
 @one_line_errors
@@ -184,9 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only make the table again from the CSV")
     options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "field.csv"
+    search = path.parent.with_name(SEARCH.get(options.protocol, options.protocol)) / path.name
     if not options.table:
-        evaluate(options, best_options(SEARCH[options.protocol]) if options.protocol in SEARCH else None, path)
-    text = table(path)
+        evaluate(options, best_options(search) if search != path else None, path)
+    text = table(path, search)
     path.with_suffix(".md").write_text(text)
     print(text)
 
@@ -198,9 +218,8 @@ def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> No
 
     data_dir = ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
     command = ["field.py", options.protocol, *data_dir, "--seeds", options.seeds]
-    record_call(path.with_name("field_environment.json"), command, torch.get_num_threads())
     for seed in seeds_of(options.seeds):
-        for method in TRAINED:
+        for method in METHODS:
             steps = chain(options, method, seed)
             scores = {
                 (name, option): list(make(steps))
@@ -217,6 +236,7 @@ def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> No
                         for (name, option), each in scores.items()
                     ],
                 )
+            record_call(path.with_name("field_environment.json"), command, torch.get_num_threads())
             print(f"{method}, seed {seed}: done", flush=True)
 
 
@@ -229,7 +249,7 @@ def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
 
     protocol = PROTOCOLS[options.protocol]
     cells = protocol.methods or protocol.ablation
-    name = method if method in cells else TRAINED[method]
+    name = method if protocol.methods else CELLS[options.protocol][method]
     folder = Path(options.work_dir) / options.protocol / f"seed{seed}"
     first = folder / f"first-{form_of(cells[name].split())}" / MADE["train_teacher_model.py"]
     groups = groups_of(protocol, class_order(protocol, options.data_dir)[protocol.pool], seed)
@@ -255,18 +275,21 @@ def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
     return steps
 
 
-def best_options(protocol: str) -> dict[tuple[str, str], str]:
-    """Of each method and read-out the option with the highest average over the steps in a search."""
-    found = averages(ROOT / "results" / protocol / "field.csv")
+def best_options(search: Path) -> dict[tuple[str, str], str]:
+    """Of each method and read-out the option with the highest average over the steps in the CSV of a search."""
+    found = _ranked(search)
     if not found:
-        raise InputError(f"the options come from a search: run field.py {protocol} first")
+        raise InputError(f"the options come from a search: run field.py {search.parent.name} first")
     best: dict[tuple[str, str], str] = {}
-    for (method, name, option), seeds in found.items():
-        now = best.get((method, name))
-        mean = statistics.mean(average for average, _ in seeds.values())
-        if now is None or mean > statistics.mean(average for average, _ in found[method, name, now].values()):
-            best[method, name] = option
+    for method, name, option in found:
+        best.setdefault((method, name), option)
     return best
+
+
+def _ranked(path: Path) -> list[tuple[str, str, str]]:
+    """(method, read-out, option), the highest average over the steps first."""
+    found = averages(path)
+    return sorted(found, key=lambda key: -statistics.mean(average for average, _ in found[key].values()))
 
 
 def averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
@@ -280,24 +303,28 @@ def averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, fl
     return {key: {s: (statistics.mean(a), a[-1]) for s, a in seeds.items()} for key, seeds in found.items()}
 
 
-def table(path: Path) -> str:
-    """Accuracy over all classes by training and read-out, and what ours has over each in pairs by seed."""
+def table(path: Path, search: Path) -> str:
+    """Accuracy over all classes by training and read-out, and what ours has over each in pairs by seed.
+
+    Ours is lwm with the one of our read-outs that is best in the CSV of the ``search``.
+    """
     from tables import NOT_THERE, mean_and_spread, paired
 
     found = averages(path)
     if not found:
         raise InputError(f"--table: there is no row in {path}; run it without --table first")
-    best = next((seeds for (method, name, _), seeds in found.items() if (method, name) == OURS), {})
+    ours = next((key for key in _ranked(search) if key[0] == "lwm" and key[1] in OURS), None)
+    best = found.get(ours, {}) if ours else {}
     heads = ["trained with", "read-out", "option", "average of the steps", "after the last step"]
     heads += ["ours over it, average", "ours over it, last", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (method, name, option), seeds in found.items():
+    for key, seeds in found.items():
         cells = [mean_and_spread([values[column] for values in seeds.values()]) for column in (0, 1)]
         common = [seed for seed in seeds if seed in best]
         for column in (0, 1):
             pairs = [(best[seed][column], seeds[seed][column]) for seed in common]
-            cells.append(paired(pairs) if len(pairs) >= 3 and (method, name) != OURS else NOT_THERE)
-        lines.append(f"| {method} | {name} | {option} | {' | '.join(cells)} | {len(seeds)} |")
+            cells.append(paired(pairs) if len(pairs) >= 3 and key != ours else NOT_THERE)
+        lines.append(f"| {' | '.join([*key, *cells])} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 
