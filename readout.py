@@ -31,7 +31,9 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5
 DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, that the rebalanced head is trained on
 SMALLEST = 1e-6  # variance that any direction has, of the mean one
-SHRINKAGE = 0.0  # of discriminant and rebalanced head: likewise
+# What discriminant and rebalanced head add of it above WIDEST channels: a map between so many, from few images, carries
+# covariances badly. The searches chose 3 at 512 channels and none at 64 (docs/results.md).
+SHRINKAGE = 3.0
 MOST_STEPS = 500  # of the rebalanced head's optimiser
 DECAY = 1.0  # of the rebalanced head's weights, on whitened features
 
@@ -160,28 +162,28 @@ def prototypes(statistics: Statistics) -> Linear:
     return F.normalize(means, dim=1), means.new_zeros(len(means))
 
 
-def discriminant(statistics: Statistics, shrinkage: float = SHRINKAGE) -> Linear:
+def discriminant(statistics: Statistics, shrinkage: float | None = None) -> Linear:
     """With S the mean of the classes' covariances: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely.
 
-    In all directions S has ``shrinkage`` times its mean variance more.
+    In all directions S has ``shrinkage`` times its mean variance more; None is ``SHRINKAGE`` for wide features.
     """
     means = statistics.means
-    weight = torch.linalg.solve(regular(_shared(statistics), SMALLEST + shrinkage), means.T).T
+    weight = torch.linalg.solve(_shrunk(_shared(statistics), shrinkage), means.T).T
     return weight, -(weight * means).sum(1) / 2
 
 
-def rebalanced(statistics: Statistics, shrinkage: float = SHRINKAGE, seed: int = 0) -> Linear:
+def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int = 0) -> Linear:
     """Softmax regression on as many features of each class, drawn from its Gaussian, shrunk as in ``discriminant``."""
     means = statistics.means
     count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
     generator = torch.Generator().manual_seed(seed)
-    roots = torch.linalg.cholesky(regular(statistics.covariances, SMALLEST + shrinkage))
+    roots = torch.linalg.cholesky(_shrunk(statistics.covariances, shrinkage))
     noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
     drawn = means.unsqueeze(1) + torch.stack([n @ roots[k].T for n, k in zip(noise, statistics.of, strict=True)])
     labels = torch.arange(len(means)).repeat_interleave(count)
     # Whitened, and from zero, so that the regression converges in some 40 steps; from the discriminant, whose biases
     # are large where classes lie far apart, it takes hundreds.
-    shared = regular(_shared(statistics), SMALLEST + shrinkage)
+    shared = _shrunk(_shared(statistics), shrinkage)
     centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(shared))
     inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
     weight, bias = torch.zeros_like(means).requires_grad_(), means.new_zeros(len(means)).requires_grad_()
@@ -201,6 +203,12 @@ def rebalanced(statistics: Statistics, shrinkage: float = SHRINKAGE, seed: int =
 def _shared(statistics: Statistics) -> Tensor:
     """The mean over the classes of their covariances (C, C)."""
     return statistics.covariances[torch.tensor(statistics.of)].mean(0)
+
+
+def _shrunk(covariances: Tensor, shrinkage: float | None) -> Tensor:
+    if shrinkage is None:
+        shrinkage = SHRINKAGE if covariances.shape[-1] > WIDEST else 0.0
+    return regular(covariances, SMALLEST + shrinkage)
 
 
 def regular(covariances: Tensor, more: float = SMALLEST) -> Tensor:

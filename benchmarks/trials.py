@@ -73,7 +73,7 @@ TRIALS = {
 }
 READ = {
     **{name: "" for name in ("head", "prototypes")},
-    **{name: "shrinkage=1.0" for name in ("discriminant", "rebalanced")},
+    **{name: "shrinkage=0.0" for name in ("discriminant", "rebalanced")},
     "mahalanobis": "shrinkage=3.0",
 }
 

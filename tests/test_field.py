@@ -304,7 +304,7 @@ def test_the_plain_trial_trains_as_the_scripts_do(plain, work):
     for number in range(3):
         path = work / "tiny" / "seed0" / "lwm" / str(number) / "student_model.pth"
         saved = checkpoint.load(path) if number else saved
-        for name in ("head", "prototypes"):
+        for name in ("head", "prototypes", "discriminant"):
             assert plain[number][name] == pytest.approx(
                 saved["readouts"][name]["accuracy"], abs=0.6
             )  # one of 180 images

@@ -166,16 +166,20 @@ def test_prototypes_are_the_nearest_by_cosine():
     assert torch.equal(answers(readout.prototypes(known), features), cosine.argmax(1))
 
 
-def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance():
+@pytest.mark.parametrize("shrinkage", [None, 3.0])
+def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance(shrinkage):
     features, labels = gaussians(count=20_000)
     known = readout.measured(features, labels, 3)
-    weight, bias = readout.discriminant(known)
+    weight, bias = readout.discriminant(known, shrinkage)
     shared = known.covariances.mean(0)
+    shared = shared + (shrinkage or 0) * shared.trace() / len(shared) * torch.eye(len(shared), dtype=shared.dtype)
     likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in known.means]
     posterior = torch.stack(likelihood, 1).softmax(1)
     assert torch.allclose((features @ weight.T + bias).softmax(1), posterior, atol=1e-4)
     theirs = LinearDiscriminantAnalysis().fit(features.numpy(), labels.numpy()).predict(features.numpy())
-    assert (answers((weight, bias), features).numpy() == theirs).mean() > 0.99  # which does not shrink
+    assert (
+        answers(readout.discriminant(known, 0.0), features).numpy() == theirs
+    ).mean() > 0.99  # which does not shrink
 
 
 @pytest.mark.parametrize("apart", [1.0, 30.0])
@@ -197,6 +201,16 @@ def test_the_rebalanced_head_is_the_softmax_regression_on_drawn_features(apart):
     assert np.allclose((features @ weight.T + bias).softmax(1), expected, atol=2e-3)
     assert torch.equal(weight, readout.rebalanced(known)[0])
     assert not torch.equal(weight, readout.rebalanced(known, seed=1)[0])
+
+
+def test_what_wide_features_are_shrunk_by_is_their_width_s(monkeypatch):
+    known = readout.measured(*gaussians(), 3)
+    for make in (readout.discriminant, readout.rebalanced):
+        assert torch.equal(make(known)[0], make(known, 0.0)[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(readout, "WIDEST", 3)
+            assert torch.equal(make(known)[0], make(known, readout.SHRINKAGE)[0])
+            assert not torch.allclose(make(known)[0], make(known, 0.0)[0], rtol=0.1)
 
 
 def test_features_that_do_not_vary_and_many_classes_are_no_error():
