@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import field
 import reproduce
 import settings
 from protocols import PROTOCOLS
@@ -69,6 +70,13 @@ def test_the_tables_of_read_outs_are_those_of_the_csv(path):
     made, text = readouts_table(PROTOCOLS[path.parent.name], table), (ROOT / "docs" / "results.md").read_text()
     assert path.read_text() == made
     assert made in text or f"(../results/{path.parent.name}/{path.name})" in text
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/field.csv")), ids=lambda path: path.parent.name)
+def test_the_tables_of_the_field_are_those_of_the_csv(path):
+    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
+    assert path.with_suffix(".md").read_text() == field.table(path, search)
+    assert f"(../results/{path.parent.name}/field.md)" in (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])
