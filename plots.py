@@ -175,6 +175,7 @@ def growth(tables: dict[str, Sequence[dict[str, str]]], path: Path) -> None:
 
 # Of protocols: mean over the seeds with its 95 % interval, told apart by marker and line and not by colour alone -----
 
+FEWEST = 5  # classes in a mean with an interval
 STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
@@ -208,7 +209,8 @@ def over_steps(
 ) -> None:
     """A panel for each label of a vertical axis: for each method, step -> the values of the seeds.
 
-    ``lost`` adds one: for each method, classes in a step as (distance of the maps, accuracy lost), fifths by distance.
+    ``lost`` adds one: for each method, classes in a step as (distance of the maps, accuracy lost), fifths by distance
+    of at least FEWEST each.
     """
     count = len(panels) + bool(lost)
     figure, grid = plt.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False, layout="constrained")
@@ -221,7 +223,7 @@ def over_steps(
         axes.set(xlabel="step (0: the first classes)", ylabel=label, xticks=steps)
         axes.margins(x=0.05 if len(steps) > 1 else 1)
     for number, (name, pairs) in enumerate((lost or {}).items()):
-        fifths = [part for part in np.array_split(np.array(sorted(pairs)), 5) if len(part)]
+        fifths = np.array_split(np.array(sorted(pairs)), 5) if len(pairs) >= 5 * FEWEST else []
         places = [part[:, 0].mean() for part in fifths]
         if len(set(places)) > 1:  # maps that never move are not shown
             _errorbar(grid[0][-1], number, name, places, [part[:, 1] for part in fifths])

@@ -16,6 +16,7 @@ from PIL import Image
 
 import checkpoint
 import models
+import plots
 import protocols
 import reproduce
 import tables
@@ -98,7 +99,11 @@ def test_an_interval_of_few_seeds_holds_the_mean_19_times_of_20_where_that_by_bo
     draws = np.random.default_rng(0).normal(size=(2000, 3)).tolist()
     held = [low <= 0 <= high for low, high in map(tables.interval, draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert np.mean([low <= 0 <= high for low, high in map(tables.bootstrapped, draws[:200])]) < 0.85
+    for count, share in ((3, 3 / 4), (5, 5 / 6)):  # as docs/results.md says
+        few = np.random.default_rng(0).normal(size=(300, count)).tolist()
+        assert np.mean([low <= 0 <= high for low, high in map(tables.bootstrapped, few)]) == pytest.approx(
+            share, abs=0.03
+        )
     assert tables.bootstrapped(draws[0]) == (min(draws[0]), max(draws[0]))
     assert tables.interval([2.0]) == tables.interval([2.0, 2.0]) == tables.bootstrapped([2.0, 2.0]) == (2.0, 2.0)
 
@@ -159,6 +164,14 @@ def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_p
     points = tables.points_of(protocol, tmp_path / "ablation.csv")
     assert points == {"lwm, binary, by gamma": [("0", [10.0], [10.0]), ("1", [11.0], [11.0])]}
     assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf": [("", [10.0], [10.0])]}
+
+
+def test_fifths_of_few_classes_are_not_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_errorbar", lambda axes, number, *rest: drawn.append(number) or [])
+    lost = {"few": [(0.1 * k, 5.0) for k in range(24)], "more": [(0.1 * k, 5.0) for k in range(25)]}
+    plots.over_steps({"accuracy": {}}, tmp_path / "figure.png", "", lost)
+    assert drawn == [1]
 
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
@@ -444,7 +457,7 @@ def test_what_is_refused_is_said_in_a_line(flags, words, capsys, monkeypatch, tm
 
 def test_the_command_that_is_recorded_parses():
     options = reproduce.arguments(["photos32-search", "--data-dir", "some/photos", "--ablation", "--jobs", "2"])
-    words = reproduce.command_of(options)
+    words = tables.command_of("reproduce.py", options, "data_dir groups methods seeds ablation jobs")
     assert words[1:] == ["photos32-search", "--data-dir", "photos", "--seeds", "0", "--ablation", "--jobs", "2"]
     reproduce.arguments(words[1:])
 
