@@ -60,17 +60,15 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             code, text = 128 + signal.SIGINT, "interrupted"
-        except OSError as error:
-            if error.errno not in _UNREADABLE or not isinstance(error.filename, str):
-                error.add_note(_to_report())
-                raise
-            code, text = 2, f"error: {error.filename}: {os.strerror(error.errno)}; name another file or folder"
         except Exception as error:
-            if not (isinstance(error, RuntimeError | MemoryError) and is_lack_of_memory(error)):
+            if isinstance(error, OSError) and error.errno in _UNREADABLE and isinstance(error.filename, str):
+                code, text = 2, f"error: {error.filename}: {os.strerror(error.errno)}; name another file or folder"
+            elif isinstance(error, RuntimeError | MemoryError) and is_lack_of_memory(error):
+                reason = (str(error) or "MemoryError").splitlines()[0]
+                code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
+            else:
                 error.add_note(_to_report())
                 raise
-            reason = (str(error) or "MemoryError").splitlines()[0]
-            code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
         if process_number():
             # What the user gave is the same for all processes of a machine: its first one says what is wrong with it.
             told = code != 1 and os.environ.get("LOCAL_RANK") != "0"

@@ -214,10 +214,9 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> None:
     """Rows of every cell and read-out, with all options where none is ``chosen``."""
     from reproduce import seeds_of
-    from tables import record_call, write_rows
+    from tables import command_of, record_call, write_rows
 
-    data_dir = ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
-    command = ["field.py", options.protocol, *data_dir, "--seeds", options.seeds]
+    command = command_of("field.py", options, "data_dir seeds")
     for seed in seeds_of(options.seeds):
         for method in METHODS:
             steps = chain(options, method, seed)

@@ -32,6 +32,7 @@ from tables import (
     attention_table,
     beside,
     by_step,
+    command_of,
     fingerprint,
     moved,
     points_of,
@@ -155,14 +156,14 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     jobs = whole_number("--jobs", options.jobs, 1, 1024)
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
     threads = threads_of(jobs)
     about = beside(path, "environment.json")
     # Of your own images the name of the protocol does not say which these are.
-    which = shlex.join(command_of(options)[:6])
+    command = command_of("reproduce.py", options, "data_dir groups methods seeds ablation jobs")
+    which = shlex.join(command[:6])
     if options.groups and path.exists() and not any(which in call["command"] for call in recorded_calls(about)):
         raise InputError(f"{path.parent} has rows of another --data-dir or --groups; move that folder away first")
-    record_call(about, command_of(options), threads)
+    record_call(about, command, threads)
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
     if options.data_dir:
         common += ["--data-dir", options.data_dir]
@@ -293,15 +294,6 @@ def rows_of_classes(metrics: dict) -> list[dict]:
     old = len(attention["distance"])
     columns |= {f"mean_off_{name}": off.get(name, [None] * old) for name in ("carried", "left")}
     return [{name: values[index] for name, values in columns.items()} for index in range(old)]
-
-
-def command_of(options: argparse.Namespace) -> list[str]:
-    """The call without what is of this machine alone; the folder of images goes by its name."""
-    words = ["reproduce.py", options.protocol]
-    words += ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
-    words += ["--groups", options.groups] if options.groups else []
-    words += ["--methods", options.methods] if options.methods else []
-    return [*words, "--seeds", options.seeds, *(["--ablation"] if options.ablation else []), "--jobs", options.jobs]
 
 
 if __name__ == "__main__":

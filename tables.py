@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
@@ -72,6 +73,17 @@ def _write(path: Path, others: list[dict], rows: list[dict]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text.getvalue())
     temporary.replace(path)
+
+
+def command_of(script: str, options: argparse.Namespace, flags: str) -> list[str]:
+    """The call of a script for a protocol with those of ``flags`` that are set; a folder goes by its name alone."""
+    words = [script, options.protocol]
+    for name in flags.split():
+        value = getattr(options, name)
+        if value:
+            value = Path(value).name if name == "data_dir" else value
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
+    return words
 
 
 def record_call(path: Path, command: Sequence[str], threads: int) -> None:

@@ -27,7 +27,6 @@ from step_cost import NEW, arguments, interleaved, step_of
 import hardware
 import plots
 from checkpoint import load
-from hardware import machine
 from tables import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +111,7 @@ def by_steps(folder: Path) -> Iterator[dict]:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    about = machine()
+    about = hardware.machine()
     extra = {"date": about["date"], "hardware": about["hardware"], "torch": torch.__version__}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *extra], lineterminator="\n")

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(options: argparse.Namespace, path: Path) -> None:
     from protocols import PROTOCOLS, class_order
     from reproduce import seeds_of, threads_of, whole_number
-    from tables import read_rows, record_call, write_rows
+    from tables import command_of, read_rows, record_call, write_rows
 
     jobs = whole_number("--jobs", options.jobs, 1, 1024)
     threads = threads_of(jobs)
@@ -114,9 +114,7 @@ def run(options: argparse.Namespace, path: Path) -> None:
         raise InputError(f"--trials: there is no {unknown.pop()!r}: {', '.join(TRIALS)}")
     cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
     spawn = multiprocessing.get_context("spawn")
-    data_dir = ["--data-dir", Path(options.data_dir).name] if options.data_dir else []
-    command = ["benchmarks/trials.py", options.protocol, *data_dir, "--seeds", options.seeds]
-    command += [*(["--trials", options.trials] if options.trials else []), "--jobs", options.jobs]
+    command = command_of("benchmarks/trials.py", options, "data_dir seeds trials jobs")
     class_order(PROTOCOLS[options.protocol], options.data_dir)  # what is wrong with the folder is said before any work
     record_call(path.with_name("trials_environment.json"), command, threads)
     failed = []
