@@ -62,19 +62,24 @@ def main(argv: list[str] | None = None) -> None:
     judged = images.labels >= 0
     labelled = Images(images.pixels[judged], images.labels[judged])
     statistics = evaluation.of_statistics(student, before, after, labelled)
+    answering = readout.chosen(settings.readout, after)
+    if settings.readout == "auto":
+        print(f"READOUT = {answering} (auto, of this student)")
     with settings.naming("readout"):
-        before = readout.use(teacher, before, settings.readout)
-        after = readout.use(student, after, settings.readout)
-    found = evaluation.compare(teacher, student, before, after, images, history=not settings.images)
+        before = readout.use(teacher, before, answering)
+        after = readout.use(student, after, answering)
+    # What earlier steps recorded is of the head.
+    history = answering == "head" and not settings.images
+    found = evaluation.compare(teacher, student, before, after, images, history)
     output = Path(settings.output_dir)
     make_folder(output)
-    metrics = found.metrics | statistics
+    metrics = {"readout": answering} | found.metrics | statistics
 
     if judged.any():
         if gone:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         print_table(metrics, before["class_names"])
-        progress.print_readouts(metrics["readouts"])
+        progress.print_readouts(metrics["readouts"], answering)
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
     else:
@@ -99,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         for row, index in enumerate(chosen)
     ]
     if judged.any():
-        report.of_student(output / "demo_report.html", before, after | {"readouts": metrics["readouts"]}, images, found)
+        after |= {"readouts": metrics["readouts"]}
+        report.of_student(output / "demo_report.html", before, after, images, found, answering)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             value = row[f"test_{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} %"
             print(f"{group} classes, {hint}: {shown}")
-    progress.print_readouts(saved["readouts"])
+    progress.print_readouts(saved["readouts"], readout.chosen("auto", saved))
     if settings.statistics and not saved["statistics"]:
         print(
             "the teacher has no statistics of its classes: the head alone answers (--statistics from the first step on)"

@@ -38,14 +38,14 @@ def last_line(settings: Any, values: dict[str, Any]) -> None:
         print(json.dumps(values), file=getattr(sys.stdout, "stream", sys.stdout))
 
 
-def print_readouts(readouts: dict[str, dict[str, float | None]]) -> None:
-    """A line for each read-out with its accuracies in percent, where there are any."""
+def print_readouts(readouts: dict[str, dict[str, float | None]], answering: str) -> None:
+    """A line for each read-out with its accuracies in percent, where there are any; the one that answers is marked."""
     columns = {"accuracy": "all", "accuracy_old": "old", "accuracy_new": "new"}
     if readouts:
         print(f"read-out, no hint, %  {''.join(f'{shown:>8}' for shown in columns.values())}")
     for name, accuracies in readouts.items():
         cells = ["-" if (value := accuracies.get(key)) is None else f"{value:.1f}" for key in columns]
-        print(f"  {name:<20}{''.join(f'{cell:>8}' for cell in cells)}")
+        print(f"  {name:<20}{''.join(f'{cell:>8}' for cell in cells)}{'  <- answers' if name == answering else ''}")
 
 
 class Watch:

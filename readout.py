@@ -165,11 +165,13 @@ def prototypes(statistics: Statistics) -> Linear:
 def discriminant(statistics: Statistics, shrinkage: float | None = None) -> Linear:
     """With S the mean of the classes' covariances: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely.
 
-    In all directions S has ``shrinkage`` times its mean variance more; None is ``SHRINKAGE`` for wide features.
+    In all directions S has ``shrinkage`` times its mean variance more; None is ``SHRINKAGE`` for wide features. What
+    all classes have in common is taken off, so that a class's Grad-CAM map shows what speaks for it and not for others.
     """
     means = statistics.means
     weight = torch.linalg.solve(_shrunk(_shared(statistics), shrinkage), means.T).T
-    return weight, -(weight * means).sum(1) / 2
+    bias = -(weight * means).sum(1) / 2
+    return weight - weight.mean(0), bias - bias.mean()
 
 
 def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int = 0) -> Linear:
@@ -260,6 +262,17 @@ def after_step(teacher: Network, student: Network, before: dict[str, Any], image
         return None
     old, new = (features_of(model, images.pixels, before["mean"], before["std"]) for model in (teacher, student))
     return carried(known, old, new, images.labels)
+
+
+def chosen(name: str, saved: dict[str, Any]) -> str:
+    """The read-out that ``name`` means for the network of a checkpoint; only "auto" depends on it.
+
+    The discriminant, which the searches on other classes support (docs/results.md), where classes came in several steps
+    and the checkpoint has their statistics; the head elsewhere: trained on all classes at once, it leans to none.
+    """
+    if name != "auto":
+        return name
+    return "discriminant" if saved["statistics"] and len(saved["steps"]) > 1 else "head"
 
 
 def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:

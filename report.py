@@ -57,8 +57,18 @@ def of_teacher(path: Path, saved: dict[str, Any], images: Images, explained: tup
     )
 
 
-def of_student(path: Path, before: dict[str, Any], after: dict[str, Any], images: Images, found: Comparison) -> None:
-    """The page of a later step, of its run or of demo.py: a teacher and its student on the same images."""
+def of_student(
+    path: Path,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    images: Images,
+    found: Comparison,
+    answering: str = "head",
+) -> None:
+    """The page of a later step, of its run or of demo.py: a teacher and its student on the same images.
+
+    ``answering`` is the read-out that ``found`` is of.
+    """
     names, metrics = after["class_names"], found.metrics
     position = {int(index): row for row, index in enumerate(found.shown)}
     chosen = [int(found.shown[row]) for row in in_turn(images.labels[found.shown], found.distance.nan_to_num(-1))]
@@ -80,7 +90,7 @@ def of_student(path: Path, before: dict[str, Any], after: dict[str, Any], images
     _write(
         path,
         title=f"Student of {len(names)} classes, {old} old and {len(names) - old} new",
-        summary=_sentence(teacher, student),
+        summary=_sentence(teacher, student, answering),
         accuracies=[
             ("all classes, no hint", teacher["accuracy"], student["accuracy"]),
             ("old classes, no hint", teacher["accuracy_old"], student["accuracy_old"]),
@@ -111,7 +121,7 @@ def in_turn(labels: Tensor, urgency: Any) -> list[int]:
     return sorted((index for _, _, index in sorted(rounds)[:SHOWN]), key=lambda index: -float(urgency[index]))
 
 
-def _sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+def _sentence(teacher: dict[str, Any], student: dict[str, Any], answering: str) -> str:
     parts = []
     if student["accuracy_old"] is not None:
         parts.append(
@@ -120,6 +130,8 @@ def _sentence(teacher: dict[str, Any], student: dict[str, Any]) -> str:
         )
     if student["accuracy_new"] is not None:
         parts.append(f"Of the new classes' images it answers {student['accuracy_new']:.1f} %.")
+    if parts:
+        parts.append(f"Read-out of both: {answering}.")
     return " ".join(parts) or "There were no test images to judge it by."
 
 

@@ -23,6 +23,7 @@ import progress
 from errors import InputError
 
 READOUTS = ("head", "prototypes", "discriminant", "rebalanced")  # those of readout.py, which needs torch
+READOUT_CHOICES = ("auto", *READOUTS)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Settings:
     device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
     deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
     statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
-    readout: str = kinds.choice("what answers", *READOUTS)
+    readout: str = kinds.choice("what answers", *READOUT_CHOICES)
     save_interval: int = kinds.number("epochs between saves", int, 1)
     save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = kinds.switch("go on from the checkpoint of an earlier run")
@@ -128,7 +129,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, req
         "teacher student",
         "images",
     ),
-    "gradcam": ("", "checkpoint image", "class_name layer output"),
+    "gradcam": ("readout", "checkpoint image", "class_name layer output"),
 }
 
 _OPTIONAL = ("mean", "std", "backbone_lr", "loss_form")  # None has a meaning of its own

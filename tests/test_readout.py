@@ -17,6 +17,7 @@ import data
 import demo
 import evaluation
 import export
+import gradcam
 import incremental_learning_system as incremental
 import models
 import predict
@@ -176,6 +177,7 @@ def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance(shri
     likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in known.means]
     posterior = torch.stack(likelihood, 1).softmax(1)
     assert torch.allclose((features @ weight.T + bias).softmax(1), posterior, atol=1e-4)
+    assert torch.allclose(weight.sum(0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
     theirs = LinearDiscriminantAnalysis().fit(features.numpy(), labels.numpy()).predict(features.numpy())
     assert (
         answers(readout.discriminant(known, 0.0), features).numpy() == theirs
@@ -225,8 +227,8 @@ def test_the_names_are_the_same_everywhere():
     names = ("head", *readout.HEADS)
     assert names == settings.READOUTS
     choices = next(f for f in settings.fields(settings.Settings) if f.name == "readout").metadata["help"]
-    assert choices.endswith(", ".join(names))
-    assert config.READOUT in names
+    assert choices.endswith(", ".join(("auto", *names)))
+    assert config.READOUT == "auto"
 
 
 # With networks ----------------------------------------------------------------------------------------------------
@@ -311,28 +313,56 @@ def test_every_step_keeps_and_carries_the_statistics_of_all_classes(steps, capsy
     assert not torch.allclose(before, after, atol=1e-3)  # the network has moved, and they with it
 
 
-@pytest.mark.parametrize("name", settings.READOUTS)
+def test_what_answers_unasked():
+    """The discriminant, but for a network of one step, whose head leans to no class, and one without statistics."""
+    known, one, several = {"means": []}, [{}], [{}, {}]
+    assert readout.chosen("auto", {"statistics": known, "steps": several}) == "discriminant"
+    assert readout.chosen("auto", {"statistics": known, "steps": one}) == "head"
+    assert readout.chosen("auto", {"statistics": {}, "steps": several}) == "head"
+    assert readout.chosen("prototypes", {"statistics": {}, "steps": one}) == "prototypes"
+
+
+@pytest.mark.parametrize("name", [None, *settings.READOUTS])
 def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
     root, flags = steps
     student = str(root / "2" / "student_model.pth")
     both = ["--teacher", str(root / "1" / "student_model.pth"), "--student", student]
-    assert demo.main([*flags, *both, "--readout", name, "--output-dir", str(tmp_path)]) == 0
-    assert f"\n  {name} " in capsys.readouterr().out
+    asked = ["--readout", name] if name else []
+    name = name or "discriminant"
+    assert demo.main([*flags, *both, *asked, "--output-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("<- answers")] == [name]
+    assert ("READOUT = discriminant (auto, of this student)" in said) == (not asked)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["readout"] == name
+    assert f"Read-out of both: {name}." in (tmp_path / "demo_report.html").read_text()
+    # What was recorded by the head after earlier steps is no yardstick for another read-out.
+    teachers = [metrics["classes"]["teacher"][first : first + 2] for first in (0, 2)]
+    best = [[sum(each) / 2] for each in teachers]
+    if name == "head":
+        for step in checkpoint.load(student)["steps"][:-1]:
+            for group, accuracy in enumerate(step["group_accuracy"]):
+                best[group].append(accuracy)
+    lost = [max(before) - step["accuracy"] for before, step in zip(best, metrics["steps"], strict=False)]
+    assert [step["forgetting"] for step in metrics["steps"]] == [*map(pytest.approx, lost), None]
     assert metrics["student"]["accuracy"] == pytest.approx(metrics["readouts"][name]["accuracy"])
     assert metrics["readouts"] == checkpoint.load(student)["readouts"]
     assert "Read-outs" in (tmp_path / "demo_report.html").read_text()
     onnx = str(tmp_path / "student.onnx")
-    assert export.main(["--checkpoint", student, "--output", onnx, "--readout", name, "--maps"]) == 0
-    capsys.readouterr()
+    assert export.main(["--checkpoint", student, "--output", onnx, *asked, "--maps"]) == 0
+    assert f"6 classes, read-out {name}, " in capsys.readouterr().out
     said = []
-    for flags in (["--checkpoint", onnx], ["--checkpoint", student, "--readout", name]):
+    for flags in (["--checkpoint", onnx], ["--checkpoint", student, *asked]):
         assert predict.main([str(root / "images" / "test" / "e"), *flags, "--json", "--top", "6"]) == 0
         said.append(json.loads(capsys.readouterr().out))
     for one, other in zip(*said, strict=True):
         ours, theirs = ({each["name"]: each["probability"] for each in row["classes"]} for row in (one, other))
         assert ours == pytest.approx(theirs, abs=1e-4)
         assert name == "head" or sum(ours.values()) == pytest.approx(1, abs=1e-4)
+    image = str(sorted((root / "images" / "test" / "e").iterdir())[0])
+    shown = ["--checkpoint", student, "--image", image, *asked, "--output", str(tmp_path / "map.png")]
+    assert gradcam.main(shown) == 0
+    assert f"answer ({name}): {said[0][0]['classes'][0]['name']};" in capsys.readouterr().out
 
 
 def test_without_statistics_the_head_answers_and_the_rest_is_said(steps, tmp_path, capsys):

@@ -144,7 +144,7 @@ def test_the_scripts_write_their_pages(tmp_path):
     assert trainer.main([*SMALL, *flags]) == 0
     assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), "--epochs", "2", *flags]) == 0
     both = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
-    assert demo.main([*both, *flags]) == 0
+    assert demo.main([*both, "--readout", "head", *flags]) == 0
     pages = {kind: Page(tmp_path / f"{kind}_report.html") for kind in ("teacher", "student", "demo")}
     assert "Teacher of 2 classes" in pages["teacher"].text
     student = json.loads((tmp_path / "metrics.json").read_text())["student"]

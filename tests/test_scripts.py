@@ -102,7 +102,8 @@ def test_the_checkpoint_is_the_whole_hand_over(quick):
 
 
 def test_demo_by_its_command_line(tmp_path, quick, teacher, student):
-    judged = run("demo.py", "--teacher", teacher, "--student", student, "--output-dir", str(tmp_path))
+    named = ["--teacher", teacher, "--student", student, "--output-dir", str(tmp_path)]
+    judged = run("demo.py", *named, "--readout", "head")
     assert judged.returncode == 0, judged.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     keys = {"accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new"}
@@ -290,7 +291,7 @@ def test_three_steps_from_the_student_alone_and_one_single_class(tmp_path, stude
     assert saved["class_names"] == ["0", "1", "2", "3", "9", "5", "4"]
     assert [len(step["group_accuracy"]) for step in saved["steps"]] == [1, 2, 3, 4]
     models = ["--teacher", str(second / "student_model.pth"), "--student", str(third / "student_model.pth")]
-    assert demo.main([*models, "--output-dir", str(third)]) == 0
+    assert demo.main([*models, "--readout", "head", "--output-dir", str(third)]) == 0
     metrics = json.loads((third / "metrics.json").read_text())
     assert [step["classes"] for step in metrics["steps"]] == [["0", "1"], ["2", "3"], ["9"], ["5", "4"]]
     best = max(step["group_accuracy"][0] for step in saved["steps"][:-1])
@@ -352,7 +353,7 @@ def test_each_class_is_judged_on_what_its_own_step_held_back(tmp_path, teacher):
     flags = ["--teacher", teacher, *FAST, "--hold-back", "0.2", "--output-dir", str(tmp_path)]
     assert incremental.main(flags) == 0
     models = ["--teacher", teacher, "--student", str(tmp_path / "student_model.pth")]
-    assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
+    assert demo.main([*models, "--readout", "head", "--output-dir", str(tmp_path)]) == 0
     counts = np.sum(json.loads((tmp_path / "metrics.json").read_text())["confusion"], axis=1).tolist()
     source = open_source(Place("digits", ""), 16)
     tests = [len(source.test([name], [name]).labels) for name in "01"]
