@@ -19,7 +19,9 @@ test: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q --cov --cov-report=term
+# A file's tests share models that it trains, so that a file goes to one process; each has one thread of its own.
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
