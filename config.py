@@ -169,7 +169,7 @@ DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
 DETERMINISTIC = False  # the same bits in every run on a GPU, somewhat slower; on a CPU it is so anyway
 
 STATISTICS = True  # keep mean and covariance of the features of each class in the checkpoint, for the read-outs
-READOUT = "auto"  # what answers in demo.py and gradcam.py: head, prototypes, discriminant, rebalanced; docs/readouts.md
+READOUT = "auto"  # what answers: auto, head, prototypes, discriminant or rebalanced (docs/readouts.md)
 
 # The run.
 SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each save

@@ -62,15 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     judged = images.labels >= 0
     labelled = Images(images.pixels[judged], images.labels[judged])
     statistics = evaluation.of_statistics(student, before, after, labelled)
-    answering = readout.chosen(settings.readout, after)
+    answering, heads = readout.chosen(settings.readout, after, before), (teacher, student)
     if settings.readout == "auto":
         print(f"READOUT = {answering} (auto, of this student)")
-    with settings.naming("readout"):
-        before = readout.use(teacher, before, answering)
-        after = readout.use(student, after, answering)
-    # What earlier steps recorded is of the head.
-    history = answering == "head" and not settings.images
-    found = evaluation.compare(teacher, student, before, after, images, history)
+    with settings.naming("teacher"):
+        teacher, before = readout.use(teacher, before, answering)
+    with settings.naming("student"):
+        student, after = readout.use(student, after, answering)
+    found = evaluation.compare(teacher, student, before, after, images, history=not settings.images, heads=heads)
     output = Path(settings.output_dir)
     make_folder(output)
     metrics = {"readout": answering} | found.metrics | statistics
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     explained = torch.where((labels >= 0) & (labels < old), labels, found.teacher_logits[chosen].argmax(1))
     both = [
         evaluation.maps(model, pixels, explained, saved["mean"], saved["std"])
-        for model, saved in ((teacher, before), (student, after))
+        for model, saved in zip(heads, (before, after), strict=True)
     ]
     rows = [
         (
@@ -104,12 +103,11 @@ def main(argv: list[str] | None = None) -> None:
         for row, index in enumerate(chosen)
     ]
     if judged.any():
-        after |= {"readouts": metrics["readouts"]}
-        report.of_student(output / "demo_report.html", before, after, images, found, answering)
+        report.of_student(output / "demo_report.html", before, after | {"readouts": metrics["readouts"]}, images, found)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(both, dim=1).numpy(), title, output / "demo.png")
     print(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")
-    shown = ("teacher", "student") if judged.any() else ()
+    shown = ("readout", "teacher", "student") if judged.any() else ("readout",)
     progress.last_line(settings, {name: metrics[name] for name in shown})
 
 
@@ -133,7 +131,7 @@ def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str],
 
 
 def say(logits: Tensor, names: list[str], form: str) -> str:
-    """The answer and its probability, by the form of the loss that the network was trained with."""
+    """The answer and its probability, by the form of the loss that the head was trained with."""
     from predict import form_of, likeliest, probabilities_of
 
     ((answer, probability),) = likeliest(probabilities_of(logits[None].numpy(), form_of(form))[0], names)
@@ -163,10 +161,11 @@ def print_table(metrics: dict, old_names: list[str]) -> None:
         ("task-aware, new", "task_aware_new"),
     ):
         print(f"{label:<22}  {cell(metrics['teacher'][key])}   {cell(metrics['student'][key])}")
+    since = "forgotten" if metrics["readout"] == "head" else "lost since the teacher"
     for number, step in enumerate(metrics["steps"]):
         print(f"step {number} ({', '.join(step['classes'][:6])}{', ...' if len(step['classes']) > 6 else ''}):", end="")
-        print(f" {cell(step['accuracy'])}, forgotten {cell(step['forgetting'])} points")
-    print("class by class         teacher  student  attention: distance, overlap %")
+        print(f" {cell(step['accuracy'])}, {since} {cell(step['forgetting'])} points")
+    print("class by class         teacher  student  attention of the heads: distance, overlap %")
     classes, attention = metrics["classes"], metrics["attention"]
     for index, name in enumerate(classes["names"]):
         known, moved = None, ""

@@ -230,11 +230,15 @@ def compare(
     images: Images,
     history: bool = True,
     batch_size: int = 500,
+    heads: tuple[Network, Network] | None = None,
 ) -> Comparison:
     """Both networks with their checkpoints on ``images``, of which label -1 is of no known class.
 
-    With ``history`` the forgetting counts what the tests of earlier steps recorded, as fits the same test images.
+    With ``history`` the forgetting counts what the tests of earlier steps recorded, as fits the same test images and
+    the head that was trained. Where the two answer by another read-out, ``heads`` are they with their heads: the maps
+    are always those of the heads, which L_AD compares, and a read-out changes with the classes that it tells apart.
     """
+    history = history and after.get("readout", "head") == "head"
     names, old = after["class_names"], len(before["class_names"])
     teacher_logits, student_logits = (
         predict(model, images.pixels, saved["mean"], saved["std"], batch_size)
@@ -245,7 +249,7 @@ def compare(
     labels = images.labels[shown]
     maps_of_both = [
         maps(model, images.pixels[shown], labels, saved["mean"], saved["std"], batch_size)
-        for model, saved in ((teacher, before), (student, after))
+        for model, saved in zip(heads or (teacher, student), (before, after), strict=True)
         if len(shown)
     ]
     both = torch.stack(maps_of_both, dim=1) if len(shown) else torch.zeros(0, 2, 1, 1)
@@ -278,7 +282,7 @@ def _mean_of_known(values: Tensor) -> float | None:
 def _by_step(
     steps: list[dict[str, Any]], teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, history: bool
 ) -> list[dict[str, Any]]:
-    """For each step's classes: the accuracy now, and what has been forgotten of it since its best."""
+    """For each step's classes: the accuracy now, and what is lost of the best before, or of the teacher's."""
     sizes = [len(step["classes"]) for step in steps]
     now = group_accuracies(student_logits, labels, sizes)
     known = sum(sum(sizes[: number + 1]) <= teacher_logits.shape[1] for number in range(len(sizes)))

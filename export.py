@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from errors import InputError, RunError, one_line_errors
 from predict import form_of
-from settings import READOUT_CHOICES, OneLineParser, require_folder
+from settings import READOUTS, OneLineParser, readout_of, require_folder
 from version import VERSION
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="any checkpoint of this project")
     parser.add_argument("--output", required=True, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
-    parser.add_argument("--readout", default="auto", choices=READOUT_CHOICES, help="what answers (default: auto)")
+    parser.add_argument("--readout", help=f"auto, {', '.join(READOUTS)} (default: as in config.py)")
     parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")
     parser.add_argument("--overwrite", action="store_true", help="replace an ONNX file that is there")
     options = parser.parse_args(argv)
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     saved = load(options.checkpoint)
     network = restore_model(saved).eval()
-    answering = readout.chosen(options.readout, saved)
-    saved = readout.use(network, saved, answering)
+    network, saved = readout.use(network, saved, readout.chosen(readout_of(options.readout), saved))
     if options.maps and not network.closed_form:
         raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
     whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(output.parent)
     write_atomically(output, content)
     print(f"largest difference between torch and onnxruntime: {difference:.1e}")
-    print(f"{output}: {len(saved['class_names'])} classes, read-out {answering}, {len(content) / 1e6:.1f} MB")
+    print(f"{output}: {len(saved['class_names'])} classes, read-out {saved['readout']}, {len(content) / 1e6:.1f} MB")
 
 
 def properties(saved: dict[str, Any]) -> dict[str, str]:
@@ -82,6 +81,7 @@ def properties(saved: dict[str, Any]) -> dict[str, str]:
         "class_names": json.dumps(saved["class_names"], ensure_ascii=False),
         "image_size": str(saved["image_size"]),
         "probabilities": form_of(saved["loss_form"]),
+        "readout": saved["readout"],
     }
 
 

@@ -153,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     with settings.naming("checkpoint"):
         checkpoint = load(settings.checkpoint)
         model = restore_model(checkpoint).eval()
-    with settings.naming("readout"):
-        use(model, checkpoint, answering := chosen(settings.readout, checkpoint))
+        model, checkpoint = use(model, checkpoint, chosen(settings.readout, checkpoint))
     names = checkpoint["class_names"]
     with settings.naming("image"):
         pixels = decode_image(settings.image, checkpoint["image_size"])
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     make_folder(output.parent)
     write_atomically(output, encoded.tobytes())
-    print(f"answer ({answering}): {names[answer]}; the map of {names[shown]} at {layer} is in {output}")
+    print(f"answer ({checkpoint['readout']}): {names[answer]}; the map of {names[shown]} at {layer} is in {output}")
 
 
 if __name__ == "__main__":

@@ -123,16 +123,21 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.rank():  # of several processes the first one reports
         return
     plots.curves(log, f"Student ({settings.method})", run.curves)
-    found = evaluation.compare(teacher, student, before, saved := checkpoint.load(run.model), test)
-    report.of_student(run.report, before, saved, test, found)
+    saved = checkpoint.load(run.model)
+    answering = readout.chosen(settings.readout, saved, before) if saved["statistics"] else "head"
+    heads = teacher, student
+    teacher, before = readout.use(teacher, before, answering)
+    student, after = readout.use(student, saved, answering)
+    found = evaluation.compare(teacher, student, before, after, test, heads=heads)
+    report.of_student(run.report, before, after, test, found)
     watch.maps(test.pixels[found.shown], found.maps)
     row = log[-1]
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):
             value = row[f"test_{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} %"
-            print(f"{group} classes, {hint}: {shown}")
-    progress.print_readouts(saved["readouts"], readout.chosen("auto", saved))
+            print(f"by the head, {group} classes, {hint}: {shown}")
+    progress.print_readouts(saved["readouts"], answering)
     if settings.statistics and not saved["statistics"]:
         print(
             "the teacher has no statistics of its classes: the head alone answers (--statistics from the first step on)"
@@ -141,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{100 * row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
     print(f"the student is in {run.model}, what there is to see in {run.report}")
     accuracies = {name: value for name, value in row.items() if name.startswith("test_")}
-    progress.last_line(settings, {"model": str(run.model), **accuracies, "readouts": saved["readouts"]})
+    read = {"readout": answering, "readouts": saved["readouts"]}
+    progress.last_line(settings, {"model": str(run.model), **accuracies, **read})
 
 
 def check_against(before: dict, settings: Settings) -> None:

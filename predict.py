@@ -20,7 +20,7 @@ import numpy as np
 
 from errors import InputError, one_line_errors, warn
 from imagefiles import decode_all, image_files
-from settings import READOUT_CHOICES, OneLineParser
+from settings import READOUTS, OneLineParser, readout_of
 
 BATCH = 64  # images in memory at a time
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top", default=3, type=int, help="so many of the likeliest classes (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     parser.add_argument("--csv", action="store_true", help="CSV on stdout, a row an image and class")
-    parser.add_argument("--readout", choices=READOUT_CHOICES, help="of a checkpoint, what answers (default: auto)")
+    parser.add_argument("--readout", help=f"of a checkpoint: auto, {', '.join(READOUTS)} (default: as in config.py)")
     parser.add_argument("--skip-bad-images", action="store_true", help="count images that cannot be read")
     options = parser.parse_args(argv)
     if options.top < 1 or (options.json and options.csv):
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("--readout: the ONNX file answers as it was exported; give the flag to export.py")
         network = open_onnx(options.checkpoint)
     else:
-        network = open_checkpoint(options.checkpoint, options.readout or "auto")
+        network = open_checkpoint(options.checkpoint, readout_of(options.readout))
     rows = []
     for path, probabilities in answers(network, paths, options.skip_bad_images):
         best = likeliest(probabilities, network.class_names, options.top)
@@ -124,7 +124,7 @@ def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
 
     saved = load(path)
     model = restore_model(saved)
-    saved = use(model, saved, chosen(readout, saved))
+    model, saved = use(model, saved, chosen(readout, saved))
 
     def logits(pixels: np.ndarray) -> np.ndarray:
         return predict(model, torch.from_numpy(pixels), saved["mean"], saved["std"]).numpy()

@@ -15,6 +15,7 @@ Each is a linear layer over the features, so that the result is a plain network 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -169,9 +170,9 @@ def discriminant(statistics: Statistics, shrinkage: float | None = None) -> Line
     all classes have in common is taken off, so that a class's Grad-CAM map shows what speaks for it and not for others.
     """
     means = statistics.means
-    weight = torch.linalg.solve(_shrunk(_shared(statistics), shrinkage), means.T).T
-    bias = -(weight * means).sum(1) / 2
-    return weight - weight.mean(0), bias - bias.mean()
+    root = torch.linalg.cholesky(_shrunk(_shared(statistics), shrinkage))
+    weight = torch.cholesky_solve(means.T, root).T
+    return weight - weight.mean(0), -(weight * means).sum(1) / 2
 
 
 def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int = 0) -> Linear:
@@ -264,24 +265,26 @@ def after_step(teacher: Network, student: Network, before: dict[str, Any], image
     return carried(known, old, new, images.labels)
 
 
-def chosen(name: str, saved: dict[str, Any]) -> str:
+def chosen(name: str, saved: dict[str, Any], *others: dict[str, Any]) -> str:
     """The read-out that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    The discriminant, which the searches on other classes support (docs/results.md), where classes came in several steps
-    and the checkpoint has their statistics; the head elsewhere: trained on all classes at once, it leans to none.
+    The discriminant, which the searches on other classes support (docs/results.md), where the classes came in several
+    steps and this checkpoint and ``others``, which it is compared with, have statistics; the head elsewhere: trained on
+    all classes at once, it leans to none.
     """
     if name != "auto":
         return name
-    return "discriminant" if saved["statistics"] and len(saved["steps"]) > 1 else "head"
+    known = all(each["statistics"] for each in (saved, *others))
+    return "discriminant" if known and len(saved["steps"]) > 1 else "head"
 
 
-def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:
-    """Put the read-out ``name`` in the place of the model's head; returns the checkpoint with the form of its answers.
+def use(model: Network, saved: dict[str, Any], name: str) -> tuple[Network, dict[str, Any]]:
+    """The network with the read-out ``name``, and its checkpoint with that as "readout" and the form of its answers.
 
-    Raises InputError where there are no statistics.
+    A copy, but for "head". Raises InputError where there are no statistics, or none that make a head.
     """
     if name == "head":
-        return saved
+        return model, saved | {"readout": name}
     statistics = unpacked(saved)
     if statistics is None:
         raise InputError(
@@ -289,8 +292,11 @@ def use(model: Network, saved: dict[str, Any], name: str) -> dict[str, Any]:
             "it, came from elsewhere or was trained with --no-statistics or by an earlier release; take --readout head"
         )
     try:
-        weight, bias = HEADS[name](statistics)
+        weight, bias = (part.float() for part in HEADS[name](statistics))
     except torch.linalg.LinAlgError as error:
         raise InputError("the checkpoint's statistics are damaged: a covariance is none") from error
-    replace_head(model, weight, bias)
-    return saved | {"loss_form": "softmax"}
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise InputError("the checkpoint's statistics are damaged: the head made of them is not finite")
+    answering = copy.deepcopy(model)
+    replace_head(answering, weight, bias)
+    return answering, saved | {"readout": name, "loss_form": "softmax"}

@@ -57,17 +57,10 @@ def of_teacher(path: Path, saved: dict[str, Any], images: Images, explained: tup
     )
 
 
-def of_student(
-    path: Path,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    images: Images,
-    found: Comparison,
-    answering: str = "head",
-) -> None:
+def of_student(path: Path, before: dict[str, Any], after: dict[str, Any], images: Images, found: Comparison) -> None:
     """The page of a later step, of its run or of demo.py: a teacher and its student on the same images.
 
-    ``answering`` is the read-out that ``found`` is of.
+    The checkpoints are as readout.use gives them.
     """
     names, metrics = after["class_names"], found.metrics
     position = {int(index): row for row, index in enumerate(found.shown)}
@@ -90,7 +83,7 @@ def of_student(
     _write(
         path,
         title=f"Student of {len(names)} classes, {old} old and {len(names) - old} new",
-        summary=_sentence(teacher, student, answering),
+        summary=_sentence(teacher, student, after["readout"]),
         accuracies=[
             ("all classes, no hint", teacher["accuracy"], student["accuracy"]),
             ("old classes, no hint", teacher["accuracy_old"], student["accuracy_old"]),
@@ -222,6 +215,7 @@ def _write(path: Path, saved: dict[str, Any], counts: np.ndarray, classes: list[
         confused=_confused(counts, names),
         steps=saved["steps"],
         readouts=saved["readouts"],
+        answering=saved.get("readout", "head"),  # a teacher's page is of its head
         settings=[(name, value) for name, value in saved["steps"][-1].items() if name not in HIDDEN],
         network=[(name, saved[name]) for name in ("architecture", "image_size", "mean", "std")],
         machine=list(saved["training"].get("machine", {}).items()),

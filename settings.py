@@ -23,7 +23,6 @@ import progress
 from errors import InputError
 
 READOUTS = ("head", "prototypes", "discriminant", "rebalanced")  # those of readout.py, which needs torch
-READOUT_CHOICES = ("auto", *READOUTS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Settings:
     device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
     deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
     statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
-    readout: str = kinds.choice("what answers", *READOUT_CHOICES)
+    readout: str = kinds.choice("what answers", "auto", *READOUTS)
     save_interval: int = kinds.number("epochs between saves", int, 1)
     save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
     resume: bool = kinds.switch("go on from the checkpoint of an earlier run")
@@ -120,7 +119,7 @@ _TRAINING = (
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: fields of config.py, required files, other files
     "train_teacher_model": (f"old_classes model image_size mean std lr {_TRAINING}", "", "weights old_classes_file"),
     "incremental_learning_system": (
-        f"new_classes incremental_lr beta gamma temperature attention attention_class batch_norm {_TRAINING}",
+        f"new_classes incremental_lr beta gamma temperature attention attention_class batch_norm readout {_TRAINING}",
         "teacher",
         "student",
     ),
@@ -207,6 +206,13 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     if "output_dir" in read:
         require_folder(_where("output_dir", arguments), values["output_dir"])
     return Settings(**values)
+
+
+def readout_of(flag: str | None) -> str:
+    """What ``--readout`` says, or else config.py. Raises InputError where that is none."""
+    check = next(f for f in fields(Settings) if f.name == "readout").metadata["check"]
+    where = "config.py: READOUT" if flag is None else "--readout"
+    return _checked(where, check, getattr(_load_page(), "READOUT", None) if flag is None else flag)
 
 
 def _lines_of(path: str, named_too: bool) -> list[str]:

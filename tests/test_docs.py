@@ -115,6 +115,11 @@ def test_every_flag_and_constant_that_the_documents_name_exists():
     assert named <= known
 
 
+def test_no_figure_is_left_to_be_filled_in():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        assert not re.findall(r"\b(?:[A-Z]{4,}(?:NEW|OLD|ALL)|TODO|XX+)\b", path.read_text()), path
+
+
 def test_every_file_that_the_readme_names_exists():
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / target.split("#")[0]).exists(), target

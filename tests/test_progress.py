@@ -76,7 +76,7 @@ def test_quiet_says_nothing_but_the_last_line(quick, capsys):
     assert capsys.readouterr().out == ""
     assert demo.main([*flags, "--quiet", "--json"]) == 0
     metrics = json.loads((quick[0] / "metrics.json").read_text())
-    assert json.loads(capsys.readouterr().out) == {name: metrics[name] for name in ("teacher", "student")}
+    assert json.loads(capsys.readouterr().out) == {name: metrics[name] for name in ("readout", "teacher", "student")}
     assert demo.main([*flags, "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 5

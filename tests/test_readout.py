@@ -1,7 +1,9 @@
 """The read-outs: statistics of features, their transport, the heads made of them, and the scripts that use them."""
 
+import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,9 +261,8 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
     assert list(found) == list(settings.READOUTS)
     assert found["discriminant"]["accuracy"] > 60  # on what it was made of
     for name in settings.READOUTS:
-        own = models.build("resnet32", 3, 8)
-        own.load_state_dict(model.state_dict())
-        now = readout.use(own, saved, name)
+        own, now = readout.use(model, saved, name)
+        assert now["readout"] == name
         assert now["loss_form"] == ("binary" if name == "head" else "softmax")
         logits = evaluation.predict(own, pixels, saved["mean"], saved["std"])
         assert evaluation.accuracies(logits, images.labels, 2)["accuracy"] == pytest.approx(found[name]["accuracy"])
@@ -275,8 +276,36 @@ def test_statistics_that_are_none_are_said():
     with pytest.raises(InputError, match="no statistics of its classes"):
         readout.use(model, saved, "discriminant")
     negative = {"means": torch.zeros(2, 64), "covariances": -torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
-    with pytest.raises(InputError, match="statistics are damaged"):
-        readout.use(model, saved | {"statistics": negative}, "rebalanced")
+    for name in ("discriminant", "rebalanced"):
+        with pytest.raises(InputError, match="statistics are damaged"):
+            readout.use(model, saved | {"statistics": negative}, name)
+    huge = {"means": torch.full((2, 64), 1e30), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
+    with pytest.raises(InputError, match="the head made of them is not finite"):
+        readout.use(model, saved | {"statistics": huge}, "discriminant")
+
+
+def test_attention_is_that_of_the_heads_whatever_answers():
+    """A student that has only got new outputs looks where its teacher does; its discriminant, of more classes, not."""
+    torch.manual_seed(0)
+    teacher = models.build("resnet32", 2, 8)
+    pixels = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(40) % 4)
+    student = copy.deepcopy(teacher)
+    models.widen_head(student, 2)
+    saved = []
+    for model, names in ((teacher, "ab"), (student, "abcd")):
+        own = checkpoint_of(model, "resnet32", names, 8)
+        known = images.labels < len(names)
+        after = readout.after_first_step(model, own, Images(pixels[known], images.labels[known]))
+        saved.append(own | {"statistics": readout.packed(after)})
+    both = [readout.use(*each, "discriminant") for each in zip((teacher, student), saved, strict=True)]
+    (first, before), (second, after) = both
+    found = evaluation.compare(first, second, before, after, images, heads=(teacher, student))
+    assert found.distance.nan_to_num().abs().max() < 1e-5
+    assert found.distance.isfinite().any()
+    by_itself = evaluation.compare(first, second, before, after, images)
+    assert by_itself.distance.nan_to_num().max() > 0.1
+    assert torch.equal(found.student_logits, by_itself.student_logits)
 
 
 # The scripts ------------------------------------------------------------------------------------------------------
@@ -313,13 +342,38 @@ def test_every_step_keeps_and_carries_the_statistics_of_all_classes(steps, capsy
     assert not torch.allclose(before, after, atol=1e-3)  # the network has moved, and they with it
 
 
-def test_what_answers_unasked():
+def test_what_answers_unasked(steps, tmp_path, capsys, monkeypatch):
     """The discriminant, but for a network of one step, whose head leans to no class, and one without statistics."""
-    known, one, several = {"means": []}, [{}], [{}, {}]
-    assert readout.chosen("auto", {"statistics": known, "steps": several}) == "discriminant"
-    assert readout.chosen("auto", {"statistics": known, "steps": one}) == "head"
-    assert readout.chosen("auto", {"statistics": {}, "steps": several}) == "head"
-    assert readout.chosen("prototypes", {"statistics": {}, "steps": one}) == "prototypes"
+    root, flags = steps
+    paths = {name: str(root / name) for name in ("0/teacher_model.pth", "1/student_model.pth")}
+    teacher, student = paths.values()
+    bare = str(tmp_path / "bare.pth")
+    checkpoint.save(Path(bare), checkpoint.load(Path(teacher)) | {"statistics": {}, "readouts": {}})
+    image = str(sorted((root / "images" / "test" / "c").iterdir())[0])
+
+    def explained(path):
+        assert gradcam.main(["--checkpoint", path, "--image", image, "--output", str(tmp_path / "map.png")]) == 0
+        return capsys.readouterr().out.split("(")[1].split(")")[0]
+
+    assert [explained(path) for path in (teacher, student, bare)] == ["head", "discriminant", "head"]
+    both = [*flags, "--student", student, "--output-dir", str(tmp_path)]
+    for given, expected in ((teacher, "discriminant"), (bare, "head")):
+        assert demo.main([*both, "--teacher", given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["readout"] == expected
+    assert demo.main([*both, "--teacher", bare, "--readout", "prototypes"]) == 2
+    assert capsys.readouterr().err.startswith("error: --teacher: the checkpoint has no statistics")
+    monkeypatch.setattr(config, "READOUT", "head")
+    assert explained(student) == "head"
+    onnx = str(tmp_path / "student.onnx")
+    assert export.main(["--checkpoint", student, "--output", onnx]) == 0
+    assert "read-out head" in capsys.readouterr().out
+    assert predict.main([image, "--checkpoint", student, "--json", "--top", "4"]) == 0
+    shares = [each["probability"] for each in json.loads(capsys.readouterr().out)[0]["classes"]]
+    assert sum(shares) != pytest.approx(1, abs=1e-3)  # the sigmoids of the head
+    for flag, where in ((["--readout", "heads"], "--readout"), ([], "config.py: READOUT")):
+        monkeypatch.setattr(config, "READOUT", "heads")
+        assert predict.main([image, "--checkpoint", student, *flag]) == 2
+        assert f"error: {where} is 'heads': one of auto, head, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [None, *settings.READOUTS])
@@ -333,6 +387,7 @@ def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines() if line.endswith("<- answers")] == [name]
     assert ("READOUT = discriminant (auto, of this student)" in said) == (not asked)
+    assert ("lost since the teacher" in said) == (name != "head")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["readout"] == name
     assert f"Read-out of both: {name}." in (tmp_path / "demo_report.html").read_text()
@@ -398,7 +453,14 @@ def test_a_run_that_finished_without_them_gets_them_when_it_is_resumed(steps, tm
     whole = checkpoint.load(path)
     checkpoint.save(path, whole | {"statistics": {}, "readouts": {}})
     teacher = ["--teacher", str(root / "0" / "teacher_model.pth"), "--new-classes", "c,d"]
-    assert incremental.main([*flags, *teacher, "--resume", "--output-dir", str(tmp_path / "again")]) == 0
+    for asked, name in (([], "discriminant"), (["--readout", "head"], "head")):
+        capsys.readouterr()
+        assert incremental.main([*flags, *teacher, *asked, "--resume", "--output-dir", str(tmp_path / "again")]) == 0
+        said = capsys.readouterr().out
+        assert [line.split()[0] for line in said.splitlines() if line.endswith("<- answers")] == [name]
+        page = (tmp_path / "again" / "student_report.html").read_text()
+        assert f"Read-out of both: {name}." in page
+        assert f"the student answers {whole['readouts'][name]['accuracy_old']:.1f} % of the old" in page
     again = checkpoint.load(path)
     assert again["readouts"] == whole["readouts"]
     assert torch.equal(again["statistics"]["means"], whole["statistics"]["means"])

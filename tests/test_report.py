@@ -57,7 +57,8 @@ def pair(names: list[str], old: int, size: int = 16):
             model.fc.weight.abs_()
     steps = [step_of(names[:old]), step_of(names[old:], group_accuracy=[40.0, 50.0], method="lwm")]
     before = checkpoint_of(models[0], "resnet32", names[:old], size, steps=steps[:1])
-    return models, before, checkpoint_of(models[1], "resnet32", names, size, steps=steps)
+    after = checkpoint_of(models[1], "resnet32", names, size, steps=steps)
+    return models, *(saved | {"readout": "head"} for saved in (before, after))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_the_scripts_write_their_pages(tmp_path):
     assert trainer.main([*SMALL, *flags]) == 0
     assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), "--epochs", "2", *flags]) == 0
     both = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
-    assert demo.main([*both, "--readout", "head", *flags]) == 0
+    assert demo.main([*both, *flags]) == 0
     pages = {kind: Page(tmp_path / f"{kind}_report.html") for kind in ("teacher", "student", "demo")}
     assert "Teacher of 2 classes" in pages["teacher"].text
     student = json.loads((tmp_path / "metrics.json").read_text())["student"]
