@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     judged = images.labels >= 0
     labelled = Images(images.pixels[judged], images.labels[judged])
     statistics = evaluation.of_statistics(student, before, after, labelled)
-    answering, heads = readout.chosen(settings.readout, after, before), (teacher, student)
+    heads = teacher, student
+    answering = readout.chosen(settings.readout, after, before)
     if settings.readout == "auto":
         print(f"READOUT = {answering} (auto, of this student)")
     with settings.naming("teacher"):
@@ -131,7 +132,7 @@ def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str],
 
 
 def say(logits: Tensor, names: list[str], form: str) -> str:
-    """The answer and its probability, by the form of the loss that the head was trained with."""
+    """The answer and its probability, by the form of its network's answers."""
     from predict import form_of, likeliest, probabilities_of
 
     ((answer, probability),) = likeliest(probabilities_of(logits[None].numpy(), form_of(form))[0], names)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     saved = load(options.checkpoint)
     network = restore_model(saved).eval()
-    network, saved = readout.use(network, saved, readout.chosen(readout_of(options.readout), saved))
+    network, saved = readout.use(network, saved, readout_of(options.readout))
     if options.maps and not network.closed_form:
         raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
     whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)

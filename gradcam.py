@@ -148,12 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoint import load, make_folder, restore_model, write_atomically
     from data import to_input
     from imagefiles import decode_image
-    from readout import chosen, use
+    from readout import use
 
     with settings.naming("checkpoint"):
         checkpoint = load(settings.checkpoint)
         model = restore_model(checkpoint).eval()
-        model, checkpoint = use(model, checkpoint, chosen(settings.readout, checkpoint))
+        model, checkpoint = use(model, checkpoint, settings.readout)
     names = checkpoint["class_names"]
     with settings.naming("image"):
         pixels = decode_image(settings.image, checkpoint["image_size"])

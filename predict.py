@@ -120,11 +120,11 @@ def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
 
     from checkpoint import load, restore_model
     from evaluation import predict
-    from readout import chosen, use
+    from readout import use
 
     saved = load(path)
     model = restore_model(saved)
-    model, saved = use(model, saved, chosen(readout, saved))
+    model, saved = use(model, saved, readout)
 
     def logits(pixels: np.ndarray) -> np.ndarray:
         return predict(model, torch.from_numpy(pixels), saved["mean"], saved["std"]).numpy()

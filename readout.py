@@ -281,8 +281,10 @@ def chosen(name: str, saved: dict[str, Any], *others: dict[str, Any]) -> str:
 def use(model: Network, saved: dict[str, Any], name: str) -> tuple[Network, dict[str, Any]]:
     """The network with the read-out ``name``, and its checkpoint with that as "readout" and the form of its answers.
 
-    A copy, but for "head". Raises InputError where there are no statistics, or none that make a head.
+    ``name`` is as for ``chosen``. A copy, but for "head". Raises InputError where there are no statistics, or none that
+    make a head.
     """
+    name = chosen(name, saved)
     if name == "head":
         return model, saved | {"readout": name}
     statistics = unpacked(saved)

@@ -211,8 +211,9 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
 def readout_of(flag: str | None) -> str:
     """What ``--readout`` says, or else config.py. Raises InputError where that is none."""
     check = next(f for f in fields(Settings) if f.name == "readout").metadata["check"]
-    where = "config.py: READOUT" if flag is None else "--readout"
-    return _checked(where, check, getattr(_load_page(), "READOUT", None) if flag is None else flag)
+    if flag is None:
+        return _checked(_where("readout", ()), check, getattr(_load_page(), "READOUT", None))
+    return _checked(_flag("readout"), check, flag)
 
 
 def _lines_of(path: str, named_too: bool) -> list[str]:

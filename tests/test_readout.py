@@ -298,8 +298,8 @@ def test_attention_is_that_of_the_heads_whatever_answers():
         known = images.labels < len(names)
         after = readout.after_first_step(model, own, Images(pixels[known], images.labels[known]))
         saved.append(own | {"statistics": readout.packed(after)})
-    both = [readout.use(*each, "discriminant") for each in zip((teacher, student), saved, strict=True)]
-    (first, before), (second, after) = both
+    first, before = readout.use(teacher, saved[0], "discriminant")
+    second, after = readout.use(student, saved[1], "discriminant")
     found = evaluation.compare(first, second, before, after, images, heads=(teacher, student))
     assert found.distance.nan_to_num().abs().max() < 1e-5
     assert found.distance.isfinite().any()
@@ -345,8 +345,7 @@ def test_every_step_keeps_and_carries_the_statistics_of_all_classes(steps, capsy
 def test_what_answers_unasked(steps, tmp_path, capsys, monkeypatch):
     """The discriminant, but for a network of one step, whose head leans to no class, and one without statistics."""
     root, flags = steps
-    paths = {name: str(root / name) for name in ("0/teacher_model.pth", "1/student_model.pth")}
-    teacher, student = paths.values()
+    teacher, student = str(root / "0" / "teacher_model.pth"), str(root / "1" / "student_model.pth")
     bare = str(tmp_path / "bare.pth")
     checkpoint.save(Path(bare), checkpoint.load(Path(teacher)) | {"statistics": {}, "readouts": {}})
     image = str(sorted((root / "images" / "test" / "c").iterdir())[0])
