@@ -219,15 +219,24 @@ def points_of(protocol: Protocol, path: Path) -> dict[str, list[tuple[str, list[
     """Curve -> points (label, accuracies of the old classes, of the new ones), after the last step, over the seeds.
 
     Variants that differ in gamma alone are the points of one curve, each method of the protocol is one of its own.
+    All points of a curve are of the same seeds, those that all of them have; a curve without one is left out.
     """
     rows, last = read_rows(path), len(protocol.groups) - 1
-    curves: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    found: dict[str, dict[str, dict[str, dict]]] = {}  # curve -> weight -> seed -> row
     for name in variants_of(protocol, path):
         values = per_seed(rows, name, last)
         curve, _, weight = name.partition(" gamma=")
         if values and values[0]["accuracy_old"] is not None and (weight or name in protocol.methods):
-            old, new = ([row[column] for row in values] for column in ("accuracy_old", "accuracy_new"))
-            curves.setdefault(f"lwm, {curve}, by gamma" if weight else name, []).append((weight, old, new))
+            key = f"lwm, {curve}, by gamma" if weight else name
+            found.setdefault(key, {})[weight] = {row["seed"]: row for row in values}
+    curves = {}
+    for key, points in found.items():
+        common = [seed for seed in next(iter(points.values())) if all(seed in each for each in points.values())]
+        if common:
+            curves[key] = [
+                (weight, [each[s]["accuracy_old"] for s in common], [each[s]["accuracy_new"] for s in common])
+                for weight, each in points.items()
+            ]
     return curves
 
 

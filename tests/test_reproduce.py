@@ -166,6 +166,21 @@ def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_p
     assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf": [("", [10.0], [10.0])]}
 
 
+def test_the_points_of_a_curve_are_of_the_same_seeds(tmp_path):
+    path = tmp_path / "ablation.csv"
+    for name, seed, value in (
+        ("binary gamma=0", 0, 10.0),
+        ("binary gamma=0", 1, 20.0),
+        ("binary gamma=1", 1, 21.0),
+        ("binary gamma=1", 2, 31.0),
+        ("softmax gamma=0", 0, 10.0),
+        ("softmax gamma=1", 1, 10.0),
+    ):
+        tables.write_rows(path, [row(name, seed, 4, value)])
+    points = tables.points_of(PROTOCOLS["photos32-5x4"], path)
+    assert points == {"lwm, binary, by gamma": [("0", [20.0], [20.0]), ("1", [21.0], [21.0])]}
+
+
 def test_fifths_of_few_classes_are_not_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "_errorbar", lambda axes, number, *rest: drawn.append(number) or [])
