@@ -34,20 +34,26 @@ def test_the_tables_are_those_of_the_csv(path):
     assert made in (ROOT / "docs" / "results.md").read_text()
 
 
-def test_a_cell_that_was_run_twice_gave_the_same_numbers():
-    """lwm is gamma 0.1 of the ablation: of seeds 0 to 2, in another folder, from another commit, on one processor."""
-    folder = ROOT / "results" / "photos32-5x4"
+def rows_of(path, method, seeds, columns):
+    rows = [row for row in read_rows(path) if row["method"] == method and row["seed"] in seeds]
+    return {tuple(row[column] for column in columns) for row in rows if row.get("readout", "head") == "head"}
+
+
+@pytest.mark.parametrize(("protocol", "seeds", "steps"), [("photos32-5x4", "012", 5), ("photos32-10+10", "01234", 2)])
+def test_a_cell_that_was_run_twice_gave_the_same_numbers(protocol, seeds, steps):
+    """lwm is gamma 0.1 of the ablation: in another folder, from another commit, on the same kind of processor."""
+    folder = ROOT / "results" / protocol
     columns = ("seed", "step", "accuracy", "accuracy_old", "accuracy_new", "task_aware", "forgetting", "zero_maps")
-    once, again = (
-        {
-            tuple(row[column] for column in columns)
-            for row in read_rows(folder / f"{stem}.csv")
-            if row["method"] == name and row["seed"] in ("0", "1", "2")
-        }
-        for stem, name in (("accuracy", "lwm"), ("ablation", "binary gamma=0.1"))
-    )
-    assert len(again) == 15
-    assert again <= once
+    again = rows_of(folder / "ablation.csv", "binary gamma=0.1", seeds, columns)
+    assert len(again) == len(seeds) * steps
+    assert again == rows_of(folder / "accuracy.csv", "lwm", seeds, columns)
+
+
+def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation():
+    folder, columns = ROOT / "results" / "photos32-5x4", ("seed", "step", "accuracy")
+    again = rows_of(folder / "ablation.csv", "binary gamma=0.1", "34", columns)
+    assert len(again) == 10
+    assert again == rows_of(folder / "field.csv", "lwm", "34", columns)
 
 
 FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
