@@ -56,6 +56,26 @@ def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation():
     assert again == rows_of(folder / "field.csv", "lwm", "34", columns)
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "row"),
+    [
+        ("digits, 2 + 2", "digits-2+2/table.md", "lwm − lwf-mc"),  # noqa: RUF001
+        ("digits, 5 steps of 2", "digits-5x2/table.md", "lwm − lwf-mc"),  # noqa: RUF001
+        ("photos, 10 + 10", "photos32-10+10/ablation_table.md", "binary gamma=0.1 − binary gamma=0"),  # noqa: RUF001
+        ("photos, 5 steps of 4", "photos32-5x4/ablation_table.md", "binary gamma=0.1 − binary gamma=0"),  # noqa: RUF001
+    ],
+)
+def test_the_answer_on_gamma_is_that_of_the_tables(name, table, row):
+    def cells(text, first):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} |"))
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    made = (ROOT / "results" / table).read_text()
+    heads, values = cells(made, "difference"), cells(made, row)
+    section = (ROOT / "docs" / "results.md").read_text().partition("## How to read the tables")[0]
+    assert cells(section, name)[1:5] == [values[heads.index(head)] for head in ("all", "old", "new", "seeds")]
+
+
 FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
 
 
