@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import statistics
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import field
 import reproduce
 import settings
 from protocols import PROTOCOLS
-from tables import attention_table, fingerprint, read_rows, readouts_table
+from tables import attention_table, fingerprint, mean_and_spread, paired, read_rows, readouts_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,6 +75,85 @@ def test_the_answer_on_gamma_is_that_of_the_tables(name, table, row):
     heads, values = cells(made, "difference"), cells(made, row)
     section = (ROOT / "docs" / "results.md").read_text().partition("## How to read the tables")[0]
     assert cells(section, name)[1:5] == [values[heads.index(head)] for head in ("all", "old", "new", "seeds")]
+
+
+def by_seed(path, method, column, steps=slice(-1, None), seeds="012345"):
+    """Seed -> mean of the column over those steps; field.csv's rows are those of the head."""
+    found = {}
+    for row in read_rows(ROOT / "results" / path):
+        if row["method"] == method and row["seed"] in seeds and row.get("readout", "head") == "head":
+            found.setdefault(row["seed"], []).append(row[column])
+    return {seed: statistics.mean(map(float, values[steps])) for seed, values in found.items()}
+
+
+PHOTOS, ONE_STEP, DIGITS = (f"{name}/accuracy.csv" for name in ("photos32-5x4", "photos32-10+10", "digits-5x2"))
+ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "mean", "interval"),
+    [
+        ((PHOTOS, "lwm", "accuracy"), (PHOTOS, "lwf", "accuracy"), "+5.1", "+3.0 to +7.3"),
+        ((ONE_STEP, "lwm", "accuracy"), (ONE_STEP, "lwf", "accuracy"), "+2.2", "+0.0 to +4.4"),
+        ((DIGITS, "lwf", "accuracy"), (DIGITS, "lwm", "accuracy"), "+9.3", "+0.4 to +18.2"),
+        ((DIGITS, "lwf", "accuracy", slice(None)), (DIGITS, "lwm", "accuracy", slice(None)), "+4.0", "-1.4 to +9.3"),
+        ((ONE_STEP, "finetune", "discriminant"), (ONE_STEP, "lwm", "accuracy"), "-2.1", "-7.1 to +2.9"),
+        (
+            (ABLATION, "binary gamma=1", "accuracy_new", STUDENTS, "012"),
+            (ABLATION, "binary gamma=0", "accuracy_new", STUDENTS, "012"),
+            "-18.7",
+            "-27.9 to -9.5",
+        ),
+        (
+            (ABLATION, "binary gamma=0.1", "discriminant", slice(-1, None), "345"),
+            (ABLATION, "binary gamma=0", "discriminant", slice(-1, None), "345"),
+            "-0.6",
+            "-4.7 to +3.6",
+        ),
+        (
+            ("photos32-10+10-fp32/accuracy.csv", "lwm", "accuracy"),
+            ("photos32-10+10-bf16/accuracy.csv", "lwm", "accuracy"),
+            "+1.6",
+            "-6.5 to +9.7",
+        ),
+        (("photos32-5x4/field.csv", "lwm", "accuracy"), (PHOTOS, "lwm", "accuracy"), "+1.5", "-1.0 to +4.0"),
+    ],
+)
+def test_differences_that_no_table_has_are_those_of_the_csv(one, other, mean, interval):
+    ours, theirs = by_seed(*one), by_seed(*other)
+    assert paired([(ours[seed], theirs[seed]) for seed in ours]) == f"{mean} ({interval})"
+    assert interval in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("of", "mean"),
+    [
+        ((PHOTOS, "lwf", "accuracy", slice(1)), "55.0"),
+        ((PHOTOS, "lwm", "accuracy", slice(1)), "69.0"),
+        ((ONE_STEP, "lwf", "accuracy", slice(1)), "55.2"),
+        ((ONE_STEP, "lwm", "accuracy", slice(1)), "55.7"),
+        ((ABLATION, "binary gamma=0", "accuracy_new", STUDENTS, "012"), "61.7"),
+        ((ABLATION, "binary gamma=1", "accuracy_new", STUDENTS, "012"), "43.0"),
+        (("photos32-5x4/ablation_attention.csv", "binary gamma=0", "distance", slice(None), "345"), "2.10"),
+        (("photos32-5x4/ablation_attention.csv", "binary gamma=0.1", "distance", slice(None), "345"), "1.41"),
+    ],
+)
+def test_means_that_no_table_has_are_those_of_the_csv(of, mean):
+    digits = len(mean.partition(".")[2])
+    assert f"{statistics.mean(by_seed(*of).values()):.{digits}f}" == mean
+    assert re.search(rf"\b{re.escape(mean)}\b", (ROOT / "docs" / "results.md").read_text())
+
+
+def test_the_table_of_the_prior_is_that_of_its_csv():
+    folder = ROOT / "results" / "start-at-prior"
+    table = (folder / "table.md").read_text()
+    for start, name in (("prior", "1 / classes"), ("half", "one half")):
+        rows = [row for row in read_rows(folder / "curves.csv") if row["method"] == start]
+        for epoch in ("1", "2", "5", "10", "15", "20"):
+            values = [float(row["accuracy"]) for row in rows if row["step"] == epoch]
+            (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+            assert f"| {mean_and_spread(values)} |" in line
+    assert table in (ROOT / "docs" / "results.md").read_text()
 
 
 FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
