@@ -292,14 +292,19 @@ def _ranked(path: Path) -> list[tuple[str, str, str]]:
 
 
 def averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
-    """(method, read-out, option) -> seed -> accuracy on the average of the steps and after the last, in percent."""
+    """(method, read-out, option) -> seed -> accuracy on the average of the steps and after the last, in percent.
+
+    A seed of which not all steps are there, since something stopped between them, is left out.
+    """
     from tables import read_rows
 
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in read_rows(path):  # in the order of the steps
         seeds = found.setdefault((row["method"], row["readout"], row["option"]), {})
         seeds.setdefault(row["seed"], []).append(float(row["accuracy"]))
-    return {key: {s: (statistics.mean(a), a[-1]) for s, a in seeds.items()} for key, seeds in found.items()}
+    steps = max((len(each) for seeds in found.values() for each in seeds.values()), default=0)
+    whole = {key: {s: a for s, a in seeds.items() if len(a) == steps} for key, seeds in found.items()}
+    return {key: {s: (statistics.mean(a), a[-1]) for s, a in seeds.items()} for key, seeds in whole.items() if seeds}
 
 
 def table(path: Path, search: Path) -> str:

@@ -5,7 +5,9 @@
 
 All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
 network is read in several ways, with field.py. A cell (a trial with a seed) that is in the CSV is not run again. What
-wins by the discriminant's average on photos32-search is then judged on photos32-5x4, by name.
+wins by the discriminant's average on photos32-search is then judged on photos32-5x4, by name; of the four after
+AdaGauss the one that is best by Mahalanobis' distance, which is its own read-out. On photos32-search seeds share
+classes, order and images: its intervals are of training alone.
 results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
 """
 
@@ -40,36 +42,41 @@ class Trial:
     warm_up: int = 0  # epochs that train the new rows of the head alone, before the others
     rotations: bool = False  # the first step tells 4 N classes apart, an image in four rotations (as PASS, CVPR 2021)
     strong: bool = False  # TrivialAugment (Mueller and Hutter, ICCV 2021) after crop and mirror, in all steps
-    # The head sees unit length, and has it, times 10. L_AD still compares features weighted by rows of the head, which
-    # for this head is not the gradient any more.
+    # The head sees unit length, and has it, times 10; other read-outs still see the features' own length. L_AD still
+    # compares features weighted by rows of the head, which for this head is not the gradient any more.
     cosine: bool = False
 
 
-# Cross-entropy over the new classes and no distillation of logits. The code of AdaGauss has, beside the projection's
-# layers, rotations in the first step and features that are no outputs of a ReLU.
+# Cross-entropy over the new classes and no distillation of logits; the head cannot hold old classes so. The code of
+# AdaGauss has, beside the projection's layers, features that are no outputs of a ReLU, a learned map of two layers for
+# the statistics, those of mirrored images too, and 200 epochs a step.
 ADAGAUSS = "--method lwf --beta 0"
 TRIALS = {
     "plain": Trial(),
-    "gamma=0": Trial("--method lwm --gamma 0"),
-    "gamma=1": Trial("--method lwm --gamma 1"),
     "projection=1": Trial(projection=1),
     "projection=10": Trial(projection=10),
-    "gentler": Trial("--method lwm --incremental-lr 0.03"),
-    "longer": Trial("--method lwm --epochs 40"),
-    "longer-all": Trial("--method lwm --epochs 40", "--epochs 40"),
-    "warm-up=3": Trial(warm_up=3),
-    "ema=0.99": Trial(ema=0.99),
     "rotations": Trial(rotations=True),
     "strong": Trial(strong=True),
-    "strong-longer-all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
+    "ema=0.99": Trial(ema=0.99),
     "cosine": Trial(cosine=True),
+    "gentler": Trial("--method lwm --incremental-lr 0.03"),
+    "longer": Trial("--method lwm --epochs 40"),
     **{
-        f"adagauss projection={weight} lr={rate}": Trial(
-            f"{ADAGAUSS} --incremental-lr {rate}", "--loss-form softmax", projection=weight, anti_collapse=1
+        f"adagauss {first}lr={rate}": Trial(
+            f"{ADAGAUSS} --incremental-lr {rate}",
+            "--loss-form softmax",
+            projection=10,
+            anti_collapse=1,
+            rotations=bool(first),
         )
-        for weight in (1, 10)
+        for first in ("rotations ", "")
         for rate in (0.03, 0.01)
     },
+    "longer-all": Trial("--method lwm --epochs 40", "--epochs 40"),
+    "strong-longer-all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
+    "warm-up=3": Trial(warm_up=3),
+    "gamma=0": Trial("--method lwm --gamma 0"),
+    "gamma=1": Trial("--method lwm --gamma 1"),
 }
 READ = {
     **{name: "" for name in ("head", "prototypes")},
@@ -91,13 +98,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="only make the table again")
     options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "trials.csv"
-    if not options.table:
-        run(options, path)
+    failed = [] if options.table else run(options, path)
     path.with_suffix(".md").write_text(text := table(path))
     print(text)
+    if failed:
+        raise RunError(f"not done: {'; '.join(failed)}")
 
 
-def run(options: argparse.Namespace, path: Path) -> None:
+def run(options: argparse.Namespace, path: Path) -> list[str]:
+    """Cells that failed, and why."""
     from protocols import PROTOCOLS, class_order
     from reproduce import seeds_of, threads_of, whole_number
     from tables import command_of, read_rows, record_call, write_rows
@@ -109,7 +118,7 @@ def run(options: argparse.Namespace, path: Path) -> None:
     done = {(row["method"], int(row["seed"])) for row in read_rows(path) if row["step"] == last}
     if not options.trials and "--hold-back" not in PROTOCOLS[options.protocol].flags:
         raise InputError(f"--trials: {options.protocol} is judged on test images; name what a search has chosen")
-    chosen = options.trials.split(",") if options.trials else list(TRIALS)
+    chosen = list(dict.fromkeys(options.trials.split(","))) if options.trials else list(TRIALS)
     if unknown := set(chosen) - set(TRIALS):
         raise InputError(f"--trials: there is no {unknown.pop()!r}: {', '.join(TRIALS)}")
     cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
@@ -123,17 +132,21 @@ def run(options: argparse.Namespace, path: Path) -> None:
         waiting = {
             workers.submit(cell, options.protocol, options.data_dir, name, seed): (name, seed) for name, seed in wanted
         }
-        for finished in concurrent.futures.as_completed(waiting):
-            name, seed = waiting[finished]
-            if error := finished.exception():  # the others are to be kept
-                failed.append(f"{name}, seed {seed} ({error})")
-                continue
-            for number, found in enumerate(finished.result()):
-                key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
-                write_rows(path, [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()])
-            print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
-    if failed:
-        raise RunError(f"not done: {'; '.join(failed)}")
+        try:
+            for finished in concurrent.futures.as_completed(waiting):
+                name, seed = waiting[finished]
+                if error := finished.exception():  # the others are to be kept
+                    failed.append(f"{name}, seed {seed} ({error})")
+                    continue
+                for number, found in enumerate(finished.result()):
+                    key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
+                    rows = [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()]
+                    write_rows(path, rows)
+                print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
+        except BaseException:  # what nobody will collect need not be run
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
 
 
 def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[dict[str, float]]:
@@ -201,8 +214,8 @@ def train_model(
     """As training.fit does it, with what the trial changes."""
     import torch
     from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-    from torchvision.transforms.v2 import TrivialAugmentWide
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+    from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
 
     from batches import augment, batches, draw_augmentation
     from data import to_input
@@ -239,43 +252,49 @@ def train_model(
     if trial.anti_collapse:  # as AdaGauss's code
         optimizer.register_step_pre_hook(clip)
     count = -(-len(images.labels) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * count)
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(each, settings.epochs * count) for each in (optimizer, beside)
+    ]
     averaged = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trial.ema), use_buffers=True)
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trial.ema))
         if trial.ema and teacher is not None  # of a first step it would keep some of the random start
         else None
     )
-    strong = TrivialAugmentWide()
+    strong = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
     generator = torch.Generator().manual_seed(settings.seed)
+
+    def drawn(index: Any) -> Any:
+        edge = images.pixels.shape[-1]
+        pixels = augment(images.pixels[index], draw_augmentation(len(index), edge, settings.flip, generator))
+        if trial.strong:
+            pixels = torch.stack([strong(each) for each in pixels])
+        if rotates:
+            pixels = torch.cat([pixels.rot90(turns, (2, 3)) for turns in range(4)])
+        return to_input(pixels, *statistics).contiguous(memory_format=torch.channels_last)
+
     warm_up = trial.warm_up if teacher is not None else 0
     for epoch in range(-warm_up, settings.epochs):
         model.train(epoch >= 0)
         for index in batches(images.labels, settings.batch_size, generator):
-            pixels = augment(
-                images.pixels[index],
-                draw_augmentation(len(index), images.pixels.shape[-1], settings.flip, generator),
-            )
-            labels = images.labels[index]
-            if trial.strong:
-                pixels = torch.stack([strong(each) for each in pixels])
+            inputs, labels = drawn(index), images.labels[index]
             if rotates:
-                pixels = torch.cat([pixels.rot90(turns, (2, 3)) for turns in range(4)])
                 labels = torch.cat([4 * labels + turns for turns in range(4)])
-            inputs = to_input(pixels, *statistics).contiguous(memory_format=torch.channels_last)
             before = [each.detach().clone() for each in model.parameters()] if epoch < 0 else []
             optimisation_step(model, teacher, inputs, labels, total, settings, optimizer)
             if epoch < 0:
                 put_back(model, before, teacher.fc.out_features)
                 beside.zero_grad()
                 continue
-            schedule.step()
             beside.step()
             beside.zero_grad()
+            for schedule in schedules:
+                schedule.step()
             if averaged:
                 averaged.update_parameters(model)
         if epoch == -1:
             optimizer.state.clear()
-    if averaged:
+    if averaged:  # an average of batch-norm's statistics would not be the statistics of averaged weights
+        update_bn((drawn(index) for index in batches(images.labels, settings.batch_size, generator)), averaged.module)
         model.load_state_dict(averaged.module.state_dict())
 
 

@@ -23,6 +23,7 @@ import readout
 import train_teacher_model as trainer
 from field import Step
 from protocols import PROTOCOLS, Protocol
+from settings import read_settings
 from tables import read_rows, write_rows
 
 WIDTH, COUNT = 5, 60
@@ -262,6 +263,15 @@ def test_what_ours_has_over_another_is_taken_in_pairs_by_seed(tmp_path):
     assert sdc == "| lwm | sdc |  | 53.0 ± 0.0 | 58.0 ± 0.0 | +3.0 (+0.5 to +5.5) | +3.0 (+0.5 to +5.5) | 3 |"
 
 
+def test_a_seed_that_stopped_between_its_steps_is_left_out(tmp_path):
+    path = tmp_path / "field.csv"
+    for method, seed, steps in (("lwm", 0, 3), ("lwm", 1, 2), ("lwf", 0, 1)):
+        for step in range(steps):
+            key = {"method": method, "seed": seed, "step": step}
+            write_rows(path, [{**key, "readout": "sdc", "option": "", "accuracy": 90.0 - 30 * step}])
+    assert field.averages(path) == {("lwm", "sdc", ""): {"0": (60.0, 30.0)}}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -322,6 +332,30 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
     assert {(row["method"], row["step"]) for row in rows} == {
         (n, str(k)) for n in ("plain", "strong") for k in range(5)
     }
+    table = (tmp_path / "results" / "photos32-search" / "trials.md").read_text()
+    assert "| plain | head | 50.0" in table
+    assert "cosine" not in table
+
+
+def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
+    begun = []
+
+    def full(*_):
+        raise OSError("no space left")
+
+    def cell(protocol, data_dir, name, seed):
+        begun.append(seed)
+        return one_fails(protocol, data_dir, name, seed)
+
+    monkeypatch.setattr(trials, "ROOT", tmp_path)
+    monkeypatch.setattr(trials, "cell", cell)
+    monkeypatch.setattr(trials.concurrent.futures, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr("protocols.class_order", lambda *_: [])
+    monkeypatch.setattr("tables.write_rows", full)
+    seeds = ",".join(map(str, range(2000)))
+    with pytest.raises(OSError, match="no space left"):
+        trials.main(["photos32-search", "--data-dir", "x", "--trials", "plain,plain", "--seeds", seeds])
+    assert 1 <= len(begun) < 2000
 
 
 def one_fails(protocol, data_dir, name, seed):
@@ -355,7 +389,7 @@ def test_what_cannot_be_tried_is_said_in_a_line(trials, flags, words, capsys, mo
 
 @pytest.mark.parametrize(
     "name",
-    ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss projection=1 lr=0.03"],
+    ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss rotations lr=0.03"],
 )
 def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, name):
     found = trials.cell("tiny", None, name, 0)
@@ -377,6 +411,19 @@ def test_a_warm_up_moves_the_new_rows_alone(trials):
             assert torch.equal(parameter[2:], was[2:] + 1)
         else:
             assert torch.equal(parameter, was)
+
+
+def test_an_averaged_student_has_batch_norm_statistics_of_its_own_weights(trials):
+    images = data.open_source(data.Place("digits", "", 0.0), 8).train(["1"], ["0", "1"])
+    settings = read_settings("incremental_learning_system", ["--teacher", "-", "--epochs", "3", "--image-size", "8"])
+    settings = dataclasses.replace(settings, loss_form="binary")
+    teacher = models.build("resnet32", 1, 8).eval()
+    model = models.build("resnet32", 2, 8)
+    trial = dataclasses.replace(trials.TRIALS["ema=0.99"], ema=0.9)
+    trials.train_model(model, teacher, images, ([0.5] * 3, [0.5] * 3), losses.METHODS["lwm"], settings, trial, 0.1)
+    batches = -(-len(images.labels) // settings.batch_size)
+    counted = {each.num_batches_tracked.item() for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)}
+    assert counted == {batches}  # of one pass, where three were trained
 
 
 def test_rotations_are_told_apart_in_the_first_step_alone(trials, monkeypatch):
