@@ -25,7 +25,7 @@ import threading
 from pathlib import Path
 
 from errors import InputError, RunError, one_line_errors
-from protocols import JOINT, PROTOCOLS, Protocol, class_order, groups_of
+from protocols import PROTOCOLS, Protocol, class_order, groups_of, is_joint
 from settings import READOUTS, OneLineParser, require_folder
 from tables import (
     attention_path,
@@ -193,12 +193,12 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
         flags, groups = flags_of(seed, name), groups_of(protocol, pool, seed)
 
         def write(model: Path) -> dict:
-            row = row_of(options.protocol, name, seed, len(groups) - 1 if name == JOINT else None, model)
+            row = row_of(options.protocol, name, seed, len(groups) - 1 if is_joint(name) else None, model)
             with writing:
                 write_rows(path, [row])
             return row
 
-        if name == JOINT:
+        if is_joint(name):
             everything = ["--old-classes", ",".join(name for group in groups for name in group)]
             row = write(step("train_teacher_model.py", folder_of(seed, name), [*flags, *everything], threads))
         else:
@@ -213,7 +213,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
         print(f"{name}, seed {seed}: {row['accuracy']:.1f} % after the last step", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as workers:
-        forms = sorted({form_of(variants[name].split()) for name in chosen if name != JOINT})
+        forms = sorted({form_of(variants[name].split()) for name in chosen if not is_joint(name)})
         list(workers.map(lambda pair: first(*pair), [(seed, form) for seed in seeds for form in forms]))
         list(workers.map(lambda pair: cell(*pair), [(seed, name) for seed in seeds for name in chosen]))
 

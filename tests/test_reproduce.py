@@ -20,7 +20,7 @@ import plots
 import protocols
 import reproduce
 import tables
-from protocols import JOINT, METHODS, PROTOCOLS, Protocol
+from protocols import JOINT, METHODS, PROTOCOLS, Protocol, is_joint
 from settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,6 +363,14 @@ def test_joint_is_trained_on_all_classes_at_once(calls, tmp_path):
     assert (only["step"], only["accuracy"], only["accuracy_old"]) == ("4", "10.0", "")
 
 
+def test_joint_with_other_settings_is_trained_at_once_too(calls, monkeypatch):
+    more = {f"{JOINT} epochs=2": f"{METHODS[JOINT]} --epochs 2"}
+    monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, ablation=more))
+    assert five("--ablation") == 0
+    (call,) = calls
+    assert (len(call["names"]), call["settings"].epochs) == (10, 2)
+
+
 # The protocols ----------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +380,7 @@ def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
     for variant, text in (protocol.methods | protocol.ablation).items():
         flags = shlex.split(text)
-        if variant == JOINT:
+        if is_joint(variant):
             read_settings("train_teacher_model", [*common, *flags])
             continue
         form = reproduce.form_of(flags)
