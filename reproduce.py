@@ -121,8 +121,8 @@ def draw(protocol: Protocol, results: Path) -> None:
             name: [(float(row["distance"]), moved(row)[2]) for row in seen if row["method"] == name] for name in names
         }
         plots.over_steps(panels, results / "attention.png", fingerprint(attention_path(accuracy)), lost)
-    curves = points_of(protocol, ablation) | points_of(protocol, accuracy)
-    plots.plane(curves, results / "plane.png", fingerprint(ablation, accuracy))
+    if curves := points_of(protocol, ablation) | points_of(protocol, accuracy):
+        plots.plane(curves, results / "plane.png", fingerprint(ablation, accuracy))
 
 
 def whole_number(flag: str, text: str, least: int, most: int) -> int:

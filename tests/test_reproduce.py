@@ -363,12 +363,13 @@ def test_joint_is_trained_on_all_classes_at_once(calls, tmp_path):
     assert (only["step"], only["accuracy"], only["accuracy_old"]) == ("4", "10.0", "")
 
 
-def test_joint_with_other_settings_is_trained_at_once_too(calls, monkeypatch):
+def test_joint_with_other_settings_is_trained_at_once_too(calls, monkeypatch, tmp_path):
     more = {f"{JOINT} epochs=2": f"{METHODS[JOINT]} --epochs 2"}
     monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, ablation=more))
     assert five("--ablation") == 0
     (call,) = calls
     assert (len(call["names"]), call["settings"].epochs) == (10, 2)
+    assert not (tmp_path / "results/five/plane.png").exists()  # there are neither old nor new classes
 
 
 # The protocols ----------------------------------------------------------------------------------------------------
