@@ -244,6 +244,9 @@ def plane(curves: dict[str, list[tuple[str, list[float], list[float]]]], path: P
         for (label, _, _), right, up in zip(points, new, old, strict=True):
             axes.annotate(label, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="accuracy of the newest classes, no hint, %", ylabel="accuracy of all older classes, no hint, %")
+    # Intervals of few seeds reach beyond what an accuracy can be.
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(max(left, -3), min(right, 103)), ylim=(max(bottom, -3), min(top, 103)))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     _write(figure, path, drawn_from)

@@ -50,11 +50,12 @@ def test_a_cell_that_was_run_twice_gave_the_same_numbers(protocol, seeds, steps)
     assert again == rows_of(folder / "accuracy.csv", "lwm", seeds, columns)
 
 
-def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation():
+@pytest.mark.parametrize(("variant", "method"), [("binary gamma=0.1", "lwm"), ("softmax gamma=0", "lwf")])
+def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation(variant, method):
     folder, columns = ROOT / "results" / "photos32-5x4", ("seed", "step", "accuracy")
-    again = rows_of(folder / "ablation.csv", "binary gamma=0.1", "34", columns)
+    again = rows_of(folder / "ablation.csv", variant, "34", columns)
     assert len(again) == 10
-    assert again == rows_of(folder / "field.csv", "lwm", "34", columns)
+    assert again == rows_of(folder / "field.csv", method, "34", columns)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation():
         ("digits, 5 steps of 2", "digits-5x2/table.md", "lwm − lwf-mc"),  # noqa: RUF001
         ("photos, 10 + 10", "photos32-10+10/ablation_table.md", "binary gamma=0.1 − binary gamma=0"),  # noqa: RUF001
         ("photos, 5 steps of 4", "photos32-5x4/ablation_table.md", "binary gamma=0.1 − binary gamma=0"),  # noqa: RUF001
+        ("the same, softmax form", "photos32-5x4/ablation_table.md", "softmax gamma=0.1 − softmax gamma=0"),  # noqa: RUF001
     ],
 )
 def test_the_answer_on_gamma_is_that_of_the_tables(name, table, row):
@@ -109,6 +111,20 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
             (ABLATION, "binary gamma=0", "discriminant", slice(-1, None), "345"),
             "-0.6",
             "-4.7 to +3.6",
+        ),
+        *(
+            (
+                (ABLATION, f"softmax gamma={gamma}", "discriminant"),
+                (ABLATION, "softmax gamma=0", "discriminant"),
+                *found,
+            )
+            for gamma, *found in ((0.1, "-2.6", "-4.9 to -0.3"), (1, "-5.0", "-9.8 to -0.3"))
+        ),
+        (
+            (ABLATION, "binary gamma=0", "accuracy", slice(-1, None), "345"),
+            (ABLATION, "softmax gamma=0", "accuracy", slice(-1, None), "345"),
+            "+5.2",
+            "-0.6 to +11.0",
         ),
         (
             ("photos32-10+10-fp32/accuracy.csv", "lwm", "accuracy"),
