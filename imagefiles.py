@@ -28,6 +28,8 @@ JPEG_WORK = 10**10  # scans x pixels, some seconds: a progressive JPEG of 100 kB
 # The JPEG or JPEG 2000 inside a BLP or ICNS file may be larger than the file says, which is found when it is decoded.
 REFUSED_FORMATS = {"BLP", "EPS", "ICNS", "IPTC", "WMF"}
 OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
+# Photographs that neither reads: taken for images, so that they are named or counted, and do not vanish.
+UNREAD_SUFFIXES = {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2"}
 # How the files start that OpenCV alone reads: Radiance, OpenEXR, PAM. It gets no others, since it would be a second
 # parser for a file that broke the first, and its libraries write to stderr.
 OPENCV_ONLY_STARTS = (b"#?RADIANCE", b"#?RGBE", b"v/1\x01", b"P7")
@@ -51,7 +53,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler 
 def image_files(folder: Path) -> list[Path]:
     """The files in a folder that have an image's suffix, in the order of their names."""
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in REFUSED_FORMATS}
-    known |= OPENCV_ONLY_SUFFIXES
+    known |= OPENCV_ONLY_SUFFIXES | UNREAD_SUFFIXES
     # Folders, pipes, devices and dead links of such a name are in it: decode_files then names or counts them.
     return sorted(e for e in folder.iterdir() if e.suffix.lower() in known and not e.name.startswith("."))
 
@@ -101,7 +103,7 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
     except Exception as error:  # each decoder has errors of its own kinds for a file that is broken
         why = str(error) or type(error).__name__
         if not isinstance(error, InputError):
-            why = f"the image cannot be read ({why}); repair or remove it"
+            why = f"the image cannot be read ({why}); repair, convert or remove it"
         # One line, whatever a stranger put into the file or its name: control characters would reach the terminal.
         text = "".join(character if character.isprintable() else "?" for character in f"{path}: {why}")
         raise InputError(text) from error
@@ -183,5 +185,5 @@ def _decode_with_opencv(path: str | Path) -> Image.Image:
             cv2 = import_opencv()
             pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
-        raise InputError("is not an image that Pillow or OpenCV reads; repair or remove it")
+        raise InputError("is not an image that Pillow or OpenCV reads; repair, convert or remove it")
     return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))

@@ -358,6 +358,18 @@ def test_corrupt_images_are_skipped_and_counted_when_asked(tmp_path, capsys, kin
     assert f"class 'cat' in folder in {root}" in warnings[0]
 
 
+@pytest.mark.parametrize("suffix", [".heic", ".DNG"])
+def test_photographs_of_a_kind_that_is_not_read_do_not_vanish(tmp_path, capsys, suffix):
+    root = image_folder(tmp_path, {"cat": 3}, {"cat": 1})
+    photo = root / "train" / "cat" / f"photo{suffix}"
+    photo.write_bytes(b"\0\0\0\x18ftypheic")
+    text = refused(folder_source(root).train, ["cat"], ["cat"])
+    assert photo.name in text
+    assert "convert" in text
+    assert len(folder_source(root, skip_bad_images=True).train(["cat"], ["cat"]).labels) == 3
+    assert "1 of 4" in capsys.readouterr().err
+
+
 def test_nothing_is_said_where_nothing_is_skipped(tmp_path, capsys):
     folder_source(image_folder(tmp_path, {"cat": 3}, {"cat": 1}), skip_bad_images=True).train(["cat"], ["cat"])
     assert capsys.readouterr().err == ""

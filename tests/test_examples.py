@@ -55,14 +55,14 @@ def commands_of(block: str) -> list[str]:
 def run(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "torchrun":
-        words = ["python3", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :], "--overwrite"]
+        words = ["python3", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     program, script, *flags = [*words, ""]
     flags = flags[:-1] or []
     if program == "make":
         assert script in ("", *re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     elif program == "pip":
         assert (ROOT / words[-1]).exists()
-    elif program.startswith(".venv/bin/"):
+    elif program.startswith(".venv/bin/") and script != "reproduce.py":
         tool = words[2] if program.endswith("python") else Path(program).name
         assert re.search(rf"^{tool}\b", (ROOT / "requirements-dev.txt").read_text(), re.M)
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
