@@ -28,8 +28,10 @@ JPEG_WORK = 10**10  # scans x pixels, some seconds: a progressive JPEG of 100 kB
 # The JPEG or JPEG 2000 inside a BLP or ICNS file may be larger than the file says, which is found when it is decoded.
 REFUSED_FORMATS = {"BLP", "EPS", "ICNS", "IPTC", "WMF"}
 OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
-# Photographs that neither reads: taken for images, so that they are named or counted, and do not vanish.
-UNREAD_SUFFIXES = {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".rw2"}
+# Photographs that neither reads: taken for images, so that they are named or counted, and do not vanish. Many raw ones
+# are TIFF files, whose first image is a small preview.
+RAW_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}
+UNREAD_SUFFIXES = RAW_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}
 # How the files start that OpenCV alone reads: Radiance, OpenEXR, PAM. It gets no others, since it would be a second
 # parser for a file that broke the first, and its libraries write to stderr.
 OPENCV_ONLY_STARTS = (b"#?RADIANCE", b"#?RGBE", b"v/1\x01", b"P7")
@@ -116,6 +118,8 @@ def _check_file(path: str | Path) -> None:
         raise InputError("is not a file; remove it")
     if status.st_size > FILE_SIZE:
         raise InputError(f"is larger than {FILE_SIZE >> 20} MiB; make it smaller or remove it")
+    if Path(path).suffix.lower() in RAW_SUFFIXES:
+        raise InputError("is a raw photograph; convert or remove it")
 
 
 def _decode_with_pillow(path: str | Path, size: int) -> Image.Image:
