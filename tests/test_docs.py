@@ -121,6 +121,18 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
             for gamma, *found in ((0.1, "-2.6", "-4.9 to -0.3"), (1, "-5.0", "-9.8 to -0.3"))
         ),
         (
+            (ABLATION, "batch_norm=frozen lr=0.01", "discriminant"),
+            (ABLATION, "batch_norm=train lr=0.01", "discriminant"),
+            "+1.7",
+            "+0.6 to +2.9",
+        ),
+        (
+            (ABLATION, "batch_norm=frozen lr=0.01", "accuracy"),
+            (ABLATION, "binary gamma=0.1", "accuracy"),
+            "-9.9",
+            "-14.2 to -5.7",
+        ),
+        (
             (ABLATION, "binary gamma=0", "accuracy", slice(-1, None), "345"),
             (ABLATION, "softmax gamma=0", "accuracy", slice(-1, None), "345"),
             "+5.2",
