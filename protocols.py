@@ -99,11 +99,11 @@ CONTROLS["attention=features at 0.0125"] = "--method lwm --attention features --
 CONTROLS["attention_class=teacher"] = "--method lwm --attention-class teacher"
 # With frozen batch-norm the loss is nan in the first epoch at the protocol's own rate, 0.1, and in one seed of three
 # at 0.03.
-FROZEN, TRAINED = "batch_norm=frozen lr=0.01", "batch_norm=train lr=0.01"
 BATCH_NORM = {
-    name: f"--method lwm --batch-norm {name.split()[0].partition('=')[2]} --incremental-lr 0.01"
-    for name in (TRAINED, FROZEN)
+    f"batch_norm={value} lr=0.01": f"--method lwm --batch-norm {value} --incremental-lr 0.01"
+    for value in ("train", "frozen")
 }
+TRAINED, FROZEN = BATCH_NORM
 # What a method or a variant is compared with, in pairs by seed.
 REFERENCES = {"lwm": "lwf-mc", "lwf-mc": "finetune"}
 REFERENCES |= {name: f"{name.split()[0]} gamma=0" for name in GAMMAS if not name.endswith("=0")}

@@ -143,9 +143,8 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
                     rows = [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()]
                     write_rows(path, rows)
                 print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
-        except BaseException:  # what nobody will collect need not be run
-            workers.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:  # after an error what nobody will collect need not be run
+            workers.shutdown(cancel_futures=True)
     return failed
 
 
