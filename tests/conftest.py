@@ -10,7 +10,7 @@ import pickle
 import tarfile
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ import torch
 from PIL import Image
 
 import config
+import data
 import models
+from errors import InputError
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
+DIGITS = data.Place("digits", "")
 
 
 def loss_settings(**changes: Any) -> types.SimpleNamespace:
@@ -67,6 +70,27 @@ def image_folder(root: Path, train: dict[str, int], test: dict[str, int] | None 
         for index, (name, count) in enumerate(counts.items()):
             write_images(root / split / name, count, seed=100 * number + index)
     return root
+
+
+@functools.cache
+def digits(hold_back: float = 0.0) -> data.Source:
+    return data.open_source(DIGITS._replace(hold_back=hold_back), 32)
+
+
+def folder_source(root: Path, size: int = 16, hold_back: float = 0.0, skip_bad_images: bool = False) -> data.Source:
+    return data.open_source(data.Place("folder", str(root), hold_back), size, skip_bad_images)
+
+
+def refused(call: Callable, *arguments: Any, **named: Any) -> str:
+    """The one line with which ``call`` refuses its arguments."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **named)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def contents(images: data.Images) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images.pixels]
 
 
 def step_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
