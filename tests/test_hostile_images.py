@@ -346,6 +346,9 @@ def fits(side: int) -> bytes:
 
 TEXT = b"key\0\0" + zlib.compress(bytes(2 * 10**8))
 ORIENTATIONS = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03" + struct.pack(">LLL", 2 * 10**7, 26, 0) + bytes(4 * 10**7)
+# 700 kB that 20,000 tags share: 14 GB for a reader that keeps each for itself.
+TAGS = b"".join(struct.pack(">HHLL", tag, 7, 7 * 10**5, 240014) for tag in range(1000, 21000))
+TAGS_OF_ONE_PLACE = b"MM\0*\0\0\0\x08" + struct.pack(">H", 20000) + TAGS + bytes(4 + 7 * 10**5)
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "50000x50000.png": lambda: png(50000, 50000, 2),
@@ -375,6 +378,7 @@ DUDS: dict[str, Callable[[], bytes]] = {  # harmless in all that decoding needs
     "orientations.png": lambda: png(16, 16, 2, (b"eXIf", ORIENTATIONS)),
     "tags.tif": lambda: tiff(**{f"t{tag}": (3, 2**32 - 1, 0) for tag in range(1000, 60000)}),
     "one-place.tif": lambda: tiff(bytes(10**7), **{f"t{tag}": (7, 10**7, 2**20) for tag in range(1000, 3000)}),
+    "one-place.png": lambda: png(16, 16, 2, (b"eXIf", TAGS_OF_ONE_PLACE)),
 }
 EITHER: dict[str, Callable[[], bytes]] = {  # as the decoder's version takes it
     "claims-8000.jpg": lambda: jpeg_that_claims(8000),

@@ -183,7 +183,7 @@ def test_sixteen_bits(tmp_path, suffix, brightest):
     """A dark image of 16 bits stays dark: what counts is the depth of the file, not its brightest pixel."""
     values = np.linspace(0, brightest, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / f"x{suffix}")
-    assert Image.open(tmp_path / f"x{suffix}").mode in ("I;16", "I")  # the second in older releases
+    assert Image.open(tmp_path / f"x{suffix}").mode.startswith("I;16")
     close(decoded(tmp_path / f"x{suffix}"), np.stack([values / 257.0] * 3, 2).round(), 1)
 
 
