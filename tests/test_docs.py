@@ -118,7 +118,23 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
                 (ABLATION, "softmax gamma=0", "discriminant"),
                 *found,
             )
-            for gamma, *found in ((0.1, "-2.6", "-4.9 to -0.3"), (1, "-5.0", "-9.8 to -0.3"))
+            for gamma, *found in (
+                (0.03, "-0.8", "-2.6 to +0.9"),
+                (0.1, "-2.6", "-4.9 to -0.3"),
+                (0.3, "-0.7", "-7.4 to +6.0"),
+                (1, "-5.0", "-9.8 to -0.3"),
+            )
+        ),
+        *(
+            (
+                (ABLATION, "attention=features at 0.0125", column, slice(-1, None), "345"),
+                (ABLATION, "binary gamma=0", column, slice(-1, None), "345"),
+                *found,
+            )
+            for column, *found in (
+                ("accuracy", "+0.4", "-8.1 to +9.0"),
+                ("accuracy_new", "-4.7", "-5.6 to -3.7"),
+            )
         ),
         (
             (ABLATION, "batch_norm=frozen lr=0.01", "discriminant"),
