@@ -140,6 +140,14 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
                 ("accuracy_new", "-4.7", "-5.6 to -3.7"),
             )
         ),
+        *(
+            (
+                ("photos32-10+10/ablation.csv", f"binary gamma={gamma}", "discriminant", slice(-1, None), "012"),
+                ("photos32-10+10/ablation.csv", "binary gamma=0", "discriminant", slice(-1, None), "012"),
+                *found,
+            )
+            for gamma, *found in ((0.3, "-1.7", "-4.7 to +1.3"), (1, "-4.2", "-6.6 to -1.8"))
+        ),
         (
             (ABLATION, "batch_norm=frozen lr=0.01", "discriminant"),
             (ABLATION, "batch_norm=train lr=0.01", "discriminant"),
