@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import conftest
 import pytest
 from conftest import page
 from hypothesis import given
@@ -36,10 +37,7 @@ def read(script: str = TRAINER, flags: str | list[str] = "", **constants) -> Set
 
 
 def refused(script: str = TRAINER, flags: str | list[str] = "", **constants) -> str:
-    with pytest.raises(InputError) as caught:
-        read(script, flags, **constants)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    return conftest.refused(read, script, flags, **constants)
 
 
 # What is wrong is named ---------------------------------------------------------------------------------------------
