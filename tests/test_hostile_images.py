@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused
 from PIL import Image
 
 import imagefiles
@@ -502,7 +501,10 @@ def test_what_is_no_image_file_is_named_in_one_line_or_counted(tmp_path, capfd, 
     picture().save(saved_path)
     NO_FILES[kind](path)
     assert imagefiles.image_files(tmp_path) == [saved_path, path]
-    assert refused(imagefiles.decode_files, [saved_path, path], SIZE, skip_bad_images=False).startswith(f"{path}: ")
+    with pytest.raises(InputError) as caught:
+        imagefiles.decode_files([saved_path, path], SIZE, skip_bad_images=False)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) == 1
     kept, pixels = imagefiles.decode_files([saved_path, path], SIZE, skip_bad_images=True)
     assert (kept, pixels.shape) == ([saved_path], (1, 3, SIZE, SIZE))
     lines = capfd.readouterr().err.splitlines()
