@@ -18,13 +18,14 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-from errors import InputError, RunError, one_line_errors
+from errors import InputError, Interrupted, RunError, one_line_errors
 from protocols import PROTOCOLS, Protocol, class_order, groups_of, is_joint
 from settings import READOUTS, OneLineParser, require_folder
 from tables import (
@@ -47,6 +48,7 @@ from tables import (
 )
 
 ROOT = Path(__file__).resolve().parent
+running: set[subprocess.Popen[str]] = set()
 WEIGHED = ("beta", "gamma", "attention", "attention_class")  # of a later step, and of the methods that use them
 SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
 MADE = {
@@ -243,14 +245,22 @@ def form_of(flags: list[str]) -> str:
 
 
 def call(script: str, flags: list[str], threads: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RunError(f"{script} {' '.join(flags)}: {done.stderr.strip()[-300:]}")
+    command = [sys.executable, str(ROOT / script), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as child:
+        running.add(child)
+        _, said = child.communicate()
+        running.remove(child)
+    if child.returncode:
+        raise RunError(f"{script} {' '.join(flags)}: {said.strip()[-300:]}")
+
+
+def stop(signum: int, frame: object) -> None:
+    """SIGTERM, which other than Ctrl-C comes to this process alone: it is passed on, and the scripts save and end."""
+    for child in list(running):
+        child.terminate()
+    raise Interrupted(signum, "interrupted; the same command goes on")
 
 
 def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -> dict:
@@ -297,4 +307,5 @@ def rows_of_classes(metrics: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -5,13 +5,16 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import checkpoint_of, step_of, write_images
+from conftest import checkpoint_of, image_folder, step_of, write_images
 from PIL import Image
 
 import checkpoint
@@ -351,6 +354,23 @@ def test_an_interrupted_step_is_resumed(calls, tmp_path):
     (again,) = calls[before:]
     assert again["settings"].resume
     assert not again["settings"].overwrite
+
+
+def test_sigterm_is_passed_on_to_the_script_that_runs_which_saves_and_ends(tmp_path):
+    for source in (*ROOT.glob("*.py"), ROOT / "models"):
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
+    image_folder(tmp_path / "photos", dict.fromkeys("abcd", 16), dict.fromkeys("abcd", 2))
+    command = [sys.executable, "reproduce.py", "folder", "--data-dir", "photos", "--groups", "2,2"]
+    folder = tmp_path / "runs" / "reproduce" / "folder" / "seed0" / "first-binary"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "teacher_model.pth").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.terminate()
+        _, said = process.communicate()
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "interrupted; the same command goes on\n")
+    assert not (folder / ".lock").exists()
+    assert not checkpoint.load(folder / "teacher_model.pth")["finished"]
 
 
 def test_joint_is_trained_on_all_classes_at_once(calls, tmp_path):
