@@ -6,8 +6,9 @@
 protocols.py says what there is. Every cell (a method with a seed) lies in its own folder under --work-dir: what is
 finished is skipped, what was interrupted is resumed. results/<protocol>/ gets accuracy.csv (ablation.csv with
 --ablation), a row a step, its table, and environment.json, an entry for each call; and
-attention.csv, what demo.py says of the old classes: a row for each of them after each step. ``--table`` only makes the
-tables and figures again from the CSVs.
+attention.csv, what demo.py says of the old classes: a row for each of them after each step. README.md and
+docs/results.md show the new tables where they showed those before. ``--table`` only makes the tables and figures again
+from the CSVs.
 """
 
 from __future__ import annotations
@@ -91,18 +92,26 @@ def main(argv: list[str] | None = None) -> None:
     if not made:
         raise InputError(f"--table: there is no row in {results}; run the protocol without it first")
     for path in made:
-        text = table_of(protocol, path)
-        table_path(path).write_text(text)
-        print(text)
+        publish(table_path(path), table_of(protocol, path))
         if text := readouts_table(protocol, path):
-            beside(path, "readouts.md").write_text(text)
-            print(text)
+            publish(beside(path, "readouts.md"), text)
         if read_rows(attention_path(path)):
-            text = attention_table(protocol, path)
-            attention_path(path).with_suffix(".md").write_text(text)
-            print(text)
+            publish(attention_path(path).with_suffix(".md"), attention_table(protocol, path))
     if protocol.methods and protocol.ablation:
         draw(protocol, results)
+
+
+def publish(path: Path, text: str) -> None:
+    """Print and write tables, and put them in the place of those before in the documents, whole or one by one."""
+    print(text)
+    before = path.read_text() if path.exists() else ""
+    path.write_text(text)
+    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        if before not in ("", text) and document.exists():
+            shown = document.read_text()
+            for old, new in ((before, text), *zip(before.split("\n\n"), text.split("\n\n"), strict=False)):
+                shown = shown.replace(f"\n\n{old.strip()}\n\n", f"\n\n{new.strip()}\n\n")
+            document.write_text(shown)
 
 
 def draw(protocol: Protocol, results: Path) -> None:

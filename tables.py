@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -218,22 +219,24 @@ def by_step(rows: list[dict], name: str, column: str) -> dict[int, list[float]]:
 def points_of(protocol: Protocol, path: Path) -> dict[str, list[tuple[str, list[float], list[float]]]]:
     """Curve -> points (label, accuracies of the old classes, of the new ones), after the last step, over the seeds.
 
-    Variants that differ in gamma alone are the points of one curve, each method of the protocol is one of its own.
-    All points of a curve are of the same seeds, those that all of them have; a curve without one is left out.
+    Variants that differ in gamma, beta or learning rate alone are the points of one curve, each method of the protocol
+    is one of its own. All points of a curve are of the same seeds, those that all of them have, which its name says; a
+    curve without one is left out.
     """
     rows, last = read_rows(path), len(protocol.groups) - 1
     found: dict[str, dict[str, dict[str, dict]]] = {}  # curve -> weight -> seed -> row
     for name in variants_of(protocol, path):
         values = per_seed(rows, name, last)
-        curve, _, weight = name.partition(" gamma=")
-        if values and values[0]["accuracy_old"] is not None and (weight or name in protocol.methods):
-            key = f"lwm, {curve}, by gamma" if weight else name
+        varied = re.fullmatch(r"([\w-]+) (gamma|beta|lr)=(\S+)", name)
+        if values and values[0]["accuracy_old"] is not None and (varied or name in protocol.methods):
+            form = "lwm, " if varied and varied[2] == "gamma" else ""
+            key, weight = (f"{form}{varied[1]}, by {varied[2]}", varied[3]) if varied else (name, "")
             found.setdefault(key, {})[weight] = {row["seed"]: row for row in values}
     curves = {}
     for key, points in found.items():
         common = [seed for seed in next(iter(points.values())) if all(seed in each for each in points.values())]
         if common:
-            curves[key] = [
+            curves[f"{key}, seeds {','.join(common)}"] = [
                 (weight, [each[s]["accuracy_old"] for s in common], [each[s]["accuracy_new"] for s in common])
                 for weight, each in points.items()
             ]

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     last = str(len(PROTOCOLS[options.protocol].groups) - 1)
     done = {(row["method"], int(row["seed"])) for row in read_rows(path) if row["step"] == last}
-    if not options.trials and "--hold-back" not in PROTOCOLS[options.protocol].flags:
+    if not options.trials and PROTOCOLS[options.protocol].methods:
         raise InputError(f"--trials: {options.protocol} is judged on test images; name what a search has chosen")
     chosen = list(dict.fromkeys(options.trials.split(","))) if options.trials else list(TRIALS)
     if unknown := set(chosen) - set(TRIALS):

@@ -24,6 +24,7 @@ import protocols
 import reproduce
 import tables
 from protocols import JOINT, METHODS, PROTOCOLS, Protocol, is_joint
+from run import STEP_SETTINGS
 from settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,17 +157,21 @@ def test_values_by_step_are_one_a_seed(tmp_path):
 
 
 def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_path):
-    protocol = PROTOCOLS["photos32-5x4"]
+    protocol = PROTOCOLS["photos32-10+10"]
+    protocol = dataclasses.replace(protocol, ablation=protocol.ablation | {"attention=signed": ""})
     for stem, names in (
-        ("ablation", ["binary gamma=0", "binary gamma=1", "attention=signed"]),
+        ("ablation", ["binary gamma=0", "binary gamma=1", "attention=signed", "lwf-mc beta=3"]),
         ("accuracy", ["lwf", JOINT]),
     ):
         for number, name in enumerate(names):
-            values = row(name, 0, 4, 10.0 + number) | ({"accuracy_old": None} if name == JOINT else {})
+            values = row(name, 0, 1, 10.0 + number) | ({"accuracy_old": None} if name == JOINT else {})
             tables.write_rows(tmp_path / f"{stem}.csv", [values])
     points = tables.points_of(protocol, tmp_path / "ablation.csv")
-    assert points == {"lwm, binary, by gamma": [("0", [10.0], [10.0]), ("1", [11.0], [11.0])]}
-    assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf": [("", [10.0], [10.0])]}
+    assert points == {
+        "lwm, binary, by gamma, seeds 0": [("0", [10.0], [10.0]), ("1", [11.0], [11.0])],
+        "lwf-mc, by beta, seeds 0": [("3", [13.0], [13.0])],
+    }
+    assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf, seeds 0": [("", [10.0], [10.0])]}
 
 
 def test_the_points_of_a_curve_are_of_the_same_seeds(tmp_path):
@@ -181,7 +186,7 @@ def test_the_points_of_a_curve_are_of_the_same_seeds(tmp_path):
     ):
         tables.write_rows(path, [row(name, seed, 4, value)])
     points = tables.points_of(PROTOCOLS["photos32-5x4"], path)
-    assert points == {"lwm, binary, by gamma": [("0", [20.0], [20.0]), ("1", [21.0], [21.0])]}
+    assert points == {"lwm, binary, by gamma, seeds 1": [("0", [20.0], [20.0]), ("1", [21.0], [21.0])]}
 
 
 def test_fifths_of_few_classes_are_not_drawn(tmp_path, monkeypatch):
@@ -356,6 +361,21 @@ def test_an_interrupted_step_is_resumed(calls, tmp_path):
     assert not again["settings"].overwrite
 
 
+def test_the_documents_show_the_new_tables_where_they_showed_the_old(calls, tmp_path):
+    readme, results, table = (tmp_path / name for name in ("README.md", "docs/results.md", "results/five/table.md"))
+    results.parent.mkdir()
+    assert five("--methods", "lwf") == 0
+    for methods in ("lwf", "lwm"):
+        assert five("--methods", methods) == 0
+        text = table.read_text()
+        whole, only = (f"before\n\n{shown}\nafter\n" for shown in (text, text.partition("\n\n")[2]))
+        if methods == "lwf":
+            results.write_text(whole)
+            readme.write_text(only)
+    assert "| lwm | " in text
+    assert (results.read_text(), readme.read_text()) == (whole, only)
+
+
 def test_sigterm_is_passed_on_to_the_script_that_runs_which_saves_and_ends(tmp_path):
     for source in (*ROOT.glob("*.py"), ROOT / "models"):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
@@ -410,6 +430,9 @@ def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
         second = read_settings("incremental_learning_system", [*common, *flags, "--teacher", "x"])
         assert {"softmax-all": "softmax", None: form}.get(second.loss_form, second.loss_form) == form
         assert second.precision != "auto"
+        if name != "folder":  # what stands in config.py decides nothing
+            said = first.given | second.given | {"loss_form", "backbone_lr", "seed"}
+            assert said >= {*STEP_SETTINGS, "model", "image_size", "lr", "incremental_lr", "epochs"}
 
 
 def test_the_pool_is_as_large_as_the_steps_take_and_each_name_is_a_folder_of_its_own():
@@ -430,8 +453,8 @@ def test_settings_are_searched_on_other_classes_than_those_reported():
                 # The protocols on all classes contain those of the search.
                 everything = 10 if data == "digits" else 100
                 assert reported.pool.stop <= searched.pool.start or reported.pool == slice(0, everything)
-                assert "--hold-back" not in reported.flags
-        assert "--hold-back" in searched.flags
+                assert "--hold-back 0 " in reported.flags
+        assert re.search(r"--hold-back 0\.[12]$", searched.flags)
 
 
 def test_your_own_classes_come_by_name_in_the_groups_that_you_say(calls, tmp_path, capsys):
