@@ -152,6 +152,20 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
         ),
         *(
             (
+                (ABLATION, name, column, slice(-1, None), "345"),
+                (ABLATION, "binary gamma=0", column, slice(-1, None), "345"),
+                *found,
+            )
+            for name, column, *found in (
+                ("binary gamma=0.1", "accuracy", "+1.0", "-5.9 to +7.9"),
+                ("attention=through-features", "accuracy", "-0.4", "-4.5 to +3.7"),
+                ("attention=signed", "accuracy", "+1.0", "-5.4 to +7.5"),
+                ("attention=features", "accuracy", "-6.3", "-16.3 to +3.7"),
+                ("attention=features", "discriminant", "-7.0", "-22.4 to +8.4"),
+            )
+        ),
+        *(
+            (
                 ("photos32-10+10/ablation.csv", f"binary gamma={gamma}", "discriminant", slice(-1, None), "012"),
                 ("photos32-10+10/ablation.csv", "binary gamma=0", "discriminant", slice(-1, None), "012"),
                 *found,
@@ -214,6 +228,7 @@ def test_differences_that_no_table_has_are_those_of_the_csv(one, other, mean, in
         ((PHOTOS, "lwm", "accuracy", slice(1)), "69.0"),
         ((ONE_STEP, "lwf", "accuracy", slice(1)), "55.2"),
         ((ONE_STEP, "lwm", "accuracy", slice(1)), "55.7"),
+        ((ABLATION, "binary gamma=0", "accuracy_new", slice(-1, None), "345"), "52.6"),
         ((ABLATION, "binary gamma=0", "accuracy_new", STUDENTS, "012"), "61.7"),
         ((ABLATION, "binary gamma=1", "accuracy_new", STUDENTS, "012"), "43.0"),
         (("photos32-5x4/ablation_attention.csv", "binary gamma=0", "distance", slice(None), "345"), "2.10"),
