@@ -182,6 +182,19 @@ def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[
     return found
 
 
+def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
+    """Likewise of each class's covariance: the Frobenius norm of the difference, relative to that of its images."""
+    found: list[float | None] = []
+    for label, which in enumerate(statistics.of):
+        own = features[labels == label]
+        if not len(own):
+            found.append(None)
+            continue
+        seen = (own - own.mean(0)).T @ (own - own.mean(0)) / len(own)
+        found.append(float((statistics.covariances[which] - seen).norm() / seen.norm().clamp(min=1e-12)))
+    return found
+
+
 def of_statistics(
     student: Network, before: dict[str, Any], after: dict[str, Any], images: Images
 ) -> dict[str, dict[str, Any]]:

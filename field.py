@@ -142,11 +142,12 @@ def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
 
 
 def mahalanobis(steps: Sequence[Step], shrinkage: float) -> Scores:
-    """Nearest mean by Mahalanobis' distance: FeCAM (Goswami et al., NeurIPS 2023, section 3), and in AdaGauss's code.
+    """Nearest mean by Mahalanobis' distance, as in AdaGauss's code (Rypesc et al., NeurIPS 2024).
 
     Each class has its covariance, to which ``shrinkage`` times its mean variance is added in all directions, scaled to
-    correlations; features and means have unit length. Means and covariances are carried by our affine map, where FeCAM
-    keeps the network as it is and AdaGauss (Rypesc et al., NeurIPS 2024) trains a network for it.
+    correlations; features and means have unit length. Means and covariances are carried by our affine map, where
+    AdaGauss trains a network for it. FeCAM (Goswami et al., NeurIPS 2023, section 3), where it comes from, keeps the
+    network as it is, transforms the features (Tukey) and shrinks twice.
     """
     for step in steps:
         covariances = readout.regular(step.known.covariances, shrinkage)

@@ -151,7 +151,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_against(before: dict, settings: Settings) -> None:
-    """Raises InputError where the settings contradict the teacher's checkpoint."""
+    """Raises InputError where the settings contradict the teacher's checkpoint, or each other."""
+    if not settings.statistics and settings.readout not in ("auto", "head"):
+        raise InputError(
+            f"{settings.where('readout')} is {settings.readout!r}, which needs the statistics that "
+            f"{settings.where('statistics')} leaves out; keep them, or take head"
+        )
     if not before["finished"]:
         raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")
     known = {"old_classes": tuple(before["class_names"]), "model": before["architecture"]}

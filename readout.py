@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data import Images, to_input
-from errors import InputError, RunError
+from errors import InputError, RunError, warn
 from models import Network, replace_head
 
 WIDEST = 128  # channels; above it a step has one covariance for all its classes: 512 x 512 numbers are 1 MB
@@ -91,15 +91,15 @@ def measured(features: Tensor, labels: Tensor, classes: int) -> Statistics:
     """
     from sklearn.covariance import ledoit_wolf
 
-    means, covariances = [], []
+    channels, wide = features.shape[1], features.shape[1] > WIDEST
+    means, of = features.new_empty(classes, channels), [0] * classes if wide else list(range(classes))
+    covariances = features.new_zeros(1 if wide else classes, channels, channels)
     for label in range(classes):
         own = features[labels == label]
-        means.append(own.mean(0))
-        shrunk, _ = ledoit_wolf((own - means[-1]).numpy(), assume_centered=True)
-        covariances.append(torch.from_numpy(shrunk))
-    if features.shape[1] > WIDEST:
-        return Statistics(torch.stack(means), torch.stack(covariances).mean(0, keepdim=True), [0] * classes)
-    return Statistics(torch.stack(means), torch.stack(covariances), list(range(classes)))
+        means[label] = own.mean(0)
+        shrunk, _ = ledoit_wolf((own - means[label]).numpy(), assume_centered=True)
+        covariances[of[label]] += torch.from_numpy(shrunk) / (classes if wide else 1)
+    return Statistics(means, covariances, of)
 
 
 def fitted(before: Tensor, after: Tensor) -> Transport:
@@ -205,7 +205,8 @@ def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int
 
 def _shared(statistics: Statistics) -> Tensor:
     """The mean over the classes of their covariances (C, C)."""
-    return statistics.covariances[torch.tensor(statistics.of)].mean(0)
+    counts = torch.bincount(torch.tensor(statistics.of), minlength=len(statistics.covariances))
+    return torch.einsum("m,mij->ij", counts.to(statistics.covariances), statistics.covariances) / len(statistics.of)
 
 
 def _shrunk(covariances: Tensor, shrinkage: float | None) -> Tensor:
@@ -274,8 +275,12 @@ def chosen(name: str, saved: dict[str, Any], *others: dict[str, Any]) -> str:
     """
     if name != "auto":
         return name
-    known = all(each["statistics"] for each in (saved, *others))
-    return "discriminant" if known and len(saved["steps"]) > 1 else "head"
+    if len(saved["steps"]) == 1:
+        return "head"
+    if all(each["statistics"] for each in (saved, *others)):
+        return "discriminant"
+    warn("a checkpoint has no statistics of its classes: the head answers, which leans to the newest of them")
+    return "head"
 
 
 def use(model: Network, saved: dict[str, Any], name: str) -> tuple[Network, dict[str, Any]]:

@@ -4,10 +4,13 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
 All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
-network is read in several ways, with field.py. A cell (a trial with a seed) that is in the CSV is not run again. What
-wins by the discriminant's average on photos32-search is then judged on photos32-5x4, by name; of the four after
-AdaGauss the one that is best by Mahalanobis' distance, which is its own read-out. On photos32-search seeds share
-classes, order and images: its intervals are of training alone.
+network is read in all the ways of field.py. A cell (a trial with a seed) that is in the CSV is not run again, even
+where the trial has changed: delete its rows then. A seed from 1 on shuffles the classes of photos32-search here too.
+
+The rule, set before the first run. On photos32-search, three seeds: at most two changes of ``plain`` go on, those with
+the highest mean of the discriminant's average over the steps, if it is above ``plain``'s, and their combination; of the
+four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
+five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
 results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
 """
 
@@ -19,6 +22,7 @@ import copy
 import dataclasses
 import multiprocessing
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import field  # noqa: E402
 from errors import InputError, RunError, one_line_errors  # noqa: E402
 from settings import OneLineParser  # noqa: E402
 
@@ -40,48 +45,51 @@ class Trial:
     anti_collapse: float = 0.0  # weight of AdaGauss's L_AC, in all steps
     ema: float = 0.0  # decay of an exponential moving average of a student, which then takes its place
     warm_up: int = 0  # epochs that train the new rows of the head alone, before the others
-    rotations: bool = False  # the first step tells 4 N classes apart, an image in four rotations (as PASS, CVPR 2021)
+    # The first step tells 4 N classes apart, an image in four rotations (as PASS, CVPR 2021), in as many batches.
+    rotations: bool = False
     strong: bool = False  # TrivialAugment (Mueller and Hutter, ICCV 2021) after crop and mirror, in all steps
     # The head sees unit length, and has it, times 10; other read-outs still see the features' own length. L_AD still
     # compares features weighted by rows of the head, which for this head is not the gradient any more.
     cosine: bool = False
 
 
-# Cross-entropy over the new classes and no distillation of logits; the head cannot hold old classes so. The code of
-# AdaGauss has, beside the projection's layers, features that are no outputs of a ReLU, a learned map of two layers for
-# the statistics, those of mirrored images too, and 200 epochs a step.
-ADAGAUSS = "--method lwf --beta 0"
+def adagauss(rate: float, form: str, rotations: bool = False) -> Trial:
+    """L_C over the new classes and no distillation of logits; the head cannot hold old classes so.
+
+    The code of AdaGauss has, beside the projection's layers, features that are no outputs of a ReLU, a learned map of
+    two layers for the statistics, with L_AC too, those of mirrored images, 200 epochs a step, a rate that falls in
+    steps to begin at a tenth after the first step, and with rotations a quarter of the images in a batch.
+    """
+    method = {"softmax": "lwf", "binary": "lwf-mc"}[form]
+    flags = f"--method {method} --beta 0 --incremental-lr {rate}"
+    return Trial(flags, f"--loss-form {form}", projection=10, anti_collapse=1, rotations=rotations)
+
+
+# gamma 0 and 1 are in the ablations, and so is a gentler rate, 0.01.
 TRIALS = {
     "plain": Trial(),
-    "projection=1": Trial(projection=1),
-    "projection=10": Trial(projection=10),
-    "rotations": Trial(rotations=True),
-    "strong": Trial(strong=True),
-    "ema=0.99": Trial(ema=0.99),
-    "cosine": Trial(cosine=True),
-    "gentler": Trial("--method lwm --incremental-lr 0.03"),
+    "longer-first": Trial("--method lwm", "--epochs 100"),
     "longer": Trial("--method lwm --epochs 40"),
-    **{
-        f"adagauss {first}lr={rate}": Trial(
-            f"{ADAGAUSS} --incremental-lr {rate}",
-            "--loss-form softmax",
-            projection=10,
-            anti_collapse=1,
-            rotations=bool(first),
-        )
-        for first in ("rotations ", "")
-        for rate in (0.03, 0.01)
-    },
     "longer-all": Trial("--method lwm --epochs 40", "--epochs 40"),
     "strong-longer-all": Trial("--method lwm --epochs 40", "--epochs 40", strong=True),
+    "rotations": Trial(rotations=True),
+    "projection=1": Trial(projection=1),
+    "projection=10": Trial(projection=10),
+    "ema=0.99": Trial(ema=0.99),
+    "cosine": Trial(cosine=True),
     "warm-up=3": Trial(warm_up=3),
-    "gamma=0": Trial("--method lwm --gamma 0"),
-    "gamma=1": Trial("--method lwm --gamma 1"),
+    "adagauss lr=0.1": adagauss(0.1, "softmax"),
+    "adagauss binary lr=0.1": adagauss(0.1, "binary"),
+    "adagauss rotations lr=0.1": adagauss(0.1, "softmax", rotations=True),
+    "adagauss rotations lr=0.03": adagauss(0.03, "softmax", rotations=True),
+    "lwf": Trial("--method lwf --beta 3", "--loss-form softmax"),
+    "lwf longer-first": Trial("--method lwf --beta 3", "--loss-form softmax --epochs 100"),
+    "lwf longer-all": Trial("--method lwf --beta 3 --epochs 40", "--loss-form softmax --epochs 40"),
 }
-READ = {
-    **{name: "" for name in ("head", "prototypes")},
-    **{name: "shrinkage=0.0" for name in ("discriminant", "rebalanced")},
-    "mahalanobis": "shrinkage=3.0",
+# Of ours what readout.py does with 64 channels; of the field's, as in field.py, what the search has chosen.
+OPTIONS = {
+    name: {"shrinkage=0.0": made["shrinkage=0.0"]} if name in ("discriminant", "rebalanced") else made
+    for name, made in field.OPTIONS.items()
 }
 
 
@@ -140,20 +148,22 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
                     continue
                 for number, found in enumerate(finished.result()):
                     key = {"protocol": options.protocol, "method": name, "seed": seed, "step": number}
-                    rows = [{**key, "readout": r, "option": READ[r], "accuracy": a} for r, a in found.items()]
-                    write_rows(path, rows)
-                print(f"{name}, seed {seed}: {found['head']:.1f} by the head, {found['discriminant']:.1f}", flush=True)
+                    write_rows(path, [key | row for row in found])
+                last_of = {row["readout"]: row["accuracy"] for row in found}
+                print(
+                    f"{name}, seed {seed}: {last_of['head']:.1f} by the head, {last_of['discriminant']:.1f}", flush=True
+                )
         finally:  # after an error what nobody will collect need not be run
             workers.shutdown(cancel_futures=True)
     return failed
 
 
-def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[dict[str, float]]:
-    """Accuracy over all classes in percent, after each step and by each read-out."""
+def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[list[dict[str, Any]]]:
+    """After each step, for each read-out and option: accuracies in percent, and how far old statistics are off."""
     import torch
 
     import data
-    import field
+    import evaluation
     import losses
     import models
     from hardware import keep_freed_memory, to_device
@@ -161,7 +171,7 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
     from settings import read_settings
 
     keep_freed_memory()
-    protocol, trial = PROTOCOLS[protocol_name], TRIALS[name]
+    protocol, trial = dataclasses.replace(PROTOCOLS[protocol_name], shuffle=True), TRIALS[name]
     common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--seed", str(seed)]
     common += ["--data-dir", data_dir] if data_dir else []
     settings = read_settings("train_teacher_model", [*common, *trial.first_flags.split()])
@@ -200,15 +210,28 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
             models.replace_head(model, model.fc.weight.detach()[::4], model.fc.bias.detach()[::4])
         networks.append(model.eval().requires_grad_(False))
         steps.append(field.look(steps, networks, train, test, mean, std))
-    found: list[dict[str, float]] = [{} for _ in steps]
-    for readout_name, option in READ.items():
-        for number, scores in enumerate(field.OPTIONS[readout_name][option](steps)):
-            found[number][readout_name] = field.accuracy(scores, steps[number])
+    old = [len(step.known.means) - len(step.labels.unique()) for step in steps]
+    off = [
+        {
+            measure.__name__: statistics.mean(measure(step.known, step.test, step.test_labels)[:known])
+            if known
+            else None
+            for measure in (evaluation.means_off, evaluation.covariances_off)
+        }
+        for step, known in zip(steps, old, strict=True)
+    ]
+    found: list[list[dict[str, Any]]] = [[] for _ in steps]
+    for readout_name, made in OPTIONS.items():
+        for option, scores_of in made.items():
+            for number, scores in enumerate(scores_of(steps)):
+                right = evaluation.accuracies(scores, steps[number].test_labels, old[number])
+                accuracies = {column: right[column] for column in ("accuracy", "accuracy_old", "accuracy_new")}
+                found[number].append({"readout": readout_name, "option": option} | accuracies | off[number])
     return found
 
 
 def train_model(
-    model: Any, teacher: Any, images: Any, statistics: Any, loss: Any, settings: Any, trial: Trial, rate: float
+    model: Any, teacher: Any, images: Any, channels: Any, loss: Any, settings: Any, trial: Trial, rate: float
 ) -> None:
     """As training.fit does it, with what the trial changes."""
     import torch
@@ -269,7 +292,7 @@ def train_model(
             pixels = torch.stack([strong(each) for each in pixels])
         if rotates:
             pixels = torch.cat([pixels.rot90(turns, (2, 3)) for turns in range(4)])
-        return to_input(pixels, *statistics).contiguous(memory_format=torch.channels_last)
+        return to_input(pixels, *channels).contiguous(memory_format=torch.channels_last)
 
     warm_up = trial.warm_up if teacher is not None else 0
     for epoch in range(-warm_up, settings.epochs):
@@ -322,24 +345,30 @@ def cosine_head() -> type:
 
 
 def table(path: Path) -> str:
-    """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``."""
-    from field import averages
+    """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``.
+
+    A read-out has the option whose average was highest in the CSV of the search.
+    """
     from tables import NOT_THERE, mean_and_spread, paired
 
-    found = averages(path)
-    heads = ["trial", "read-out", "average of the steps", "over plain", "after the last step", "over plain", "seeds"]
+    found = field.averages(path)
+    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
+    best = field.best_options(search)
+    heads = ["trial", "read-out", "option"]
+    heads += ["average of the steps", "over plain", "after the last step", "over plain", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for trial in TRIALS:
-        for readout, option in READ.items():
+        for readout in OPTIONS:
+            option = best.get((trial, readout), "")
             seeds = found.get((trial, readout, option), {})
-            plain = found.get(("plain", readout, option), {})
+            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {})
             cells = []
             for column in (0, 1):
                 cells.append(mean_and_spread([values[column] for values in seeds.values()]) if seeds else "")
                 pairs = [(seeds[seed][column], plain[seed][column]) for seed in seeds if seed in plain]
                 cells.append(paired(pairs) if len(pairs) >= 3 and trial != "plain" else NOT_THERE)
             if seeds:
-                lines.append(f"| {trial} | {readout} | {' | '.join(cells)} | {len(seeds)} |")
+                lines.append(f"| {trial} | {readout} | {option} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 

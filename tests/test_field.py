@@ -315,26 +315,30 @@ def test_the_plain_trial_trains_as_the_scripts_do(plain, work):
     for number in range(3):
         path = work / "tiny" / "seed0" / "lwm" / str(number) / "student_model.pth"
         saved = checkpoint.load(path) if number else saved
+        found = {row["readout"]: row for row in plain[number]}
         for name in ("head", "prototypes", "discriminant"):
-            assert plain[number][name] == pytest.approx(
-                saved["readouts"][name]["accuracy"], abs=0.6
-            )  # one of 180 images
+            whole = saved["readouts"][name]["accuracy"]
+            assert found[name]["accuracy"] == pytest.approx(whole, abs=0.6)  # one of 180 images
+        old, every = 2 * number, 2 * number + 2  # of about as many images each
+        parts = [(found["head"][f"accuracy_{part}"] or 0) * share for part, share in (("old", old), ("new", 2))]
+        assert sum(parts) / every == pytest.approx(found["head"]["accuracy"], abs=2)
+        assert (found["head"]["means_off"] is None) == (number == 0)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(trials, "ROOT", tmp_path)
     monkeypatch.setattr(trials, "cell", one_fails)
     monkeypatch.setattr(trials.concurrent.futures, "ProcessPoolExecutor", Threads)
-    flags = ["photos32-search", "--data-dir", str(tmp_path), "--trials", "plain,cosine,strong", "--jobs", "2"]
+    flags = ["photos32-search", "--data-dir", str(tmp_path), "--trials", "plain,cosine,longer", "--jobs", "2"]
     monkeypatch.setattr("protocols.class_order", lambda *_: [])
     assert trials.main(flags) == 1
     assert "not done: cosine, seed 0 (no root)" in capsys.readouterr().err
     rows = read_rows(tmp_path / "results" / "photos32-search" / "trials.csv")
     assert {(row["method"], row["step"]) for row in rows} == {
-        (n, str(k)) for n in ("plain", "strong") for k in range(5)
+        (n, str(k)) for n in ("plain", "longer") for k in range(5)
     }
     table = (tmp_path / "results" / "photos32-search" / "trials.md").read_text()
-    assert "| plain | head | 50.0" in table
+    assert "| plain | head |  | 50.0" in table
     assert "cosine" not in table
 
 
@@ -368,7 +372,7 @@ def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
 def one_fails(protocol, data_dir, name, seed):
     if name == "cosine":
         raise RuntimeError("no root")
-    return [dict.fromkeys(("head", "prototypes", "discriminant", "rebalanced", "mahalanobis"), 50.0)] * 5
+    return [[{"readout": each, "option": "", "accuracy": 50.0} for each in ("head", "discriminant")]] * 5
 
 
 class Threads(ThreadPoolExecutor):
@@ -398,11 +402,14 @@ def test_what_cannot_be_tried_is_said_in_a_line(trials, flags, words, capsys, mo
     "name",
     ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss rotations lr=0.03"],
 )
-def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, name):
+def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, monkeypatch, name):
+    monkeypatch.setitem(trials.TRIALS, "strong", trials.Trial(strong=True))
     found = trials.cell("tiny", None, name, 0)
     assert plain != found
-    assert [list(step) for step in found] == [list(trials.READ)] * 3
-    assert found[2]["discriminant"] > 2 * 100 / 6  # twice what guessing has
+    read = [(name, option) for name, made in trials.OPTIONS.items() for option in made]
+    assert [[(row["readout"], row["option"]) for row in step] for step in found] == [read] * 3
+    (discriminant,) = (row for row in found[2] if row["readout"] == "discriminant")
+    assert discriminant["accuracy"] > 2 * 100 / 6  # twice what guessing has
 
 
 def test_a_warm_up_moves_the_new_rows_alone(trials):

@@ -431,7 +431,10 @@ def test_without_statistics_the_head_answers_and_the_rest_is_said(steps, tmp_pat
     student = str(tmp_path / "student_model.pth")
     both = [*flags, "--teacher", teacher, "--student", student, *own]
     assert demo.main(both) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().err.count("no statistics of its classes: the head answers") == 1
+    asked = ["--teacher", teacher, "--new-classes", "c,d", "--no-statistics", "--readout", "discriminant", *own]
+    assert incremental.main([*flags, *asked, "--overwrite"]) == 2
+    assert "--readout is 'discriminant', which needs the statistics" in capsys.readouterr().err
     onnx = str(tmp_path / "student.onnx")
     for script, given in (
         (demo, [*both, "--readout", "prototypes"]),
@@ -506,6 +509,14 @@ def test_how_far_means_are_off_is_in_units_of_the_spread():
     off = evaluation.means_off(known, features + shift, labels)
     assert off == pytest.approx([5 / known.covariances[label].trace().sqrt().item() for label in range(3)])
     assert evaluation.means_off(known, features[labels > 0], labels[labels > 0])[0] is None
+
+
+def test_how_far_covariances_are_off_is_relative_to_those_of_the_images():
+    features, labels = gaussians()
+    known = plain(features, labels)
+    assert evaluation.covariances_off(known, features + 1, labels) == pytest.approx([0, 0, 0], abs=1e-9)
+    assert evaluation.covariances_off(known, 2 * features, labels) == pytest.approx([3 / 4] * 3)
+    assert evaluation.covariances_off(known, features[labels > 0], labels[labels > 0])[0] is None
 
 
 def test_carried_means_are_nearer_than_those_that_were_left(steps):
