@@ -46,6 +46,7 @@ def rows_of(path, method, seeds, columns):
         ("photos32-5x4", "binary gamma=0.1", "lwm", "012", 5),
         ("photos32-10+10", "binary gamma=0.1", "lwm", "01234", 2),
         ("photos32-10+10", "softmax gamma=0", "lwf", "012", 2),
+        ("photos32-10+10", "lwf-mc beta=3", "lwf-mc", "012", 2),
     ],
 )
 def test_a_cell_that_was_run_twice_gave_the_same_numbers(protocol, variant, method, seeds, steps):
@@ -187,6 +188,21 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
                 *found,
             )
             for gamma, *found in ((0, "+1.5", "-2.8 to +5.8"), (0.03, "+0.2", "-3.8 to +4.3"))
+        ),
+        *(
+            (
+                ("photos32-10+10/ablation.csv", one, column, slice(-1, None), "012"),
+                ("photos32-10+10/ablation.csv", f"lwf-mc beta={beta}", column),
+                *found,
+            )
+            for one, beta, column, *found in (
+                ("lwf-mc beta=1", 0, "discriminant", "+4.2", "+1.6 to +6.9"),
+                ("lwf-mc beta=3", 1, "accuracy", "-0.4", "-1.3 to +0.5"),
+                ("lwf-mc beta=10", 1, "accuracy", "-9.8", "-16.9 to -2.7"),
+                ("binary gamma=0.3", 3, "accuracy", "+0.3", "-1.2 to +1.7"),
+                ("binary gamma=1", 10, "accuracy_old", "+0.8", "-1.0 to +2.5"),
+                ("binary gamma=1", 10, "accuracy_new", "+16.0", "+5.0 to +27.0"),
+            )
         ),
         (
             (ABLATION, "batch_norm=frozen lr=0.01", "discriminant"),
