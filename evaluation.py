@@ -187,11 +187,9 @@ def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) ->
     found: list[float | None] = []
     for label, which in enumerate(statistics.of):
         own = features[labels == label]
-        if not len(own):
-            found.append(None)
-            continue
-        seen = (own - own.mean(0)).T @ (own - own.mean(0)) / len(own)
-        found.append(float((statistics.covariances[which] - seen).norm() / seen.norm().clamp(min=1e-12)))
+        seen = own.T.cov(correction=0) if len(own) else None
+        off = None if seen is None else (statistics.covariances[which] - seen).norm() / seen.norm().clamp(min=1e-12)
+        found.append(None if off is None else float(off))
     return found
 
 

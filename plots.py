@@ -210,9 +210,10 @@ def over_steps(
     """A panel for each label of a vertical axis: for each method, step -> the values of the seeds.
 
     ``lost`` adds one: for each method, classes in a step as (distance of the maps, accuracy lost), fifths by distance
-    of at least FEWEST each.
+    of at least FEWEST each, if any method has so many.
     """
-    count = len(panels) + bool(lost)
+    enough = any(len(pairs) >= 5 * FEWEST for pairs in (lost or {}).values())
+    count = len(panels) + enough
     figure, grid = plt.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False, layout="constrained")
     for axes, (label, methods) in zip(grid[0], panels.items(), strict=False):
         for number, (name, by_step) in enumerate(methods.items()):
@@ -227,7 +228,7 @@ def over_steps(
         places = [part[:, 0].mean() for part in fifths]
         if len(set(places)) > 1:  # maps that never move are not shown
             _errorbar(grid[0][-1], number, name, places, [part[:, 1] for part in fifths])
-    if lost:
+    if enough:
         grid[0][-1].set(xlabel="distance of the maps (L_AD), fifths", ylabel="accuracy of the class lost, points")
     for axes in grid[0]:
         axes.grid(alpha=0.3)

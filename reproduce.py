@@ -106,8 +106,10 @@ def publish(path: Path, text: str) -> None:
     print(text)
     before = path.read_text() if path.exists() else ""
     path.write_text(text)
+    if before in ("", text):
+        return
     for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        if before not in ("", text) and document.exists():
+        if document.exists():
             shown = document.read_text()
             for old, new in ((before, text), *zip(before.split("\n\n"), text.split("\n\n"), strict=False)):
                 shown = shown.replace(f"\n\n{old.strip()}\n\n", f"\n\n{new.strip()}\n\n")

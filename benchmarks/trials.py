@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import field  # noqa: E402
 from errors import InputError, RunError, one_line_errors  # noqa: E402
+from protocols import PHOTO_METHODS  # noqa: E402
 from settings import OneLineParser  # noqa: E402
 
 
@@ -82,9 +83,9 @@ TRIALS = {
     "adagauss binary lr=0.1": adagauss(0.1, "binary"),
     "adagauss rotations lr=0.1": adagauss(0.1, "softmax", rotations=True),
     "adagauss rotations lr=0.03": adagauss(0.03, "softmax", rotations=True),
-    "lwf": Trial("--method lwf --beta 3", "--loss-form softmax"),
-    "lwf longer-first": Trial("--method lwf --beta 3", "--loss-form softmax --epochs 100"),
-    "lwf longer-all": Trial("--method lwf --beta 3 --epochs 40", "--loss-form softmax --epochs 40"),
+    "lwf": Trial(PHOTO_METHODS["lwf"], "--loss-form softmax"),
+    "lwf longer-first": Trial(PHOTO_METHODS["lwf"], "--loss-form softmax --epochs 100"),
+    "lwf longer-all": Trial(f"{PHOTO_METHODS['lwf']} --epochs 40", "--loss-form softmax --epochs 40"),
 }
 # Of ours what readout.py does with 64 channels; of the field's, as in field.py, what the search has chosen.
 OPTIONS = {
