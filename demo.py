@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from errors import InputError, one_line_errors
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         print_table(metrics, before["class_names"])
         progress.print_readouts(metrics["readouts"], answering)
+        print_off(metrics)
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
     else:
@@ -175,6 +177,16 @@ def print_table(metrics: dict, old_names: list[str]) -> None:
             distance, overlap = attention["distance"][index], attention["overlap"][index]
             moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
         print(f"  {name:<20}  {cell(known)}   {cell(classes['student'][index])}{moved}")
+
+
+def print_off(metrics: dict) -> None:
+    """How far the student's statistics of the old classes are from those of their test images, mean over classes."""
+    for name, unit in (("means", "of a class's spread"), ("covariances", "of their norm")):
+        both = metrics[f"{name}_off"].items()
+        off = {when: [value for value in values if value is not None] for when, values in both}
+        if off and all(off.values()):
+            carried, left = mean(off["carried"]), mean(off["left"])
+            print(f"{name} of old classes are off by {carried:.2f} {unit}; left as they were it would be {left:.2f}")
 
 
 if __name__ == "__main__":

@@ -198,17 +198,22 @@ def of_statistics(
 ) -> dict[str, dict[str, Any]]:
     """What the checkpoint ``after`` of a student can do with its statistics, on ``images`` of known classes.
 
-    "readouts" as ``by_readout``; "means_off" of the old classes' means as the student carried them, and as they were
-    "left" in ``before``, its teacher's checkpoint. Both are empty without statistics or images.
+    "readouts" as ``by_readout``; "means_off" and "covariances_off" of the old classes as the student "carried" them,
+    and as they were "left" in ``before``, its teacher's checkpoint. All are empty without statistics or images.
     """
     known, earlier, old = unpacked(after), unpacked(before), len(before["class_names"])
     if known is None or earlier is None or not len(images.labels):
-        return {"readouts": {}, "means_off": {}}
+        return {"readouts": {}, "means_off": {}, "covariances_off": {}}
     features, is_old = features_of(student, images.pixels, after["mean"], after["std"]), images.labels < old
     both = {"carried": Statistics(known.means[:old], known.covariances, known.of[:old]), "left": earlier}
     return {
         "readouts": by_readout(student, known, features, images.labels, len(known.means) - old),
-        "means_off": {name: means_off(each, features[is_old], images.labels[is_old]) for name, each in both.items()},
+        **{
+            measure.__name__: {
+                name: measure(each, features[is_old], images.labels[is_old]) for name, each in both.items()
+            }
+            for measure in (means_off, covariances_off)
+        },
     }
 
 

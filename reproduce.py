@@ -303,8 +303,8 @@ def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -
 
 
 def rows_of_classes(metrics: dict) -> list[dict]:
-    """What demo.py found of each old class on its test images: accuracies, attention, how far its mean is off."""
-    classes, attention, off = metrics["classes"], metrics["attention"], metrics["means_off"]
+    """What demo.py found of each old class on its test images: accuracies, attention, how far statistics are off."""
+    classes, attention = metrics["classes"], metrics["attention"]
     columns = {
         "class": classes["names"],
         "accuracy_before": classes["teacher"],
@@ -313,7 +313,9 @@ def rows_of_classes(metrics: dict) -> list[dict]:
         "overlap": attention["overlap"],
     }
     old = len(attention["distance"])
-    columns |= {f"mean_off_{name}": off.get(name, [None] * old) for name in ("carried", "left")}
+    for measure in ("mean", "covariance"):
+        off = metrics.get(f"{measure}s_off", {})  # a metrics.json of an earlier version has none of covariances
+        columns |= {f"{measure}_off_{name}": off.get(name, [None] * old) for name in ("carried", "left")}
     return [{name: values[index] for name, values in columns.items()} for index in range(old)]
 
 

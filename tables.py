@@ -278,24 +278,28 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
     if not lines:
         return ""
     columns = ["method", "read-out", *(name for each in measures for name in (each, "over the head")), "seeds"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_means_off(protocol, path)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_statistics_off(protocol, path)]
     return "\n".join(lines) + "\n"
 
 
-def _means_off(protocol: Protocol, path: Path) -> list[str]:
-    """Lines on how far the means of old classes are off, over all steps, in units of a class's spread."""
+def _statistics_off(protocol: Protocol, path: Path) -> list[str]:
+    """Lines on how far means and covariances of old classes are off, over all steps, as evaluation.py measures it."""
     rows = read_rows(attention_path(path))
     lines = []
-    for name in variants_of(protocol, path):
-        cells = []
-        for column in ("mean_off_carried", "mean_off_left"):
-            seeds = _of_seeds(rows, name, column)
-            means = [statistics.mean(float(row[column]) for row in own) for own in seeds]
-            cells.append(mean_and_spread(means, 2) if seeds else "")
-        if all(cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    heads = "| method | means of old classes are off, carried along | left as they were |"
-    return ["", heads, "|---|---|---|", *lines] if lines else []
+    for measure in ("mean", "covariance"):
+        columns = [f"{measure}_off_{name}" for name in ("carried", "left")]
+        found = []
+        for name in variants_of(protocol, path):
+            carried, left = (
+                [statistics.mean(float(row[column]) for row in own) for own in _of_seeds(rows, name, column)]
+                for column in columns
+            )
+            if carried:
+                found.append(f"| {name} | {mean_and_spread(carried, 2)} | {mean_and_spread(left, 2)} |")
+        if found:
+            heads = f"| method | {measure}s of old classes are off, carried along | left as they were |"
+            lines += ["", heads, "|---|---|---|", *found]
+    return lines
 
 
 def _means(seeds: list[list[dict]], steps: slice, readout: str) -> list[float]:

@@ -258,14 +258,10 @@ def train_model(
         terms = loss(student, known, labels, heads, settings)
         pooled = model.pooled(student.features)
         if trial.projection and teacher is not None:
-            aim = model.pooled(known.features)
-            missed = (projection(pooled) - aim).square().sum() / (aim - aim.mean(0)).square().sum()
+            missed = unexplained(projection(pooled), model.pooled(known.features))
             terms["total"] = terms["total"] + trial.projection * missed
         if trial.anti_collapse:
-            spread = pooled.T.cov() + 1e-4 * torch.eye(pooled.shape[1])
-            terms["total"] = (
-                terms["total"] - trial.anti_collapse * torch.linalg.cholesky(spread).diagonal().clamp(max=1).mean()
-            )
+            terms["total"] = terms["total"] + trial.anti_collapse * anti_collapse(pooled)
         return terms
 
     def clip(*_: Any) -> None:
@@ -319,6 +315,22 @@ def train_model(
     if averaged:  # an average of batch-norm's statistics would not be the statistics of averaged weights
         update_bn((drawn(index) for index in batches(images.labels, settings.batch_size, generator)), averaged.module)
         model.load_state_dict(averaged.module.state_dict())
+
+
+def unexplained(guess: Any, features: Any) -> Any:
+    """The share of the variance of ``features`` (B, C) that ``guess`` (B, C) misses."""
+    return (guess - features).square().sum() / (features - features.mean(0)).square().sum()
+
+
+def anti_collapse(features: Any) -> Any:
+    """L_AC of AdaGauss (Rypesc et al., NeurIPS 2024) of features (B, C): it is low where no direction is flat.
+
+    Minus the mean of the diagonal of the Cholesky factor of their covariance, of which each counts up to 1.
+    """
+    import torch
+
+    spread = features.T.cov() + 1e-4 * torch.eye(features.shape[1], dtype=features.dtype)  # fewer than C have no factor
+    return -torch.linalg.cholesky(spread).diagonal().clamp(max=1).mean()
 
 
 def put_back(model: Any, before: list[Any], old: int) -> None:

@@ -412,6 +412,27 @@ def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, 
     assert discriminant["accuracy"] > 2 * 100 / 6  # twice what guessing has
 
 
+def test_what_a_projection_misses_is_a_share_of_the_variance(trials):
+    features = torch.randn(6, 3, dtype=torch.float64)
+    assert trials.unexplained(features, features) == 0
+    assert trials.unexplained(features.mean(0), features).item() == pytest.approx(1)
+    assert trials.unexplained(features + 2, features).item() == pytest.approx(4 / features.var(0, correction=0).mean())
+
+
+def test_anti_collapse_is_that_of_the_cholesky_factor_each_up_to_1(trials):
+    features = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(features.T.cov()), (features - features.mean(0)).T, upper=False
+    ).T
+    factor = torch.tensor([[3.0, 0, 0, 0], [1, 0.5, 0, 0], [0, 1, 0.8, 0], [2, 0, 1, 0.4]], dtype=torch.float64)
+    made = (whitened @ factor.T).requires_grad_()
+    found = trials.anti_collapse(made)
+    assert found.item() == pytest.approx(-(1 + 0.5 + 0.8 + 0.4) / 4, abs=1e-3)
+    found.backward()
+    assert trials.anti_collapse(made.detach() - made.grad) < found  # a step against it spreads the features
+    assert trials.anti_collapse(features[:3]).isfinite()  # fewer images than channels
+
+
 def test_a_warm_up_moves_the_new_rows_alone(trials):
     model = models.build("resnet32", 3, 8)
     before = [each.detach().clone() for each in model.parameters()]

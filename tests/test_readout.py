@@ -528,5 +528,10 @@ def test_carried_means_are_nearer_than_those_that_were_left(steps):
     assert found["readouts"] == after["readouts"]
     assert [len(values) for values in found["means_off"].values()] == [4, 4]
     assert sum(found["means_off"]["carried"]) < sum(found["means_off"]["left"])
-    nothing = {"readouts": {}, "means_off": {}}
+    features = readout.features_of(model, images.pixels, after["mean"], after["std"])
+    for name, saved in (("carried", after), ("left", before)):
+        known = readout.unpacked(saved)
+        off = evaluation.covariances_off(known, features[images.labels < 4], images.labels[images.labels < 4])
+        assert found["covariances_off"][name] == off[:4]
+    nothing = {"readouts": {}, "means_off": {}, "covariances_off": {}}
     assert evaluation.of_statistics(model, before, after | {"statistics": {}}, images) == nothing

@@ -234,6 +234,7 @@ def calls(monkeypatch, tmp_path, judged) -> list[dict]:
                 "classes": {"names": after, "teacher": [80.0] * old, "student": [10.0 * old] * len(after)},
                 "attention": {"distance": [0.25] * (old - 1) + [None], "overlap": [60.0] * old},
                 "means_off": {"carried": [0.5] * old} if old > 2 else {},
+                "covariances_off": {"left": [0.75] * old},
             }
             (folder / "metrics.json").write_text(json.dumps(metrics))
             return
@@ -308,6 +309,7 @@ def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, t
     ]
     assert rows[-2]["distance"] == "0.25"
     assert [last["mean_off_carried"], rows[0]["mean_off_carried"], last["mean_off_left"]] == ["0.5", "", ""]
+    assert [last["covariance_off_carried"], last["covariance_off_left"]] == ["", "0.75"]
 
 
 def test_a_protocol_of_several_steps_has_figures_that_name_what_they_show(calls, monkeypatch, tmp_path):
@@ -553,8 +555,11 @@ def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
     assert tables.readouts_table(PROTOCOLS["digits-2+2"], tmp_path / "none.csv") == ""
     for seed, off in ((0, 0.1), (1, 0.3)):
         off_by = {"mean_off_carried": off, "mean_off_left": 0.5}
+        off_by |= {"covariance_off_carried": 0.25, "covariance_off_left": off + 1}
         tables.write_rows(tables.attention_path(path), [classes_row("lwm", seed, 1, "a", 0.1, 1.0) | off_by])
     assert tables.readouts_table(FIVE, path) == text + (
         "\n| method | means of old classes are off, carried along | left as they were |\n|---|---|---|\n"
         "| lwm | 0.20 ± 0.14 | 0.50 ± 0.00 |\n"
+        "\n| method | covariances of old classes are off, carried along | left as they were |\n|---|---|---|\n"
+        "| lwm | 0.25 ± 0.00 | 1.20 ± 0.14 |\n"
     )
