@@ -339,6 +339,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
     }
     table = (tmp_path / "results" / "photos32-search" / "trials.md").read_text()
     assert "| plain | head |  | 50.0" in table
+    assert "| plain | 0.38 | 0.75 | 1 |" in table
     assert "cosine" not in table
 
 
@@ -372,7 +373,9 @@ def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
 def one_fails(protocol, data_dir, name, seed):
     if name == "cosine":
         raise RuntimeError("no root")
-    return [[{"readout": each, "option": "", "accuracy": 50.0} for each in ("head", "discriminant")]] * 5
+    off = [{"means_off": off, "covariances_off": 2 * off if off else None} for off in (None, 0.25, 0.25, 0.25, 0.75)]
+    accuracies = [{"readout": each, "option": "", "accuracy": 50.0} for each in ("head", "discriminant")]
+    return [[row | step for row in accuracies] for step in off]
 
 
 class Threads(ThreadPoolExecutor):
