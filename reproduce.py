@@ -103,9 +103,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def publish(path: Path, text: str) -> None:
     """Print and write tables, and put them in the place of those before in the documents, whole or one by one."""
+    from checkpoint import write_atomically
+
     print(text)
     before = path.read_text() if path.exists() else ""
-    path.write_text(text)
+    write_atomically(path, text.encode())
     if before in ("", text):
         return
     for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
@@ -113,7 +115,7 @@ def publish(path: Path, text: str) -> None:
             shown = document.read_text()
             for old, new in ((before, text), *zip(before.split("\n\n"), text.split("\n\n"), strict=False)):
                 shown = shown.replace(f"\n\n{old.strip()}\n\n", f"\n\n{new.strip()}\n\n")
-            document.write_text(shown)
+            write_atomically(document, shown.encode())
 
 
 def draw(protocol: Protocol, results: Path) -> None:
