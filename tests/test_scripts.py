@@ -116,6 +116,11 @@ def test_demo_by_its_command_line(tmp_path, quick, teacher, student):
     hint = next(i for i, line in enumerate(lines) if "no hint" in line)
     assert hint < next(i for i, line in enumerate(lines) if "task-aware" in line)
     assert np.sum(metrics["confusion"]) == 180
+    for name in ("means", "covariances"):
+        carried, left = (np.mean(metrics[f"{name}_off"][when]) for when in ("carried", "left"))
+        (said,) = (line for line in lines if line.startswith(f"{name} of old classes are off"))
+        assert f"by {carried:.2f} of" in said
+        assert said.endswith(f"{left:.2f}")
     attention = metrics["attention"]
     assert [len(values) for values in attention.values()] == [2, 2]
     seen = [pair for pair in zip(*attention.values(), strict=True) if None not in pair]
