@@ -47,13 +47,16 @@ def rows_of(path, method, seeds, columns):
         ("photos32-10+10", "binary gamma=0.1", "lwm", "01234", 2),
         ("photos32-10+10", "softmax gamma=0", "lwf", "012", 2),
         ("photos32-10+10", "lwf-mc beta=3", "lwf-mc", "012", 2),
+        ("digits-5x2", "binary gamma=0", "lwf-mc", "012", 5),
+        ("digits-5x2", "binary gamma=0.1", "lwm", "012", 5),
+        ("digits-5x2", "softmax gamma=0", "lwf", "012", 5),
     ],
 )
 def test_a_cell_that_was_run_twice_gave_the_same_numbers(protocol, variant, method, seeds, steps):
     """These are the same training: in another folder, from another commit, on the same kind of processor."""
     folder = ROOT / "results" / protocol
     columns = ("seed", "step", "accuracy", "accuracy_old", "accuracy_new", "task_aware", "forgetting")
-    columns += () if method == "lwf" else ("zero_maps",)  # that has no maps, lwm without their weight has
+    columns += () if variant.endswith("gamma=0") else ("zero_maps",)  # a method without L_AD has no maps to count
     again = rows_of(folder / "ablation.csv", variant, seeds, columns)
     assert len(again) == len(seeds) * steps
     assert again == rows_of(folder / "accuracy.csv", method, seeds, columns)
@@ -76,7 +79,11 @@ def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation(variant,
         ("photos, 5 steps of 4", "photos32-5x4/ablation_table.md", "binary gamma=0.1 − binary gamma=0"),  # noqa: RUF001
         *(
             (f"{data}, softmax form", f"{folder}/ablation_table.md", "softmax gamma=0.1 − softmax gamma=0")  # noqa: RUF001
-            for data, folder in (("photos, 10 + 10", "photos32-10+10"), ("photos, 5 steps of 4", "photos32-5x4"))
+            for data, folder in (
+                ("digits, 5 steps of 2", "digits-5x2"),
+                ("photos, 10 + 10", "photos32-10+10"),
+                ("photos, 5 steps of 4", "photos32-5x4"),
+            )
         ),
     ],
 )
@@ -140,6 +147,29 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
                 (0.3, "-0.7", "-7.4 to +6.0"),
                 (1, "-5.0", "-9.8 to -0.3"),
             )
+        ),
+        *(
+            (
+                ("digits-5x2/ablation.csv", f"{form} gamma={gamma}", "discriminant", steps),
+                ("digits-5x2/ablation.csv", f"{form} gamma=0", "discriminant", steps),
+                *found,
+            )
+            for form, gamma, steps, *found in (
+                ("softmax", 0.03, slice(-1, None), "+1.8", "-0.1 to +3.7"),
+                ("softmax", 0.1, slice(-1, None), "+3.0", "-1.9 to +8.0"),
+                ("softmax", 0.3, slice(-1, None), "+5.2", "-0.4 to +10.8"),
+                ("softmax", 1, slice(-1, None), "+6.1", "+2.0 to +10.3"),
+                ("softmax", 1, slice(None), "+3.4", "+2.3 to +4.5"),
+                ("binary", 0.1, slice(-1, None), "-0.6", "-9.3 to +8.1"),
+                ("binary", 0.3, slice(-1, None), "+3.9", "+1.2 to +6.5"),
+                ("binary", 1, slice(-1, None), "+9.3", "-8.4 to +27.0"),
+            )
+        ),
+        (
+            ("digits-5x2/ablation.csv", "softmax gamma=1", "discriminant"),
+            (DIGITS, "frozen", "discriminant", slice(-1, None), "012"),
+            "-5.1",
+            "-15.4 to +5.2",
         ),
         *(
             (
@@ -248,6 +278,7 @@ def test_differences_that_no_table_has_are_those_of_the_csv(one, other, mean, in
         ((ABLATION, "binary gamma=0", "accuracy_new", slice(-1, None), "345"), "52.6"),
         ((ABLATION, "binary gamma=0", "accuracy_new", STUDENTS, "012"), "61.7"),
         ((ABLATION, "binary gamma=1", "accuracy_new", STUDENTS, "012"), "43.0"),
+        ((DIGITS, "frozen", "discriminant", slice(-1, None), "012"), "84.6"),
         (("photos32-5x4/ablation_attention.csv", "binary gamma=0", "distance", slice(None), "345"), "2.10"),
         (("photos32-5x4/ablation_attention.csv", "binary gamma=0.1", "distance", slice(None), "345"), "1.41"),
     ],
