@@ -295,10 +295,12 @@ def _statistics_off(protocol: Protocol, path: Path) -> list[str]:
                 for column in columns
             )
             if carried:
-                found.append(f"| {name} | {mean_and_spread(carried, 2)} | {mean_and_spread(left, 2)} |")
+                found.append(
+                    f"| {name} | {mean_and_spread(carried, 2)} | {mean_and_spread(left, 2)} | {len(carried)} |"
+                )
         if found:
-            heads = f"| method | {measure}s of old classes are off, carried along | left as they were |"
-            lines += ["", heads, "|---|---|---|", *found]
+            heads = f"| method | {measure}s of old classes are off, carried along | left as they were | seeds |"
+            lines += ["", heads, "|---|---|---|---|", *found]
     return lines
 
 

@@ -45,7 +45,7 @@ def rows_of(path, method, seeds, columns):
     [
         ("photos32-5x4", "binary gamma=0.1", "lwm", "012", 5),
         ("photos32-10+10", "binary gamma=0.1", "lwm", "01234", 2),
-        ("photos32-10+10", "softmax gamma=0", "lwf", "012", 2),
+        ("photos32-10+10", "softmax gamma=0", "lwf", "01234", 2),
         ("photos32-10+10", "lwf-mc beta=3", "lwf-mc", "012", 2),
         ("digits-5x2", "binary gamma=0", "lwf-mc", "012", 5),
         ("digits-5x2", "binary gamma=0.1", "lwm", "012", 5),
@@ -206,19 +206,23 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
         ),
         *(
             (
-                ("photos32-10+10/ablation.csv", f"softmax gamma={gamma}", "discriminant"),
-                ("photos32-10+10/ablation.csv", "softmax gamma=0", "discriminant"),
+                ("photos32-10+10/ablation.csv", f"softmax gamma={gamma}", column, slice(-1, None), seeds),
+                ("photos32-10+10/ablation.csv", "softmax gamma=0", column, slice(-1, None), seeds),
                 *found,
             )
-            for gamma, *found in ((0.03, "-0.3", "-1.1 to +0.6"), (1, "-2.3", "-2.5 to -2.1"))
+            for gamma, column, seeds, *found in (
+                (0.03, "accuracy", "012", "+1.0", "+0.2 to +1.8"),
+                (0.03, "discriminant", "01234", "-0.1", "-0.5 to +0.4"),
+                (1, "discriminant", "012", "-2.3", "-2.5 to -2.1"),
+            )
         ),
         *(
             (
-                ("photos32-10+10/ablation.csv", f"binary gamma={gamma}", "accuracy", slice(-1, None), "012"),
-                ("photos32-10+10/ablation.csv", f"softmax gamma={gamma}", "accuracy"),
+                ("photos32-10+10/ablation.csv", f"binary gamma={gamma}", "accuracy", slice(-1, None), seeds),
+                ("photos32-10+10/ablation.csv", f"softmax gamma={gamma}", "accuracy", slice(-1, None), seeds),
                 *found,
             )
-            for gamma, *found in ((0, "+1.5", "-2.8 to +5.8"), (0.03, "+0.2", "-3.8 to +4.3"))
+            for gamma, seeds, *found in ((0, "01234", "+1.8", "-0.1 to +3.6"), (0.03, "012", "+0.2", "-3.8 to +4.3"))
         ),
         *(
             (

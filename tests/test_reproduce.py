@@ -558,8 +558,9 @@ def test_the_table_of_read_outs_compares_each_with_the_head_in_pairs(tmp_path):
         off_by |= {"covariance_off_carried": 0.25, "covariance_off_left": off + 1}
         tables.write_rows(tables.attention_path(path), [classes_row("lwm", seed, 1, "a", 0.1, 1.0) | off_by])
     assert tables.readouts_table(FIVE, path) == text + (
-        "\n| method | means of old classes are off, carried along | left as they were |\n|---|---|---|\n"
-        "| lwm | 0.20 ± 0.14 | 0.50 ± 0.00 |\n"
-        "\n| method | covariances of old classes are off, carried along | left as they were |\n|---|---|---|\n"
-        "| lwm | 0.25 ± 0.00 | 1.20 ± 0.14 |\n"
+        "\n| method | means of old classes are off, carried along | left as they were | seeds |\n|---|---|---|---|\n"
+        "| lwm | 0.20 ± 0.14 | 0.50 ± 0.00 | 2 |\n"
+        "\n| method | covariances of old classes are off, carried along | left as they were | seeds |\n"
+        "|---|---|---|---|\n"
+        "| lwm | 0.25 ± 0.00 | 1.20 ± 0.14 | 2 |\n"
     )
