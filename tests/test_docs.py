@@ -340,6 +340,13 @@ def test_the_tables_of_the_field_are_those_of_the_csv(path):
     assert f"(../results/{path.parent.name}/field.md)" in (ROOT / "docs" / "results.md").read_text()
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/trials.csv")), ids=lambda path: path.parent.name)
+def test_the_tables_of_trials_are_those_of_the_csv(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert path.with_suffix(".md").read_text() == importlib.import_module("trials").table(path)
+    assert f"(../results/{path.parent.name}/trials.md)" in (ROOT / "docs" / "results.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])
 def test_the_tables_of_costs_are_those_of_the_measurements(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
