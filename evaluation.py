@@ -8,7 +8,7 @@ other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,23 +174,28 @@ def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[
     In units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
     1 / sqrt(n).
     """
-    found: list[float | None] = []
-    for label, mean in enumerate(statistics.means):
-        own = features[labels == label]
-        off = (own.mean(0) - mean).norm() / own.var(0, correction=0).sum().sqrt().clamp(min=1e-12) if len(own) else None
-        found.append(None if off is None else float(off))
-    return found
+
+    def off(label: int, own: Tensor) -> Tensor:
+        return (own.mean(0) - statistics.means[label]).norm() / own.var(0, correction=0).sum().sqrt().clamp(min=1e-12)
+
+    return _of_each_class(off, len(statistics.of), features, labels)
 
 
 def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
     """Likewise of each class's covariance: the Frobenius norm of the difference, relative to that of its images."""
-    found: list[float | None] = []
-    for label, which in enumerate(statistics.of):
-        own = features[labels == label]
-        seen = own.T.cov(correction=0) if len(own) else None
-        off = None if seen is None else (statistics.covariances[which] - seen).norm() / seen.norm().clamp(min=1e-12)
-        found.append(None if off is None else float(off))
-    return found
+
+    def off(label: int, own: Tensor) -> Tensor:
+        seen = own.T.cov(correction=0)
+        return (statistics.covariances[statistics.of[label]] - seen).norm() / seen.norm().clamp(min=1e-12)
+
+    return _of_each_class(off, len(statistics.of), features, labels)
+
+
+def _of_each_class(
+    measure: Callable[[int, Tensor], Tensor], classes: int, features: Tensor, labels: Tensor
+) -> list[float | None]:
+    groups = (features[labels == label] for label in range(classes))
+    return [float(measure(label, own)) if len(own) else None for label, own in enumerate(groups)]
 
 
 def of_statistics(

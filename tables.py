@@ -198,13 +198,18 @@ def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
     return found
 
 
-def of_seeds(rows: list[dict], name: str, column: str) -> list[list[dict]]:
+def _of_seeds(rows: list[dict], name: str, column: str) -> list[list[dict]]:
     """For each seed the rows of a method that have something in ``column``."""
     seeds: dict[str, list[dict]] = {}
     for row in rows:
         if row["method"] == name and row.get(column):
             seeds.setdefault(row["seed"], []).append(row)
     return list(seeds.values())
+
+
+def seed_means(rows: list[dict], name: str, column: str) -> list[float]:
+    """For each seed the mean of ``column`` over the rows of a method that have something there."""
+    return [statistics.mean(float(row[column]) for row in own) for own in _of_seeds(rows, name, column)]
 
 
 def by_step(rows: list[dict], name: str, column: str) -> dict[int, list[float]]:
@@ -266,7 +271,7 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
     measures["after the last step"] = slice(-1, None)
     lines = []
     for name in variants_of(protocol, path):
-        whole = [own for own in of_seeds(rows, name, READOUTS[-1]) if len(own) == last + 1]
+        whole = [own for own in _of_seeds(rows, name, READOUTS[-1]) if len(own) == last + 1]
         for readout in READOUTS if whole else ():
             cells = []
             for steps in measures.values():
@@ -290,10 +295,7 @@ def _statistics_off(protocol: Protocol, path: Path) -> list[str]:
         columns = [f"{measure}_off_{name}" for name in ("carried", "left")]
         found = []
         for name in variants_of(protocol, path):
-            carried, left = (
-                [statistics.mean(float(row[column]) for row in own) for own in of_seeds(rows, name, column)]
-                for column in columns
-            )
+            carried, left = (seed_means(rows, name, column) for column in columns)
             if carried:
                 found.append(
                     f"| {name} | {mean_and_spread(carried, 2)} | {mean_and_spread(left, 2)} | {len(carried)} |"
@@ -325,7 +327,7 @@ def attention_table(protocol: Protocol, path: Path) -> str:
     heads += ["accuracy lost, points", "Spearman", "of classes of one age", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in variants_of(protocol, path):
-        seeds = of_seeds(rows, name, "accuracy_before")
+        seeds = _of_seeds(rows, name, "accuracy_before")
         if seeds:
             silent = [100 * statistics.mean(not row["distance"] for row in own) for own in seeds]
             cells = [_spread_of_means(seeds, 0, 3), _spread_of_means(seeds, 1), mean_and_spread(silent)]

@@ -364,7 +364,7 @@ def table(path: Path) -> str:
     A read-out has the option whose average was highest in the CSV of the search. Below: how far the statistics of old
     classes, which were carried along, are off, as evaluation.py measures it.
     """
-    from tables import NOT_THERE, mean_and_spread, of_seeds, paired, read_rows
+    from tables import NOT_THERE, mean_and_spread, paired, read_rows, seed_means
 
     found = field.averages(path)
     search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
@@ -388,13 +388,10 @@ def table(path: Path) -> str:
     lines.append("|---|---|---|---|")
     rows = [row for row in read_rows(path) if row["readout"] == "head"]
     for trial in TRIALS:
-        off = {column: of_seeds(rows, trial, column) for column in ("means_off", "covariances_off")}
-        if all(off.values()):
-            cells = [
-                mean_and_spread([statistics.mean(float(row[column]) for row in own) for own in each], 2)
-                for column, each in off.items()
-            ]
-            lines.append(f"| {trial} | {' | '.join(cells)} | {len(off['means_off'])} |")
+        means, covariances = (seed_means(rows, trial, column) for column in ("means_off", "covariances_off"))
+        if means:
+            off = f"{mean_and_spread(means, 2)} | {mean_and_spread(covariances, 2)}"
+            lines.append(f"| {trial} | {off} | {len(means)} |")
     return "\n".join(lines) + "\n"
 
 
