@@ -6,8 +6,8 @@
 protocols.py says what there is. Every cell (a method with a seed) lies in its own folder under --work-dir: what is
 finished is skipped, what was interrupted is resumed. results/<protocol>/ gets accuracy.csv (ablation.csv with
 --ablation), a row a step, its table, and environment.json, an entry for each call; and
-attention.csv, what demo.py says of the old classes: a row for each of them after each step. README.md and
-docs/results.md show the new tables where they showed those before. ``--table`` only makes the tables and figures again
+attention.csv, what demo.py says of the old classes: a row for each of them after each step. README.md and the
+pages in docs show the new tables where they showed those before. ``--table`` only makes the tables and figures again
 from the CSVs.
 """
 
@@ -110,7 +110,7 @@ def publish(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
     if before in ("", text):
         return
-    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         if document.exists():
             shown = document.read_text()
             for old, new in ((before, text), *zip(before.split("\n\n"), text.split("\n\n"), strict=False)):

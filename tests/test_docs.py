@@ -17,6 +17,7 @@ from tables import attention_table, fingerprint, mean_and_spread, paired, read_r
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SHOWN = "\n".join(path.read_text() for path in sorted(ROOT.glob("docs/results*.md")))
 RESULTS = sorted([*ROOT.glob("results/*/accuracy.csv"), *ROOT.glob("results/*/ablation.csv")])
 
 
@@ -32,7 +33,7 @@ def test_every_protocol_has_results_or_is_said_to_have_none():
 def test_the_tables_are_those_of_the_csv(path):
     made = reproduce.table_of(PROTOCOLS[path.parent.name], path)
     assert reproduce.table_path(path).read_text() == made
-    assert made in (ROOT / "docs" / "results.md").read_text()
+    assert made in SHOWN
 
 
 def rows_of(path, method, seeds, columns):
@@ -270,7 +271,7 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
 def test_differences_that_no_table_has_are_those_of_the_csv(one, other, mean, interval):
     ours, theirs = by_seed(*one), by_seed(*other)
     assert paired([(ours[seed], theirs[seed]) for seed in ours]) == f"{mean} ({interval})"
-    assert interval in (ROOT / "docs" / "results.md").read_text()
+    assert interval in " ".join(SHOWN.split())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_differences_that_no_table_has_are_those_of_the_csv(one, other, mean, in
 def test_means_that_no_table_has_are_those_of_the_csv(of, mean):
     digits = len(mean.partition(".")[2])
     assert f"{statistics.mean(by_seed(*of).values()):.{digits}f}" == mean
-    assert re.search(rf"\b{re.escape(mean)}\b", (ROOT / "docs" / "results.md").read_text())
+    assert re.search(rf"\b{re.escape(mean)}\b", SHOWN)
 
 
 def test_the_table_of_the_prior_is_that_of_its_csv():
@@ -302,7 +303,7 @@ def test_the_table_of_the_prior_is_that_of_its_csv():
             values = [float(row["accuracy"]) for row in rows if row["step"] == epoch]
             (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
             assert f"| {mean_and_spread(values)} |" in line
-    assert table in (ROOT / "docs" / "results.md").read_text()
+    assert table in SHOWN
 
 
 FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablation", "accuracy"]}
@@ -314,13 +315,13 @@ FIGURES = {"steps": ["accuracy"], "attention": ["attention"], "plane": ["ablatio
 def test_the_figures_are_drawn_from_the_csv(path):
     sources = [path.with_name(f"{name}.csv") for name in FIGURES[path.stem]]
     assert Image.open(path).text["Description"] == fingerprint(*sources)
-    assert f"(../results/{path.parent.name}/{path.name})" in (ROOT / "docs" / "results.md").read_text()
+    assert f"(../results/{path.parent.name}/{path.name})" in SHOWN
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*attention.csv")), ids=lambda path: path.parent.name)
 def test_the_tables_of_attention_are_those_of_the_csv(path):
     table = path.with_name("ablation.csv" if path.stem.startswith("ablation") else "accuracy.csv")
-    made, text = attention_table(PROTOCOLS[path.parent.name], table), (ROOT / "docs" / "results.md").read_text()
+    made, text = attention_table(PROTOCOLS[path.parent.name], table), SHOWN
     assert path.with_suffix(".md").read_text() == made
     assert made in text or f"(../results/{path.parent.name}/{path.stem}.md)" in text
 
@@ -328,7 +329,7 @@ def test_the_tables_of_attention_are_those_of_the_csv(path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*readouts.md")), ids=lambda path: path.parent.name)
 def test_the_tables_of_read_outs_are_those_of_the_csv(path):
     table = path.with_name("ablation.csv" if path.stem.startswith("ablation") else "accuracy.csv")
-    made, text = readouts_table(PROTOCOLS[path.parent.name], table), (ROOT / "docs" / "results.md").read_text()
+    made, text = readouts_table(PROTOCOLS[path.parent.name], table), SHOWN
     assert path.read_text() == made
     assert made in text or f"(../results/{path.parent.name}/{path.name})" in text
 
@@ -337,14 +338,14 @@ def test_the_tables_of_read_outs_are_those_of_the_csv(path):
 def test_the_tables_of_the_field_are_those_of_the_csv(path):
     search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
     assert path.with_suffix(".md").read_text() == field.table(path, search)
-    assert f"(../results/{path.parent.name}/field.md)" in (ROOT / "docs" / "results.md").read_text()
+    assert f"(../results/{path.parent.name}/field.md)" in SHOWN
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/trials.csv")), ids=lambda path: path.parent.name)
 def test_the_tables_of_trials_are_those_of_the_csv(path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     assert path.with_suffix(".md").read_text() == importlib.import_module("trials").table(path)
-    assert f"(../results/{path.parent.name}/trials.md)" in (ROOT / "docs" / "results.md").read_text()
+    assert f"(../results/{path.parent.name}/trials.md)" in SHOWN
 
 
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])
@@ -390,8 +391,20 @@ def test_no_figure_is_left_to_be_filled_in():
         assert not re.findall(r"\b[A-Z]{3,} (?:%|points)", text), path  # a word where a number belongs
 
 
-def test_every_file_that_the_readme_names_exists():
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (ROOT / target.split("#")[0]).exists(), target
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+        aim = path.parent / target if target else path
+        assert aim.exists(), target
+        assert not anchor or anchor in anchors(aim), f"{target}#{anchor}"
+
+
+def test_every_function_that_the_readme_names_exists():
     for module, name in re.findall(r"`(losses|gradcam)\.(\w+)`", README):
         assert hasattr(__import__(module), name)
