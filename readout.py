@@ -33,7 +33,7 @@ FOLDS = 5
 DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, that the rebalanced head is trained on
 SMALLEST = 1e-6  # variance that any direction has, of the mean one
 # What discriminant and rebalanced head add of it above WIDEST channels: a map between so many, from few images, carries
-# covariances badly. The searches chose 3 at 512 channels and none at 64 (docs/results.md).
+# covariances badly. The searches chose 3 at 512 channels and none at 64 (docs/results-settings.md).
 SHRINKAGE = 3.0
 MOST_STEPS = 500  # of the rebalanced head's optimiser
 DECAY = 1.0  # of the rebalanced head's weights, on whitened features
@@ -269,7 +269,7 @@ def after_step(teacher: Network, student: Network, before: dict[str, Any], image
 def chosen(name: str, saved: dict[str, Any], *others: dict[str, Any]) -> str:
     """The read-out that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    The discriminant, which the searches on other classes support (docs/results.md), where the classes came in several
+    The discriminant, which the searches on other classes support (docs/results-settings.md), where the classes came in several
     steps and this checkpoint and ``others``, which it is compared with, have statistics; the head elsewhere: trained on
     all classes at once, it leans to none.
     """

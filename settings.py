@@ -145,7 +145,7 @@ _SMALL_PHOTOS = {
     "gamma": 0.1,
     "flip": True,
 }
-# Chosen on other classes than those reported: docs/results.md says how.
+# Chosen on other classes than those reported: docs/results-settings.md says how.
 RECOMMENDED: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "resnet18",

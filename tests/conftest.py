@@ -1,4 +1,4 @@
-"""What the tests share: small images, folders of them, a small CIFAR archive, settings without a command line."""
+"""What the tests share: images, folders of them, a protocol, a CIFAR archive, settings without a command line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from PIL import Image
 
 import config
 import data
+import incremental_learning_system as incremental
 import models
+import train_teacher_model as trainer
 from errors import InputError
+from protocols import Protocol
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
@@ -152,6 +155,32 @@ def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) 
                 module.running_mean.uniform_(-0.2, 0.2)
                 module.running_var.uniform_(0.8, 1.2)
     return model
+
+
+# A protocol of the digits ------------------------------------------------------------------------------------------
+
+TINY = Protocol(
+    about="digits in three steps",
+    dataset="digits",
+    order=None,
+    pool=slice(0, 6),
+    groups=(2, 2, 2),
+    flags="--model resnet32 --image-size 8 --epochs 1",
+    methods={"lwf": "--method lwf", "lwm": "--method lwm"},
+)
+TINY_FORMS = {"lwf": "softmax", "lwm": "binary"}
+
+
+def run_tiny(cells: Path, method: str) -> None:
+    """Seed 0 of a method of TINY, in the folders in which reproduce.py leaves it."""
+    flags = [*TINY.flags.split(), "--dataset", "digits", "--seed", "0"]
+    form = TINY_FORMS[method]
+    model = cells / f"first-{form}" / "teacher_model.pth"
+    trainer.main([*flags, "--old-classes", "0,1", "--loss-form", form, "--output-dir", str(model.parent)])
+    for number, new in ((1, "2,3"), (2, "4,5")):
+        more = ["--method", method, "--teacher", str(model), "--new-classes", new]
+        model = cells / method / str(number) / "student_model.pth"
+        incremental.main([*flags, *more, "--output-dir", str(model.parent)])
 
 
 # A small archive in CIFAR's format --------------------------------------------------------------------------------
