@@ -166,7 +166,7 @@ SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
 SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
-DETERMINISTIC = False  # the same bits in every run on a GPU, somewhat slower; on a CPU it is so anyway
+DETERMINISTIC = False  # ask torch for deterministic algorithms on a GPU, somewhat slower; a CPU needs none
 
 STATISTICS = True  # keep mean and covariance of the features of each class in the checkpoint, for the read-outs
 READOUT = "auto"  # what answers: auto, head, prototypes, discriminant or rebalanced (docs/readouts.md)

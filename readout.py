@@ -269,9 +269,9 @@ def after_step(teacher: Network, student: Network, before: dict[str, Any], image
 def chosen(name: str, saved: dict[str, Any], *others: dict[str, Any]) -> str:
     """The read-out that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    The discriminant, which the searches on other classes support (docs/results-settings.md), where the classes came in several
-    steps and this checkpoint and ``others``, which it is compared with, have statistics; the head elsewhere: trained on
-    all classes at once, it leans to none.
+    The discriminant, which the searches on other classes support (docs/results-settings.md), where the classes came in
+    several steps and this checkpoint and ``others``, which it is compared with, have statistics; the head elsewhere:
+    trained on all classes at once, it leans to none.
     """
     if name != "auto":
         return name

@@ -61,7 +61,7 @@ class Settings:
     hold_back: float = kinds.number("share of training images to judge on instead of the test images", float, 0, 0.5)
     seed: int = kinds.number("seed of every random choice", int, 0, 2**32 - 1)
     device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
-    deterministic: bool = kinds.switch("the same bits in every run on a GPU, somewhat slower")
+    deterministic: bool = kinds.switch("deterministic algorithms on a GPU, somewhat slower")
     statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
     readout: str = kinds.choice("what answers", "auto", *READOUTS)
     save_interval: int = kinds.number("epochs between saves", int, 1)

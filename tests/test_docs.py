@@ -162,6 +162,7 @@ ABLATION, STUDENTS = "photos32-5x4/ablation.csv", slice(1, None)
                 ("softmax", 1, slice(-1, None), "012", "+6.1", "+2.0 to +10.3"),
                 ("softmax", 1, slice(-1, None), "01234", "+5.8", "-2.7 to +14.2"),
                 ("softmax", 1, slice(None), "01234", "+3.3", "+0.7 to +6.0"),
+                ("softmax", 0.1, slice(None), "012", "+0.7", "+0.5 to +1.0"),
                 ("binary", 0.1, slice(-1, None), "012", "-0.6", "-9.3 to +8.1"),
                 ("binary", 0.3, slice(-1, None), "012", "+3.9", "+1.2 to +6.5"),
                 ("binary", 1, slice(-1, None), "012", "+9.3", "-8.4 to +27.0"),
