@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def batches(labels: Tensor, batch_size: int, generator: torch.Generator, balanced: bool = False) -> tuple[Tensor, ...]:
     """A random order of the images with ``labels`` int64 (n,), in equal parts of at most ``batch_size``.
 
-    Equal parts, so that no batch of one or two images upsets the batch-norm statistics at the end of an epoch.
+    Equal parts, so that no small rest of a large batch upsets the batch-norm statistics at the end of an epoch.
     ``balanced`` draws n images of which each class has the same number, or one more: of a small class each is drawn
     several times, of a large one some are left out until another epoch.
     """

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import progress
 from errors import InputError
 from imagefiles import decode_all
 from lock import held
@@ -119,7 +120,7 @@ def _chunks(
     parts = [paths[first : first + CHUNK] for first in range(0, len(paths), CHUNK)]
     decode = functools.partial(decode_all, image_size=image_size, skip_bad_images=skip_bad_images)
     workers = os.cpu_count() or 1
-    with tqdm(total=len(paths), desc="decoding", disable=None, leave=False, unit="image") as bar:
+    with progress.bar(total=len(paths), desc="decoding", unit="image") as bar:
         if len(paths) < WORTH_WORKERS or workers == 1:
             results = map(decode, parts)
             yield from _counted(results, bar)

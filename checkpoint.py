@@ -60,6 +60,7 @@ LAST_OF_STUDENT = LAST_OF_TEACHER | {
     f"test_{name}_{group}" for name in ("accuracy", "task_aware") for group in ("old", "new")
 }
 ADDED_IN_2: dict[str, Any] = {"position": None, "images": None, "machine": {}}
+ADDED: dict[str, Any] = {"device_rng": None}  # since, to the training state
 ADDED_IN_3: dict[str, Any] = {"statistics": {}, "readouts": {}}
 
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
@@ -140,7 +141,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         found = torchfile.read(path)
         for key in ("state_dict", "model"):
             found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-        if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        pairs = found.items() if isinstance(found, dict) else ()
+        if not pairs or not all(type(name) is str and isinstance(value, Tensor) for name, value in pairs):
             raise Refused("holds no state_dict: names and tensors, alone or under 'state_dict' or 'model'")
     prefix = "module."
     if all(name.startswith(prefix) for name in found):
@@ -184,6 +186,8 @@ def _upgraded(checkpoint: Any) -> dict[str, Any]:
         checkpoint = checkpoint | {"training": ADDED_IN_2 | checkpoint["training"]}
     if version < 3:
         checkpoint = checkpoint | ADDED_IN_3
+    if isinstance(checkpoint.get("training"), dict) and checkpoint["training"]:
+        checkpoint = checkpoint | {"training": ADDED | checkpoint["training"]}
     _check_schema(checkpoint)
     return checkpoint
 
@@ -278,7 +282,11 @@ def _check_statistics(statistics: dict[str, Any], head: Tensor) -> None:
     for name in ("means", "covariances"):
         good = statistics[name].dtype == torch.float32 and bool(statistics[name].isfinite().all())
         _require(good, f"the statistics' {name!r} are not finite numbers of single precision")
-    _require(bool((covariances.diagonal(dim1=1, dim2=2) >= 0).all()), "a variance of the statistics is negative")
+    variances = covariances.diagonal(dim1=1, dim2=2).double()
+    _require(bool((variances >= 0).all()), "a variance of the statistics is negative")
+    slack = 1e-3 * variances.mean(1).clamp(min=1e-9)  # more than single precision can have lost
+    _, broken = torch.linalg.cholesky_ex(covariances.double() + torch.diag_embed(slack[:, None].expand(-1, width)))
+    _require(not broken.any(), "a covariance of the statistics is none")
 
 
 def _check_training(training: dict[str, Any], finished: bool, steps: int) -> None:
@@ -286,6 +294,9 @@ def _check_training(training: dict[str, Any], finished: bool, steps: int) -> Non
     _require(training.keys() >= ADDED_IN_2.keys(), "the training state is not whole")
     for key in ("generator", "torch_rng"):
         _check_random_state(training[key])
+    state = training["device_rng"]  # as long as the kind of device has it
+    fits = state is None or (isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1)
+    _require(fits, "the random state of the device is none")
     epochs, log = training["epochs"], training["log"]
     whole = len(log) == epochs
     _require(epochs > 0 and len(log) <= epochs and (whole or not finished), "the log is not as long as the training")

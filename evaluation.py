@@ -20,7 +20,7 @@ from data import Images, to_input
 from gradcam import last_map
 from losses import attention_distances
 from models import Network, head_weight
-from readout import HEADS, Statistics, features_of, unpacked
+from readout import HEADS, Statistics, features_of, made, unpacked
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
@@ -163,7 +163,7 @@ def by_readout(
     """
     head = model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
     found = {}
-    for name, (weight, bias) in {"head": head, **{name: make(statistics) for name, make in HEADS.items()}}.items():
+    for name, (weight, bias) in {"head": head, **{name: made(name, statistics) for name in HEADS}}.items():
         found[name] = accuracies(features @ weight.T + bias, labels, len(weight) - last)
     return found
 

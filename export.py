@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import InputError, RunError, one_line_errors
-from predict import form_of
+from probabilities import form_of
 from settings import READOUTS, OneLineParser, readout_of, require_folder
 from version import VERSION
 

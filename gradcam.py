@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import InputError, RunError, import_opencv, one_line_errors
 
@@ -158,13 +158,24 @@ def main(argv: list[str] | None = None) -> None:
     with settings.naming("image"):
         pixels = decode_image(settings.image, checkpoint["image_size"])
     images = to_input(torch.from_numpy(pixels)[None], checkpoint["mean"], checkpoint["std"])
+    layers: list[str] = []  # those that make a feature map
+
+    def note(name: str, output: Any) -> None:
+        if getattr(output, "ndim", 0) == 4:
+            layers.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+        for name, module in model.named_modules()
+    ]
     with torch.no_grad():
         answer = int(model(images).logits.argmax(1))
+    for hook in hooks:
+        hook.remove()
     if settings.class_name is not None and settings.class_name not in names:
         raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {', '.join(names)}")
     shown = answer if settings.class_name is None else names.index(settings.class_name)
     layer: str = settings.layer or model.last_layer
-    layers = [name for name, module in model.named_modules() if name and "fc" not in name]
     if layer not in layers:
         raise InputError(f"--layer {layer}: no such layer; for example {', '.join(layers[:4])}, {model.last_layer}")
     heat = autograd_map(model, images, torch.tensor([shown]), layer)[0].numpy()

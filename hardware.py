@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import distributed
-from errors import InputError
+from errors import InputError, warn
 from models import Network
 
 
@@ -32,6 +32,7 @@ def prepare(settings: Any) -> tuple[Any, torch.device]:
         print(f"PRECISION = {precision} (auto, on {device})")
     elif precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise InputError(f"{settings.where('precision')}: bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    warn_of_emulation(precision, device)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
@@ -46,9 +47,16 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # what is asked of "the" device is then asked of this one
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("mps: there is none on this machine; use cpu or auto")
     return device
+
+
+def warn_of_emulation(precision: str, device: torch.device) -> None:
+    if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
+        warn("this processor is not known to have bf16: it may take ten times as long as fp32 (--precision fp32)")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -84,6 +92,27 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def random_state(device: torch.device) -> Tensor | None:
+    """Of the device's own generator, from which dropout draws; None for a CPU, whose generator is torch's."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.mps.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor | None) -> None:
+    """Nothing where ``state`` is of a device of another kind. Raises InputError where it is damaged."""
+    now = random_state(device)
+    if state is None or now is None or len(state) != len(now):
+        return
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.mps.set_rng_state(state)
+    except RuntimeError as error:
+        raise InputError("cannot resume: the saved random state of the device is damaged") from error
 
 
 def has_room_for(pixels: Tensor, device: torch.device) -> bool:

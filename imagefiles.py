@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-from tqdm import tqdm
 
+import progress
 from errors import InputError, import_opencv, warn
 
 MEMORY = 1_200_000_000  # bytes that the pixels of one image take while it is read: Pillow's limit, 179 Mpx, fits
@@ -63,7 +63,7 @@ def image_files(folder: Path) -> list[Path]:
 def decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
     """The files that could be read, and their pixels, uint8 (n, 3, size, size)."""
     folder = paths[0].parent
-    bar = tqdm(paths, desc=f"reading {folder.name}", disable=None, leave=False)
+    bar = progress.bar(paths, desc=f"reading {folder.name}")
     pixels, bad = decode_all(bar, image_size, skip_bad_images)
     if bad:
         warn(f"{len(bad)} of {len(paths)} images in {folder} cannot be read and are skipped")

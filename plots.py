@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import write_atomically
-from tables import interval
+from intervals import interval
 
 
 def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:

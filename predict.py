@@ -20,6 +20,7 @@ import numpy as np
 
 from errors import InputError, one_line_errors, warn
 from imagefiles import decode_all, image_files
+from probabilities import form_of, likeliest, probabilities_of
 from settings import READOUTS, OneLineParser, readout_of
 
 BATCH = 64  # images in memory at a time
@@ -132,11 +133,6 @@ def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
     return Classifier(saved["class_names"], saved["image_size"], form_of(saved["loss_form"]), logits)
 
 
-def form_of(loss_form: str) -> str:
-    """How the logits of a network that was trained so become probabilities."""
-    return "sigmoid" if loss_form == "binary" else "softmax"
-
-
 def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
     """Each file that can be read, and its probabilities (classes,). Raises InputError for the first that cannot."""
     bad = 0
@@ -149,21 +145,6 @@ def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -
             yield from zip(good, probabilities_of(network.logits(pixels), network.form), strict=True)
     if bad:
         warn(f"{bad} of {len(paths)} images cannot be read and are skipped")
-
-
-def probabilities_of(logits: np.ndarray, form: str) -> np.ndarray:
-    """float64 (n, classes) of logits (n, classes); those of ``sigmoid`` do not add up to 1."""
-    logits = np.asarray(logits, np.float64)
-    if form == "sigmoid":
-        return np.exp(-np.logaddexp(0, -logits))
-    raised = np.exp(logits - logits.max(1, keepdims=True))
-    return raised / raised.sum(1, keepdims=True)
-
-
-def likeliest(probabilities: np.ndarray, names: Sequence[str], count: int = 1) -> list[tuple[str, float]]:
-    """The ``count`` likeliest classes with their probabilities, of one image's (classes,)."""
-    order = np.argsort(-probabilities, kind="stable")[:count]
-    return [(names[index], float(probabilities[index])) for index in order]
 
 
 def printable(text: str) -> str:

@@ -1,11 +1,13 @@
-"""Watching a run: a line an epoch, TensorBoard where it is asked for, and a last line for programs."""
+"""Watching a run: a bar, a line an epoch, TensorBoard where it is asked for, and a last line for programs."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,6 +15,7 @@ from errors import InputError, process_number
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from tqdm import tqdm
 
 STRIPS = 12  # images that TensorBoard shows with their maps
 
@@ -30,6 +33,14 @@ class _Silent(io.TextIOBase):
 def be_quiet() -> None:
     """From now on nothing that is printed is shown, but for ``last_line``; errors.one_line_errors ends it."""
     sys.stdout = _Silent(sys.stdout)
+
+
+def bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """tqdm's, where somebody watches a terminal: not with ``--quiet``, nor in the other processes of a torchrun job."""
+    from tqdm import tqdm
+
+    hidden = isinstance(sys.stdout, _Silent) or process_number()
+    return tqdm(items, disable=True if hidden else None, leave=False, **options)
 
 
 def last_line(settings: Any, values: dict[str, Any]) -> None:
@@ -54,15 +65,23 @@ class Watch:
     def __init__(self, settings: Any, folder: Path, kind: str) -> None:
         """Raises InputError where TensorBoard is asked for and not installed."""
         self.epochs, self.kind, self.started, self.done = settings.epochs, kind, time.perf_counter(), 0
-        self.board = None
+        self.settings, self.folder, self.writer = settings, folder / "tensorboard" / kind, None
         if settings.tensorboard and not process_number():
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError(f"{settings.where('tensorboard')}: pip install tensorboard first") from error
-            self.board = SummaryWriter(str(folder / "tensorboard" / kind))
-            shown = {name: value for name, value in vars(settings).items() if name not in ("given", "arguments")}
-            self.board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in shown.items()))
+            self.writer = SummaryWriter
+
+    @functools.cached_property
+    def board(self) -> Any:
+        """Made when there is something to write: a run that is refused leaves no trace."""
+        if self.writer is None:
+            return None
+        board = self.writer(str(self.folder))
+        shown = {name: value for name, value in vars(self.settings).items() if name not in ("given", "arguments")}
+        board.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in shown.items()))
+        return board
 
     def __call__(self, row: dict[str, Any]) -> None:
         self.done += 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import InputError
+from settings import cifar100_classes
 
 
 @dataclass(frozen=True)
@@ -265,10 +266,7 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     if protocol.dataset == "digits":
         names = [str(digit) for digit in range(10)]
     elif protocol.dataset == "cifar100":
-        import config
-
-        groups = [getattr(config, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
-        names = [name for group in groups for name in group]
+        names = cifar100_classes()
     else:
         if not data_dir or not (Path(data_dir) / "train").is_dir():
             raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")

@@ -232,6 +232,14 @@ HEADS: dict[str, Callable[[Statistics], Linear]] = {
 }
 
 
+def made(name: str, statistics: Statistics) -> Linear:
+    """The head of ``HEADS`` by that name, in float64. Raises InputError where the statistics make none."""
+    try:
+        return HEADS[name](statistics)
+    except torch.linalg.LinAlgError as error:
+        raise InputError("the checkpoint's statistics are damaged: a covariance is none") from error
+
+
 # In a checkpoint --------------------------------------------------------------------------------------------------
 
 
@@ -298,10 +306,7 @@ def use(model: Network, saved: dict[str, Any], name: str) -> tuple[Network, dict
             f"the checkpoint has no statistics of its classes, which the read-out {name} needs: it, or a model before "
             "it, came from elsewhere or was trained with --no-statistics or by an earlier release; take --readout head"
         )
-    try:
-        weight, bias = (part.float() for part in HEADS[name](statistics))
-    except torch.linalg.LinAlgError as error:
-        raise InputError("the checkpoint's statistics are damaged: a covariance is none") from error
+    weight, bias = (part.float() for part in made(name, statistics))
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise InputError("the checkpoint's statistics are damaged: the head made of them is not finite")
     answering = copy.deepcopy(model)

@@ -20,7 +20,7 @@ import plots
 from checkpoint import write_atomically
 from data import Images
 from evaluation import Comparison
-from predict import form_of, likeliest, probabilities_of
+from probabilities import form_of, likeliest, probabilities_of
 
 SHOWN = 60  # images in the gallery: with their maps at 224 px they take some 3 MB
 CONFUSED = 12  # rows of what is confused most

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from errors import InputError, Interrupted, RunError, one_line_errors
 from protocols import PROTOCOLS, Protocol, class_order, groups_of, is_joint
-from settings import READOUTS, OneLineParser, require_folder
+from settings import READOUTS, OneLineParser, load_page, require_folder
 from tables import (
     attention_path,
     attention_table,
@@ -52,6 +52,8 @@ ROOT = Path(__file__).resolve().parent
 running: set[subprocess.Popen[str]] = set()
 WEIGHED = ("beta", "gamma", "attention", "attention_class")  # of a later step, and of the methods that use them
 SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
+# Of config.py what shapes a result and has no flag in a protocol.
+OPEN = {"METHOD": "lwm", "LOSS_FORM": None, "BACKBONE_LR": None, "MEAN": None, "STD": None, "STATISTICS": True}
 MADE = {
     "train_teacher_model.py": "teacher_model.pth",
     "incremental_learning_system.py": "student_model.pth",
@@ -159,7 +161,10 @@ def threads_of(jobs: int) -> int:
 
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
+    require_open(protocol)
     variants = variants_of(protocol, path)
+    if not variants:
+        raise InputError(f"--ablation: {options.protocol} has none; leave it out")
     chosen = list(variants) if options.methods is None else options.methods.split(",")
     for name in chosen:
         if name not in variants:
@@ -231,6 +236,15 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
         forms = sorted({form_of(variants[name].split()) for name in chosen if not is_joint(name)})
         list(workers.map(lambda pair: first(*pair), [(seed, form) for seed in seeds for form in forms]))
         list(workers.map(lambda pair: cell(*pair), [(seed, name) for seed in seeds for name in chosen]))
+
+
+def require_open(protocol: Protocol) -> None:
+    """Raises InputError where config.py has something else for what the flags of the protocol leave open."""
+    page = load_page()
+    for name, value in OPEN.items() if protocol.flags else ():
+        has = getattr(page, name, value)
+        if has != value:
+            raise InputError(f"config.py: {name} is {has!r}; the protocol was run with {value!r}: set it back")
 
 
 def step(script: str, folder: Path, flags: list[str], threads: int, after: Path | None = None) -> Path:

@@ -1,7 +1,8 @@
 """config.py and the command line made into one frozen, checked ``Settings``.
 
 Each field below is a constant of config.py (in capitals) and a flag (with dashes); the flag wins. ``SCRIPTS`` says
-which fields a script reads: the others are accepted, so that one list of flags serves all scripts, and not checked.
+which fields a script reads. A flag is checked by every script, so that one list of flags serves all, and a constant by
+the scripts that read it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Settings:
     )
     attention_class: str = kinds.choice("whose top old class the maps explain", "student", "teacher")
     batch_norm: str = kinds.choice("batch-norm statistics of the student", "train", "frozen")
-    epochs: int = kinds.number("epochs", int, 0, 1_000_000)
+    epochs: int = kinds.number("epochs", int, 0, 10_000)
     batch_size: int = kinds.number("images in a batch", int, 2)
     lr: float = kinds.number("learning rate of the teacher", float, 0, above=True)
     incremental_lr: float = kinds.number("learning rate of the student", float, 0, above=True)
@@ -180,7 +181,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleType | None = None) -> Settings:
     """The settings of one script. Raises InputError for the first value that the script reads and cannot use."""
-    page = page or _load_page()
+    page = page or load_page()
     read, required, optional = (words.split() for words in SCRIPTS[script])
     arguments = vars(_parser(script, read, required, optional, page).parse_args(argv))
     known = [f for f in fields(Settings) if f.metadata]
@@ -212,7 +213,7 @@ def readout_of(flag: str | None) -> str:
     """What ``--readout`` says, or else config.py. Raises InputError where that is none."""
     check = next(f for f in fields(Settings) if f.name == "readout").metadata["check"]
     if flag is None:
-        return _checked(_where("readout", ()), check, getattr(_load_page(), "READOUT", None))
+        return _checked(_where("readout", ()), check, getattr(load_page(), "READOUT", None))
     return _checked(_flag("readout"), check, flag)
 
 
@@ -304,7 +305,15 @@ def _parser(script: str, read: list[str], required: list[str], optional: list[st
     return parser
 
 
-def _load_page() -> ModuleType:
+def cifar100_classes() -> list[str]:
+    """All of them, in the order of their names, as config.py has them in groups of ten."""
+    page = load_page()
+    groups = [getattr(page, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
+    return [name for group in groups for name in group]
+
+
+def load_page() -> ModuleType:
+    """config.py. Raises InputError with the line where it cannot be read."""
     try:
         import config
     except (Exception, SystemExit) as error:  # the page is the user's to edit: anything can stand there

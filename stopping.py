@@ -53,9 +53,18 @@ class StopSignal:
 
 @contextlib.contextmanager
 def failures_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
-    """Lack of memory, and the end of another process, become a RunError that says what is left of the run."""
+    """What may end a training that began well becomes a RunError that says what is left of the run: lack of memory, the
+    end of another process, and a batch of one image where the feature maps are so small that batch-norm needs more.
+    """
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RunError(
+            "a batch of one image is too small for batch-norm in this network at this image size: another --batch-size "
+            f"leaves no such rest; {run.what_is_left()}"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunError):
             raise

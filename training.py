@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 import distributed
+import progress
 from batches import augment, batches, draw_augmentation
 from checkpoint import VERSION, checked_optimizer, checked_state
 from data import Images, to_input
 from errors import InputError, Interrupted, RunError
-from hardware import has_room_for, moved
+from hardware import has_room_for, moved, random_state, set_random_state
 from models import Network, Output, head_weight
 from run import Row, Run
 from stopping import StopSignal, failures_named
@@ -199,6 +199,7 @@ class _Loop:
         self.model.load_state_dict(saved["model"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
+        set_random_state(self.device, state["device_rng"])
         self.head["steps"][-1]["group_accuracy"] = saved["steps"][-1]["group_accuracy"]
         if saved["finished"]:
             more = self.epochs - len(self.rows)
@@ -247,6 +248,7 @@ class _Loop:
             "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
+            "device_rng": random_state(self.device),
             "log": self.rows,
             "position": position,
         }
@@ -263,28 +265,20 @@ class _Loop:
             self.generator.set_state(now)
         about = f"epoch {number}/{self.epochs}"
         started = time.perf_counter() - part.seconds
-        bar = tqdm(
-            order[part.batches :],
-            about,
-            total=len(order),
-            initial=part.batches,
-            disable=True if distributed.rank() else None,
-            leave=False,
-            unit="batch",
-        )
+        bar = progress.bar(order[part.batches :], desc=about, total=len(order), initial=part.batches, unit="batch")
         for index in bar:
             terms = self.step(part, index)
-            part.seconds = time.perf_counter() - started
-            if not bar.disable and part.batches % 20 == 1:
-                shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
-                rate = f"{len(self.train.labels) * part.batches / self.steps / part.seconds:.0f}"
-                bar.set_postfix(shown | {"images/s": rate})
             last = part.batches == len(order)
             due = self.settings.save_interval_steps and part.batches % self.settings.save_interval_steps == 0
             signum = stop.agreed()  # asked once: it may come at any moment
             saves = (due or signum) and not last
             if saves or last or part.batches % CHECK_INTERVAL == 0:
                 self._check_terms(part, about)
+            part.seconds = time.perf_counter() - started  # after the check, which waits for the device
+            if not bar.disable and part.batches % 20 == 1:
+                shown = {name: f"{term.item():.3g}" for name, term in terms.items()}
+                rate = f"{len(self.train.labels) * part.batches / self.steps / part.seconds:.0f}"
+                bar.set_postfix(shown | {"images/s": rate})
             if saves:
                 self.save()
             if signum and not last:
@@ -340,7 +334,7 @@ class _Loop:
 
     def _to_train_mode(self) -> None:
         self.model.train()
-        keeps_statistics = self.settings.batch_norm == "frozen" and self.teacher is not None
+        keeps_statistics = self.settings.batch_norm == "frozen" and len(self.head["steps"]) > 1
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(not keeps_statistics and module.weight.requires_grad)

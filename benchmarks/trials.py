@@ -4,8 +4,9 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
 All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
-network is read in all the ways of field.py. A cell (a trial with a seed) that is in the CSV is not run again, even
-where the trial has changed: delete its rows then. A seed from 1 on shuffles the classes of photos32-search here too.
+network is read in all the ways of field.py. A seed from 1 on shuffles the classes of photos32-search here too. A cell
+(a trial with a seed) that is in the CSV is not run again; one that was stopped goes on after its last step, from
+--work-dir, where trials that begin alike share their first network. Delete both where a trial has changed.
 
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import copy
 import dataclasses
+import io
 import multiprocessing
 import os
 import statistics
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import field  # noqa: E402
 from errors import InputError, RunError, one_line_errors  # noqa: E402
 from protocols import PHOTO_METHODS  # noqa: E402
-from settings import OneLineParser  # noqa: E402
+from settings import OneLineParser, require_folder  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default, on a search alone: all)")
     parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
+    parser.add_argument("--work-dir", default="runs/trials", help="where the networks are kept (default: runs/trials)")
     parser.add_argument("--table", action="store_true", help="only make the table again")
     options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "trials.csv"
@@ -118,10 +120,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(options: argparse.Namespace, path: Path) -> list[str]:
     """Cells that failed, and why."""
     from protocols import PROTOCOLS, class_order
-    from reproduce import seeds_of, threads_of, whole_number
+    from reproduce import require_open, seeds_of, threads_of, whole_number
     from tables import command_of, read_rows, record_call, write_rows
 
+    require_open(PROTOCOLS[options.protocol])
     jobs = whole_number("--jobs", options.jobs, 1, 1024)
+    require_folder("--work-dir", options.work_dir)
     threads = threads_of(jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     last = str(len(PROTOCOLS[options.protocol].groups) - 1)
@@ -140,7 +144,8 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as workers:
         wanted = [cell for cell in cells if cell not in done]
         waiting = {
-            workers.submit(cell, options.protocol, options.data_dir, name, seed): (name, seed) for name, seed in wanted
+            workers.submit(cell, options.protocol, options.data_dir, name, seed, options.work_dir): (name, seed)
+            for name, seed in wanted
         }
         try:
             for finished in concurrent.futures.as_completed(waiting):
@@ -160,57 +165,62 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
     return failed
 
 
-def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list[list[dict[str, Any]]]:
-    """After each step, for each read-out and option: accuracies in percent, and how far old statistics are off."""
+def first_of(trial: Trial) -> Trial:
+    """What its first step depends on."""
+    return dataclasses.replace(trial, flags="", projection=0, ema=0, warm_up=0)
+
+
+def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_dir: str) -> list[list[dict[str, Any]]]:
+    """After each step, for each read-out and option: accuracies in percent, and how far old statistics are off.
+
+    The network of each step is kept in ``work_dir``, and trained only where it is not there yet.
+    """
     import torch
+    from trial_training import Cosine, trained
 
     import data
     import evaluation
-    import losses
     import models
-    from hardware import keep_freed_memory, to_device
+    from checkpoint import make_folder, write_atomically
+    from hardware import keep_freed_memory, to_device, warn_of_emulation
     from protocols import PROTOCOLS, class_order, groups_of
     from settings import read_settings
 
     keep_freed_memory()
+    cpu = torch.device("cpu")
     protocol, trial = dataclasses.replace(PROTOCOLS[protocol_name], shuffle=True), TRIALS[name]
     common = [*protocol.flags.split(), "--dataset", protocol.dataset, "--seed", str(seed)]
     common += ["--data-dir", data_dir] if data_dir else []
     settings = read_settings("train_teacher_model", [*common, *trial.first_flags.split()])
     later = read_settings("incremental_learning_system", [*common, *trial.flags.split(), "--teacher", "-"])
+    warn_of_emulation(settings.precision, cpu)
     later = dataclasses.replace(later, loss_form=later.loss_form or settings.loss_form)
     place = data.Place(protocol.dataset, data_dir or "", settings.hold_back)
     source = data.open_source(place, settings.image_size)
     groups = groups_of(protocol, class_order(protocol, data_dir)[protocol.pool], seed)
+    alike = next(each for each in TRIALS if first_of(TRIALS[each]) == first_of(trial))
 
     names: list[str] = []
     steps: list[field.Step] = []
     networks: list[models.Network] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         names += group
         train, test = source.train(group, names), source.test(names, names)
-        torch.manual_seed(seed)
-        teacher = networks[-1] if networks else None
-        if teacher is None:
+        if not number:
             mean, std = data.channel_statistics(train.pixels)
-            model = models.build(settings.model, 4 * len(group) if trial.rotations else len(group), settings.image_size)
-            first, rate, loss = 0, settings.lr, losses.first_step
-        else:
-            settings, rate, loss = later, later.incremental_lr, losses.METHODS[later.method]
-            model = copy.deepcopy(teacher)
-            first = model.fc.out_features
-            for _ in range(2):  # as the script, which builds both from the checkpoint before: the new rows are its own
-                models.build(settings.model, first, settings.image_size)
-            models.widen_head(model, len(group))
-        if settings.loss_form == "binary":
-            models.start_at_prior(model, first)
+        kept = Path(work_dir, protocol_name, f"seed{seed}", name if number else alike, f"{number}.pth")
+        if not kept.exists():
+            model = trained(networks, train, (mean, std), later if number else settings, trial)
+            make_folder(kept.parent)
+            buffer = io.BytesIO()
+            torch.save(model.state_dict(), buffer)
+            write_atomically(kept, buffer.getbuffer())
+            print(f"{name}, seed {seed}: step {number + 1} of {len(groups)} is trained", flush=True)
+        model = models.build(settings.model, len(names), settings.image_size)
+        model.load_state_dict(torch.load(kept))
         if trial.cosine:
-            model.fc.__class__ = cosine_head()
-        model = to_device(model, torch.device("cpu"))
-        train_model(model, teacher, train, (mean, std), loss, settings, trial, rate)
-        if trial.rotations and teacher is None:
-            models.replace_head(model, model.fc.weight.detach()[::4], model.fc.bias.detach()[::4])
-        networks.append(model.eval().requires_grad_(False))
+            model.fc.__class__ = Cosine
+        networks.append(to_device(model, cpu).eval().requires_grad_(False))
         steps.append(field.look(steps, networks, train, test, mean, std))
     old = [len(step.known.means) - len(step.labels.unique()) for step in steps]
     off = [
@@ -230,132 +240,6 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int) -> list
                 accuracies = {column: right[column] for column in ("accuracy", "accuracy_old", "accuracy_new")}
                 found[number].append({"readout": readout_name, "option": option} | accuracies | off[number])
     return found
-
-
-def train_model(
-    model: Any, teacher: Any, images: Any, channels: Any, loss: Any, settings: Any, trial: Trial, rate: float
-) -> None:
-    """As training.fit does it, with what the trial changes."""
-    import torch
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-    from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
-
-    from batches import augment, batches, draw_augmentation
-    from data import to_input
-    from hardware import to_device
-    from models import fold_batch_norm
-    from training import optimisation_step
-
-    model.requires_grad_(True)
-    teacher = to_device(fold_batch_norm(teacher), torch.device("cpu")) if teacher is not None else None
-    rotates = trial.rotations and teacher is None
-    projection = nn.Linear(model.fc.in_features, model.fc.in_features)
-    nn.init.eye_(projection.weight)
-    nn.init.zeros_(projection.bias)
-    beside = torch.optim.Adam(projection.parameters(), 1e-2)  # a step has but some 300 batches
-
-    def total(student: Any, known: Any, labels: Any, heads: Any, settings: Any) -> dict[str, Any]:
-        terms = loss(student, known, labels, heads, settings)
-        pooled = model.pooled(student.features)
-        if trial.projection and teacher is not None:
-            missed = unexplained(projection(pooled), model.pooled(known.features))
-            terms["total"] = terms["total"] + trial.projection * missed
-        if trial.anti_collapse:
-            terms["total"] = terms["total"] + trial.anti_collapse * anti_collapse(pooled)
-        return terms
-
-    def clip(*_: Any) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), 1)
-
-    optimizer = torch.optim.SGD(model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay)
-    if trial.anti_collapse:  # as AdaGauss's code
-        optimizer.register_step_pre_hook(clip)
-    count = -(-len(images.labels) // settings.batch_size)
-    schedules = [
-        torch.optim.lr_scheduler.CosineAnnealingLR(each, settings.epochs * count) for each in (optimizer, beside)
-    ]
-    averaged = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trial.ema))
-        if trial.ema and teacher is not None  # of a first step it would keep some of the random start
-        else None
-    )
-    strong = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def drawn(index: Any) -> Any:
-        edge = images.pixels.shape[-1]
-        pixels = augment(images.pixels[index], draw_augmentation(len(index), edge, settings.flip, generator))
-        if trial.strong:
-            pixels = torch.stack([strong(each) for each in pixels])
-        if rotates:
-            pixels = torch.cat([pixels.rot90(turns, (2, 3)) for turns in range(4)])
-        return to_input(pixels, *channels).contiguous(memory_format=torch.channels_last)
-
-    warm_up = trial.warm_up if teacher is not None else 0
-    for epoch in range(-warm_up, settings.epochs):
-        model.train(epoch >= 0)
-        for index in batches(images.labels, settings.batch_size, generator):
-            inputs, labels = drawn(index), images.labels[index]
-            if rotates:
-                labels = torch.cat([4 * labels + turns for turns in range(4)])
-            before = [each.detach().clone() for each in model.parameters()] if epoch < 0 else []
-            optimisation_step(model, teacher, inputs, labels, total, settings, optimizer)
-            if epoch < 0:
-                put_back(model, before, teacher.fc.out_features)
-                beside.zero_grad()
-                continue
-            beside.step()
-            beside.zero_grad()
-            for schedule in schedules:
-                schedule.step()
-            if averaged:
-                averaged.update_parameters(model)
-        if epoch == -1:
-            optimizer.state.clear()
-    if averaged:  # an average of batch-norm's statistics would not be the statistics of averaged weights
-        update_bn((drawn(index) for index in batches(images.labels, settings.batch_size, generator)), averaged.module)
-        model.load_state_dict(averaged.module.state_dict())
-
-
-def unexplained(guess: Any, features: Any) -> Any:
-    """The share of the variance of ``features`` (B, C) that ``guess`` (B, C) misses."""
-    return (guess - features).square().sum() / (features - features.mean(0)).square().sum()
-
-
-def anti_collapse(features: Any) -> Any:
-    """L_AC of AdaGauss (Rypesc et al., NeurIPS 2024) of features (B, C): it is low where no direction is flat.
-
-    Minus the mean of the diagonal of the Cholesky factor of their covariance, of which each counts up to 1.
-    """
-    import torch
-
-    spread = features.T.cov() + 1e-4 * torch.eye(features.shape[1], dtype=features.dtype)  # fewer than C have no factor
-    return -torch.linalg.cholesky(spread).diagonal().clamp(max=1).mean()
-
-
-def put_back(model: Any, before: list[Any], old: int) -> None:
-    """All but the new rows of the head as they were."""
-    import torch
-
-    head = {id(model.fc.weight), id(model.fc.bias)}
-    with torch.no_grad():
-        for parameter, was in zip(model.parameters(), before, strict=True):
-            if id(parameter) in head:
-                parameter[:old] = was[:old]
-            else:
-                parameter.copy_(was)
-
-
-def cosine_head() -> type:
-    from torch import Tensor, nn
-    from torch.nn import functional as F
-
-    class Cosine(nn.Linear):
-        def forward(self, features: Tensor) -> Tensor:
-            return 10 * F.linear(F.normalize(features), F.normalize(self.weight)) + self.bias
-
-    return Cosine
 
 
 def table(path: Path) -> str:

@@ -138,6 +138,7 @@ def training_of(model: torch.nn.Module, epochs: int = 2, **changes: Any) -> dict
         "schedule": schedule.state_dict(),
         "generator": random,
         "torch_rng": random,
+        "device_rng": None,
         "log": [{"epoch": 1, "loss": 0.5, "accuracy": 60.0, "lr": 0.1, "test_accuracy": 55.5}],
         "position": {"batches": 3, "order": random, "learning_rate": 0.05, "seconds": 1.5, "sums": {"total": 7.0}},
     } | changes

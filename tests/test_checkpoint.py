@@ -640,6 +640,7 @@ WRONG = {  # changes of a whole checkpoint with a training state, and what is sa
     "position at no learning rate": ({PART + "learning_rate": math.nan}, "a number of the position"),
     "position in no order": ({PART + "order": lambda t: t[1:].clone()}, "a random state"),
     "sums of texts": ({PART + "sums/total": "7"}, "the sums"),
+    "device's random state": ({TRAIN + "device_rng": torch.zeros(16)}, "random state of the device"),
     "optimiser": ({TRAIN + "optimizer": [1]}, "'optimizer'"),
     "schedule": ({TRAIN + "schedule": ...}, "'schedule'"),
 }

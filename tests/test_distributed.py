@@ -76,7 +76,7 @@ def train(folder: Path) -> dict:
     values |= {"weight_decay": 1e-3, "precision": "fp32", "save_interval": 2, "save_interval_steps": 0}
     values |= {"balanced": False, "backbone_lr": None}
     head = {"mean": [0.5] * 3, "std": [0.25] * 3, "class_names": list("abcde")}
-    head["steps"] = [{"epochs": 2, "learning_rate": 2e-3, "group_accuracy": []}]
+    head["steps"] = [{}, {"epochs": 2, "learning_rate": 2e-3, "group_accuracy": []}]
     shares = []
 
     def doubled(pixels: torch.Tensor, *statistics: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,12 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from conftest import image_folder, loss_settings, randomised
+from conftest import checkpoint_of, image_folder, loss_settings, randomised
 
 import batches
 import checkpoint
 import demo
+import gradcam
 import incremental_learning_system as incremental
 import losses
 import models
@@ -123,7 +124,9 @@ def test_weights_come_bare_or_wrapped_and_with_the_prefix_of_dataparallel(tmp_pa
     assert torch.equal(found["layer3.0.conv1.weight"], network.module.layer3[0].conv1.weight)
 
 
-@pytest.mark.parametrize("content", [{}, [1, 2], {"state_dict": {}}, {"model": {"a": 1}}, {"epoch": 3}])
+@pytest.mark.parametrize(
+    "content", [{}, [1, 2], {"state_dict": {}}, {"model": {"a": 1}}, {"epoch": 3}, {0: torch.zeros(1)}]
+)
 def test_a_file_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
     with pytest.raises(InputError, match=r"model\.pth: holds no state_dict"):
@@ -246,6 +249,28 @@ def test_somebodys_network_becomes_a_teacher_as_it_is_and_learns_two_classes(fol
     assert (step["freeze"], step["backbone_lr"], step["balanced"]) == (2, 1e-3, True)
     shown = ["--teacher", "runs/first/teacher_model.pth", "--student", "runs/first/student_model.pth"]
     assert demo.main(shown) == 0
+
+
+def test_weights_taken_as_they_are_cannot_be_resumed(folder, capsys):
+    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0"]) == 0
+    before = (folder / "runs/first/teacher_model.pth").read_bytes()
+    torch.save(original("resnet18", 3).state_dict() | {"fc.bias": torch.ones(3)}, "model.pth")
+    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0", "--resume"]) == 2
+    assert "--epochs is 0: there is no training to resume" in capsys.readouterr().err
+    assert (folder / "runs/first/teacher_model.pth").read_bytes() == before
+
+
+def test_gradcam_offers_the_layers_that_make_a_map(folder, capsys):
+    """In a network that was cut by its graph there are modules that are never called, and one that pools."""
+    checkpoint.save(folder / "m.pth", checkpoint_of(models.build("mobilenet_v2", 3, 32), "mobilenet_v2", OLD))
+    flags = ["--checkpoint", "m.pth", "--image", "images/train/d/000.png", "--output", "o.png"]
+    for layer in ("backbone.features", "neck"):
+        assert gradcam.main([*flags, "--layer", layer]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        offered = line.split("for example ")[1].split(", ")
+        assert layer not in offered
+    for layer in offered:
+        assert gradcam.main([*flags, "--layer", layer]) == 0
 
 
 def test_a_network_without_closed_form_goes_all_the_way(folder):

@@ -1,5 +1,6 @@
 """What a run says while it goes on, to people, to TensorBoard and to programs."""
 
+import io
 import json
 import subprocess
 import sys
@@ -81,6 +82,28 @@ def test_quiet_says_nothing_but_the_last_line(quick, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 5
     assert json.loads(lines[-1])["teacher"] == metrics["teacher"]
+
+
+def test_a_bar_is_for_somebody_who_watches(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress.bar([1, 2])) == [1, 2]
+    assert "0/2" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    progress.be_quiet()
+    assert list(progress.bar([1, 2])) == [1, 2]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_run_that_is_refused_leaves_no_trace_of_tensorboard(quick, capsys):
+    flags = [*SMALL, "--output-dir", str(quick[0]), "--resume", "--tensorboard", "--seed", "1"]
+    assert trainer.main(flags) == 2
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+    assert not (quick[0] / "tensorboard" / "teacher").exists()
 
 
 def test_quiet_still_says_what_is_wrong(capsys):

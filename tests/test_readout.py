@@ -279,6 +279,9 @@ def test_statistics_that_are_none_are_said():
     for name in ("discriminant", "rebalanced"):
         with pytest.raises(InputError, match="statistics are damaged"):
             readout.use(model, saved | {"statistics": negative}, name)
+    with pytest.raises(InputError, match="statistics are damaged"):
+        known = readout.unpacked({"statistics": negative})
+        evaluation.by_readout(model, known, torch.zeros(2, 64).double(), torch.tensor([0, 1]), 1)
     huge = {"means": torch.full((2, 64), 1e30), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
     with pytest.raises(InputError, match="the head made of them is not finite"):
         readout.use(model, saved | {"statistics": huge}, "discriminant")
@@ -480,6 +483,7 @@ def test_a_run_that_finished_without_them_gets_them_when_it_is_resumed(steps, tm
         ({"means": torch.full((2, 64), float("nan"))}, "are not finite numbers"),
         ({"covariances": torch.zeros(2, 64, 64).double()}, "are not finite numbers"),
         ({"covariances": -torch.ones(2, 64, 64)}, "a variance of the statistics is negative"),
+        ({"covariances": torch.full((2, 64, 64), 2.0) - torch.eye(64)}, "a covariance of the statistics is none"),
         ({"means": [0.0]}, "'means' of the statistics is missing or not a Tensor"),
     ],
 )

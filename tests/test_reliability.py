@@ -663,6 +663,14 @@ def test_a_lack_of_memory_names_the_batch_size(tmp_path, run, monkeypatch, capsy
     assert checkpoint.load(tmp_path / "student_model.pth")["training"]["position"]["batches"] == 2
 
 
+def test_a_batch_of_one_image_is_named_where_batch_norm_cannot_take_it(tmp_path, capsys):
+    folder = image_folder(tmp_path / "data", {"a": 3, "b": 2}, {"a": 1, "b": 1})
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--cache-dir", str(tmp_path / "cache")]
+    flags += ["--old-classes", "a,b", "--model", "resnet18", "--image-size", "8", "--batch-size", "2"]
+    assert trainer.main([*flags, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "a batch of one image is too small for batch-norm" in one_line(capsys)
+
+
 def test_a_real_lack_of_memory_is_one_line(tmp_path, capsys):
     """The first layer alone makes 2 GiB of eight images of this size."""
     folder = image_folder(tmp_path / "data", {"a": 4, "b": 4}, {"a": 1, "b": 1})
@@ -699,6 +707,7 @@ def test_what_the_device_lacks_is_said(tmp_path, run, monkeypatch, capsys):
     assert "cuda:9: this machine has 1 CUDA devices" in one_line(capsys)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "An old GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert run("teacher", tmp_path / "out", "--device", "cuda:0", "--precision", "bf16") == 2
     assert "--precision: bf16: An old GPU has no bf16; use fp32" in one_line(capsys)
@@ -745,7 +754,8 @@ def test_every_recorded_setting_has_another_value_here():
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_setting_is_refused_with_both_values(whole, run, capsys, name):
+def test_another_setting_is_refused_with_both_values(whole, run, monkeypatch, capsys, name):
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)  # no warning
     before = contents(whole)
     was = checkpoint.load(whole / "student_model.pth")["steps"][-1][name]
     flag = f"--{name.replace('_', '-')}"

@@ -18,6 +18,8 @@ from conftest import checkpoint_of, image_folder, step_of, write_images
 from PIL import Image
 
 import checkpoint
+import config
+import intervals
 import models
 import plots
 import protocols
@@ -101,15 +103,17 @@ def test_an_interval_is_that_of_the_normal_distribution_for_many_seeds():
 
 def test_an_interval_of_few_seeds_holds_the_mean_19_times_of_20_where_that_by_bootstrap_does_not():
     draws = np.random.default_rng(0).normal(size=(2000, 3)).tolist()
-    held = [low <= 0 <= high for low, high in map(tables.interval, draws)]
+    held = [low <= 0 <= high for low, high in map(intervals.interval, draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
     for count, share in ((3, 3 / 4), (5, 5 / 6)):  # as docs/results.md says
         few = np.random.default_rng(0).normal(size=(300, count)).tolist()
-        assert np.mean([low <= 0 <= high for low, high in map(tables.bootstrapped, few)]) == pytest.approx(
+        assert np.mean([low <= 0 <= high for low, high in map(intervals.bootstrapped, few)]) == pytest.approx(
             share, abs=0.03
         )
-    assert tables.bootstrapped(draws[0]) == (min(draws[0]), max(draws[0]))
-    assert tables.interval([2.0]) == tables.interval([2.0, 2.0]) == tables.bootstrapped([2.0, 2.0]) == (2.0, 2.0)
+    assert intervals.bootstrapped(draws[0]) == (min(draws[0]), max(draws[0]))
+    assert (
+        intervals.interval([2.0]) == intervals.interval([2.0, 2.0]) == intervals.bootstrapped([2.0, 2.0]) == (2.0, 2.0)
+    )
 
 
 def classes_row(method: str, seed: int, step: int, name: str, distance: float | None, lost: float) -> dict:
@@ -436,7 +440,7 @@ def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
         assert {"softmax-all": "softmax", None: form}.get(second.loss_form, second.loss_form) == form
         assert second.precision != "auto"
         if name != "folder":  # what stands in config.py decides nothing
-            said = first.given | second.given | {"loss_form", "backbone_lr", "seed"}
+            said = first.given | second.given | {"seed"} | {name.lower() for name in reproduce.OPEN}
             assert said >= {*STEP_SETTINGS, "model", "image_size", "lr", "incremental_lr", "epochs"}
 
 
@@ -518,13 +522,31 @@ def test_a_grid_names_what_it_varies():
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["digits-2+2", "--methods", "x"], "has no 'x'"), (["photos32-search"], "--data-dir")],
+    [
+        (["digits-2+2", "--methods", "x"], "has no 'x'"),
+        (["photos32-search"], "--data-dir"),
+        (["cifar100-10x10", "--ablation"], "--ablation: cifar100-10x10 has none"),
+    ],
 )
 def test_what_is_refused_is_said_in_a_line(flags, words, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     assert reproduce.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOSS_FORM", "softmax"), ("METHOD", "lwf"), ("BACKBONE_LR", 0.1)])
+def test_what_config_has_of_its_own_does_not_leak_into_a_protocol(name, value, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(config, name, value)
+    assert reproduce.main(["digits-2+2", "--work-dir", str(tmp_path / "work")]) == 2
+    assert f"config.py: {name} is {value!r}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_protocol_leaves_open_is_as_config_has_it():
+    for name, value in reproduce.OPEN.items():
+        assert getattr(config, name) == value
 
 
 def test_the_command_that_is_recorded_parses():

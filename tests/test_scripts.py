@@ -166,7 +166,10 @@ def test_gradcam_by_its_command_line(tmp_path, student):
         assert image.size == (16, 16)
 
 
-@pytest.mark.parametrize(("flag", "value", "words"), [("--class-name", "9", "0, 1, 2, 3"), ("--layer", "x", "layer3")])
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--class-name", "9", "0, 1, 2, 3"), ("--layer", "x", "layer3"), ("--layer", "fc", "layer3")],
+)
 def test_gradcam_refuses_what_is_not_there(tmp_path, student, capsys, flag, value, words):
     Image.fromarray(picture(1)).save(tmp_path / "cat.png")
     base = ["--checkpoint", student, "--image", str(tmp_path / "cat.png"), "--output", str(tmp_path / "o.png")]

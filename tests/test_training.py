@@ -68,7 +68,7 @@ def fit(tmp_path, teacher, student, epochs=2, learning_rate=0.01, **changes):
     head = {
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
-        "steps": [{"epochs": epochs, "learning_rate": learning_rate, "group_accuracy": []}],
+        "steps": [{}, {"epochs": epochs, "learning_rate": learning_rate, "group_accuracy": []}],
     }
     (tmp_path / "student_model.pth").unlink(missing_ok=True)
     run = Run("student", tmp_path, tmp_path / "student_model.pth", None)
@@ -91,16 +91,31 @@ def test_the_teacher_is_untouched_and_the_student_is_not(tmp_path, pair):
     assert changed(start, student.state_dict(), ("conv",))
 
 
-def test_frozen_batch_norm_keeps_the_running_statistics(tmp_path, pair):
+@pytest.mark.parametrize("method", ["lwm", "finetune"])
+def test_frozen_batch_norm_keeps_the_running_statistics(tmp_path, pair, method):
     teacher, student = pair
+    teacher = teacher if method == "lwm" else None
     trained = copy.deepcopy(student)
     start = copy.deepcopy(student.state_dict())
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    fit(tmp_path, teacher, student, batch_norm="frozen")
-    fit(tmp_path, teacher, trained, batch_norm="train")
+    fit(tmp_path, teacher, student, method=method, batch_norm="frozen")
+    fit(tmp_path, teacher, trained, method=method, batch_norm="train")
     assert not changed(start, student.state_dict(), statistics)
     assert changed(start, trained.state_dict(), statistics)
     assert changed(start, student.state_dict(), ("bn1.weight",))
+
+
+def test_the_speed_counts_the_wait_for_the_device(tmp_path, pair, monkeypatch):
+    """A device is given a step and works on: only the look at the loss terms waits until it is done."""
+    now = [0.0]
+
+    def waits(self, part, about):
+        now[0] += 3.0
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training._Loop, "_check_terms", waits)
+    rows = fit(tmp_path, *pair)
+    assert [row["images_per_second"] for row in rows] == [4.0, 4.0]  # 12 images in 3 s
 
 
 def test_a_frozen_backbone_stays_bit_for_bit_and_the_new_rows_learn(tmp_path, pair):
@@ -192,6 +207,14 @@ def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, capsys, capabilitie
     assert chosen.precision == "fp32"
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_processor_without_it_is_warned_of(monkeypatch, capsys, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has}, raising=False)
+    chosen, _ = hardware.prepare(read_settings("train_teacher_model", ["--device", "cpu", "--precision", "bf16"]))
+    assert chosen.precision == "bf16"
+    assert ("--precision fp32" in capsys.readouterr().err) is not has
+
+
 def test_images_stay_where_they_are_when_the_device_has_no_room_for_them(monkeypatch):
     pixels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
     assert hardware.has_room_for(pixels, torch.device("cpu"))
@@ -216,7 +239,10 @@ def test_a_device_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="2 CUDA devices"):
         hardware.pick_device("cuda:2")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert hardware.pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert hardware.pick_device("auto") == torch.device("cpu")

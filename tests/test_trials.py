@@ -1,6 +1,7 @@
 """benchmarks/trials.py: its plain trial is the scripts' training, each other one changes what it says."""
 
 import dataclasses
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +30,20 @@ def trials():
 
 
 @pytest.fixture(scope="module")
-def plain(trials):
-    return trials.cell("tiny", None, "plain", 0)
+def training(trials):
+    import trial_training
+
+    return trial_training
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def plain(trials, work):
+    return trials.cell("tiny", None, "plain", 0, str(work))
 
 
 def test_the_plain_trial_trains_as_the_scripts_do(plain, tmp_path):
@@ -47,6 +60,17 @@ def test_the_plain_trial_trains_as_the_scripts_do(plain, tmp_path):
         parts = [(found["head"][f"accuracy_{part}"] or 0) * share for part, share in (("old", old), ("new", 2))]
         assert sum(parts) / every == pytest.approx(found["head"]["accuracy"], abs=2)
         assert (found["head"]["means_off"] is None) == (number == 0)
+
+
+def test_a_cell_that_was_stopped_goes_on_after_its_last_step(trials, training, plain, work, monkeypatch, tmp_path):
+    shutil.copytree(work / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "seed0" / "plain" / "2.pth").unlink()
+    usual, begun = training.train_model, []
+    monkeypatch.setattr(training, "train_model", lambda *given: (begun.append(len(given[2].labels)), usual(*given)))
+    assert trials.cell("tiny", None, "plain", 0, str(tmp_path)) == plain
+    assert len(begun) == 1
+    trials.cell("tiny", None, "longer", 0, str(tmp_path))  # it begins as plain does
+    assert len(begun) == 3
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch, tmp_path, capsys):
@@ -79,10 +103,10 @@ def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
     def full(*_):
         raise OSError("no space left")
 
-    def cell(protocol, data_dir, name, seed):
+    def cell(protocol, data_dir, name, seed, work_dir):
         begun.append(seed)
         assert seed == 0 or told.wait(60)  # the second is still at work when the first has failed
-        return one_fails(protocol, data_dir, name, seed)
+        return one_fails(protocol, data_dir, name, seed, work_dir)
 
     monkeypatch.setattr(trials, "ROOT", tmp_path)
     monkeypatch.setattr(trials, "cell", cell)
@@ -94,7 +118,7 @@ def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
     assert begun in ([0], [0, 1])
 
 
-def one_fails(protocol, data_dir, name, seed):
+def one_fails(protocol, data_dir, name, seed, work_dir):
     if name == "cosine":
         raise RuntimeError("no root")
     off = [{"means_off": off, "covariances_off": 2 * off if off else None} for off in (None, 0.25, 0.25, 0.25, 0.75)]
@@ -129,9 +153,9 @@ def test_what_cannot_be_tried_is_said_in_a_line(trials, flags, words, capsys, mo
     "name",
     ["projection=1", "warm-up=3", "ema=0.99", "rotations", "strong", "cosine", "adagauss rotations lr=0.03"],
 )
-def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, monkeypatch, name):
+def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, work, monkeypatch, name):
     monkeypatch.setitem(trials.TRIALS, "strong", trials.Trial(strong=True))
-    found = trials.cell("tiny", None, name, 0)
+    found = trials.cell("tiny", None, name, 0, str(work))
     assert plain != found
     read = [(name, option) for name, made in trials.OPTIONS.items() for option in made]
     assert [[(row["readout"], row["option"]) for row in step] for step in found] == [read] * 3
@@ -139,34 +163,36 @@ def test_each_trial_changes_something_and_tells_the_digits_apart(trials, plain, 
     assert discriminant["accuracy"] > 2 * 100 / 6  # twice what guessing has
 
 
-def test_what_a_projection_misses_is_a_share_of_the_variance(trials):
+def test_what_a_projection_misses_is_a_share_of_the_variance(training):
     features = torch.randn(6, 3, dtype=torch.float64)
-    assert trials.unexplained(features, features) == 0
-    assert trials.unexplained(features.mean(0), features).item() == pytest.approx(1)
-    assert trials.unexplained(features + 2, features).item() == pytest.approx(4 / features.var(0, correction=0).mean())
+    assert training.unexplained(features, features) == 0
+    assert training.unexplained(features.mean(0), features).item() == pytest.approx(1)
+    assert training.unexplained(features + 2, features).item() == pytest.approx(
+        4 / features.var(0, correction=0).mean()
+    )
 
 
-def test_anti_collapse_is_that_of_the_cholesky_factor_each_up_to_1(trials):
+def test_anti_collapse_is_that_of_the_cholesky_factor_each_up_to_1(training):
     features = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whitened = torch.linalg.solve_triangular(
         torch.linalg.cholesky(features.T.cov()), (features - features.mean(0)).T, upper=False
     ).T
     factor = torch.tensor([[3.0, 0, 0, 0], [1, 0.5, 0, 0], [0, 1, 0.8, 0], [2, 0, 1, 0.4]], dtype=torch.float64)
     made = (whitened @ factor.T).requires_grad_()
-    found = trials.anti_collapse(made)
+    found = training.anti_collapse(made)
     assert found.item() == pytest.approx(-(1 + 0.5 + 0.8 + 0.4) / 4, abs=1e-3)
     found.backward()
-    assert trials.anti_collapse(made.detach() - made.grad) < found  # a step against it spreads the features
-    assert trials.anti_collapse(features[:3]).isfinite()  # fewer images than channels
+    assert training.anti_collapse(made.detach() - made.grad) < found  # a step against it spreads the features
+    assert training.anti_collapse(features[:3]).isfinite()  # fewer images than channels
 
 
-def test_a_warm_up_moves_the_new_rows_alone(trials):
+def test_a_warm_up_moves_the_new_rows_alone(training):
     model = models.build("resnet32", 3, 8)
     before = [each.detach().clone() for each in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    trials.put_back(model, before, 2)
+    training.put_back(model, before, 2)
     for parameter, was in zip(model.parameters(), before, strict=True):
         if parameter is model.fc.weight or parameter is model.fc.bias:
             assert torch.equal(parameter[:2], was[:2])
@@ -175,20 +201,20 @@ def test_a_warm_up_moves_the_new_rows_alone(trials):
             assert torch.equal(parameter, was)
 
 
-def test_an_averaged_student_has_batch_norm_statistics_of_its_own_weights(trials):
+def test_an_averaged_student_has_batch_norm_statistics_of_its_own_weights(trials, training):
     images = data.open_source(data.Place("digits", "", 0.0), 8).train(["1"], ["0", "1"])
     settings = read_settings("incremental_learning_system", ["--teacher", "-", "--epochs", "3", "--image-size", "8"])
     settings = dataclasses.replace(settings, loss_form="binary")
     teacher = models.build("resnet32", 1, 8).eval()
     model = models.build("resnet32", 2, 8)
     trial = dataclasses.replace(trials.TRIALS["ema=0.99"], ema=0.9)
-    trials.train_model(model, teacher, images, ([0.5] * 3, [0.5] * 3), losses.METHODS["lwm"], settings, trial, 0.1)
+    training.train_model(model, teacher, images, ([0.5] * 3, [0.5] * 3), losses.METHODS["lwm"], settings, trial, 0.1)
     batches = -(-len(images.labels) // settings.batch_size)
     counted = {each.num_batches_tracked.item() for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)}
     assert counted == {batches}  # of one pass, where three were trained
 
 
-def test_rotations_are_told_apart_in_the_first_step_alone(trials, monkeypatch):
+def test_rotations_are_told_apart_in_the_first_step_alone(trials, monkeypatch, tmp_path):
     seen = {"first_step": set(), "lwm": set()}
 
     def watched(name: str, loss):
@@ -200,5 +226,5 @@ def test_rotations_are_told_apart_in_the_first_step_alone(trials, monkeypatch):
 
     monkeypatch.setattr(losses, "first_step", watched("first_step", losses.first_step))
     monkeypatch.setitem(losses.METHODS, "lwm", watched("lwm", losses.lwm))
-    trials.cell("tiny", None, "rotations", 0)
+    trials.cell("tiny", None, "rotations", 0, str(tmp_path))
     assert seen == {"first_step": set(range(8)), "lwm": {2, 3, 4, 5}}  # four for each of two classes
