@@ -55,6 +55,7 @@ def test_a_line_an_epoch_and_the_accuracies_as_the_last(quick):
 def test_tensorboard_has_every_number_of_the_log_and_the_settings(quick):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    assert len(list((quick[0] / "tensorboard" / "student").iterdir())) == 1
     events = EventAccumulator(str(quick[0] / "tensorboard" / "student"))
     events.Reload()
     header, *rows = (quick[0] / "student_log.csv").read_text().splitlines()

@@ -168,6 +168,18 @@ def test_a_run_that_stops_after_every_step_ends_with_the_same_bits(tmp_path, who
     assert differences("student", whole, tmp_path) == {}
 
 
+def test_the_random_state_of_a_device_is_saved_and_gone_on_from(tmp_path, run, monkeypatch):
+    state, put_back = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(training, "random_state", lambda device: state)
+    monkeypatch.setattr(training, "set_random_state", lambda device, saved: put_back.append(saved))
+    at_step(monkeypatch, 2, interrupt)
+    assert run("student", tmp_path) == 143
+    assert put_back == []
+    assert run("student", tmp_path, "--resume") == 0
+    (saved,) = put_back
+    assert torch.equal(saved, state)
+
+
 @pytest.mark.parametrize(("step", "position"), [(5, 4), (6, 4), (9, 2)])
 def test_what_a_killed_run_had_not_saved_is_done_again(tmp_path, whole, run, monkeypatch, step, position):
     """An exception stands for the kill. At step 6 the log has a row more than the checkpoint."""
