@@ -1,6 +1,7 @@
 """What README and docs say is what the code and the results say."""
 
 import importlib
+import json
 import re
 import statistics
 from dataclasses import fields
@@ -355,6 +356,14 @@ def test_the_tables_of_costs_are_those_of_the_measurements(name, monkeypatch):
     made = getattr(importlib.import_module("performance_tables"), name)()
     assert made.count("\n") > 2
     assert made in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_what_bf16_costs_where_it_is_emulated_is_as_measured():
+    names = ("resnet32-bf16-emulated", "resnet32-fp32-no-bf16")
+    figures = [json.loads((ROOT / "results" / "performance" / f"{name}.json").read_text()) for name in names]
+    emulated, plain = (round(each["images_per_second"]["lwm"]) for each in figures)
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"lwm then has {emulated} images/s, and {plain} in fp32" in text
 
 
 @pytest.mark.parametrize("name", ["digits-2+2", "photos32-10+10", "photos32-5x4"])
