@@ -17,14 +17,17 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 import progress
 from errors import InputError
 from imagefiles import decode_all
 from lock import held
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 VERSION = 1  # to be raised when a file would be decoded to other pixels
 CHUNK = 250  # images that are decoded at a time

@@ -282,11 +282,12 @@ def _check_statistics(statistics: dict[str, Any], head: Tensor) -> None:
     for name in ("means", "covariances"):
         good = statistics[name].dtype == torch.float32 and bool(statistics[name].isfinite().all())
         _require(good, f"the statistics' {name!r} are not finite numbers of single precision")
-    variances = covariances.diagonal(dim1=1, dim2=2).double()
-    _require(bool((variances >= 0).all()), "a variance of the statistics is negative")
-    slack = 1e-3 * variances.mean(1).clamp(min=1e-9)  # more than single precision can have lost
-    _, broken = torch.linalg.cholesky_ex(covariances.double() + torch.diag_embed(slack[:, None].expand(-1, width)))
-    _require(not broken.any(), "a covariance of the statistics is none")
+    for covariance in covariances:  # one by one: in double precision they may be many
+        variances = covariance.diagonal().double()
+        _require(bool((variances >= 0).all()), "a variance of the statistics is negative")
+        slack = 2**-23 * width * variances.mean().clamp(min=1e-9)  # twice what single precision can have lost
+        _, broken = torch.linalg.cholesky_ex(covariance.double() + slack * torch.eye(width, dtype=torch.float64))
+        _require(not broken, "a covariance of the statistics is none")
 
 
 def _check_training(training: dict[str, Any], finished: bool, steps: int) -> None:

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     layers: list[str] = []  # those that make a feature map
 
     def note(name: str, output: Any) -> None:
-        if getattr(output, "ndim", 0) == 4:
+        if getattr(output, "ndim", 0) == 4 and output.shape[2] == output.shape[3]:  # some have the channels last
             layers.append(name)
 
     hooks = [
@@ -177,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     shown = answer if settings.class_name is None else names.index(settings.class_name)
     layer: str = settings.layer or model.last_layer
     if layer not in layers:
-        raise InputError(f"--layer {layer}: no such layer; for example {', '.join(layers[:4])}, {model.last_layer}")
+        raise InputError(
+            f"--layer {layer} makes no feature map; for example {', '.join(layers[:4])}, {model.last_layer}"
+        )
     heat = autograd_map(model, images, torch.tensor([shown]), layer)[0].numpy()
     picture = overlay(pixels.transpose(1, 2, 0), heat, heat.max())
     cv2 = import_opencv()

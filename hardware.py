@@ -41,7 +41,10 @@ def prepare(settings: Any) -> tuple[Any, torch.device]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU. Raises InputError for a device that is not there."""
+    """``auto`` is CUDA, else Apple's MPS, else the CPU; a numbered one becomes the current one.
+
+    Raises InputError for a device that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)

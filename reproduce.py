@@ -162,6 +162,8 @@ def threads_of(jobs: int) -> int:
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
     require_open(protocol)
+    from hardware import pick_device, warn_of_emulation
+
     variants = variants_of(protocol, path)
     if not variants:
         raise InputError(f"--ablation: {options.protocol} has none; leave it out")
@@ -176,6 +178,8 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     jobs = whole_number("--jobs", options.jobs, 1, 1024)
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
+    if "--precision bf16" in protocol.flags:  # what the scripts themselves say of it is not shown
+        warn_of_emulation("bf16", pick_device("auto"))
     threads = threads_of(jobs)
     about = beside(path, "environment.json")
     # Of your own images the name of the protocol does not say which these are.

@@ -206,6 +206,8 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     _resolve(values, read)
     if "output_dir" in read:
         require_folder(_where("output_dir", arguments), values["output_dir"])
+        if "tensorboard" in read and values["tensorboard"]:
+            require_folder(_where("tensorboard", arguments), Path(values["output_dir"]) / "tensorboard")
     return Settings(**values)
 
 

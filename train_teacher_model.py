@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     settings, device = hardware.prepare(settings)
     run = open_run(settings, "teacher")
     if run.resumed and not settings.epochs:
-        raise InputError(f"{settings.where('epochs')} is 0: there is no training to resume; leave --resume out")
+        raise InputError(f"{settings.where('epochs')} is 0: there is no training to resume; take --no-resume")
     place = Place(settings.dataset, settings.data_dir, settings.hold_back)
     cache, classes = Path(settings.cache_dir), list(settings.old_classes)
     if settings.epochs:

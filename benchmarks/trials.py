@@ -6,7 +6,8 @@
 All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
 network is read in all the ways of field.py. A seed from 1 on shuffles the classes of photos32-search here too. A cell
 (a trial with a seed) that is in the CSV is not run again; one that was stopped goes on after its last step, from
---work-dir, where trials that begin alike share their first network. Delete both where a trial has changed.
+--work-dir, where trials that begin alike share their first network. Delete both where a trial, the code or the images
+have changed.
 
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the

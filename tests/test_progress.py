@@ -134,6 +134,13 @@ def test_without_tensorboard_it_is_said(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_folder_that_tensorboard_cannot_have_is_said_before_the_training(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    assert trainer.main([*SMALL, "--output-dir", str(tmp_path), "--tensorboard"]) == 2
+    assert "is no folder; take another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+
 def test_the_time_left_is_that_of_the_epochs_of_this_run(capsys, monkeypatch, tmp_path):
     clock = iter([100.0, 104.0, 108.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))

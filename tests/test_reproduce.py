@@ -19,6 +19,7 @@ from PIL import Image
 
 import checkpoint
 import config
+import hardware
 import intervals
 import models
 import plots
@@ -542,6 +543,14 @@ def test_what_config_has_of_its_own_does_not_leak_into_a_protocol(name, value, m
     assert reproduce.main(["digits-2+2", "--work-dir", str(tmp_path / "work")]) == 2
     assert f"config.py: {name} is {value!r}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_where_it_is_emulated_is_warned_of_before_hours_are_spent(calls, monkeypatch, tmp_path, capsys, has):
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: has)
+    monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, flags="--precision bf16"))
+    assert reproduce.main(["five", "--methods", "lwm", "--work-dir", str(tmp_path / "work")]) == 0
+    assert ("ten times as long as fp32" in capsys.readouterr().err) is not has
 
 
 def test_what_a_protocol_leaves_open_is_as_config_has_it():
