@@ -161,9 +161,9 @@ def threads_of(jobs: int) -> int:
 
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
-    require_open(protocol)
     from hardware import pick_device, warn_of_emulation
 
+    require_open(protocol)
     variants = variants_of(protocol, path)
     if not variants:
         raise InputError(f"--ablation: {options.protocol} has none; leave it out")
