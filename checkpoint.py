@@ -114,8 +114,13 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
     checkpoint = {"format": FORMAT, "version": VERSION, **ADDED_IN_3, **checkpoint}
     torchfile.plain(checkpoint, math.inf)  # what could not be loaded again is not to be saved
+    write_torch(path, checkpoint)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """``content`` as torch saves it, whole or not at all."""
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
-    torch.save(checkpoint, buffer)
+    torch.save(content, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
@@ -182,12 +187,11 @@ def _upgraded(checkpoint: Any) -> dict[str, Any]:
     version = checkpoint.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise Refused(f"is version {version!r} of the checkpoint; this program reads versions 1 to {VERSION}")
-    if version == 1 and isinstance(checkpoint.get("training"), dict) and checkpoint["training"]:
-        checkpoint = checkpoint | {"training": ADDED_IN_2 | checkpoint["training"]}
+    training = checkpoint.get("training")
+    if isinstance(training, dict) and training:
+        checkpoint = checkpoint | {"training": (ADDED_IN_2 if version == 1 else {}) | ADDED | training}
     if version < 3:
         checkpoint = checkpoint | ADDED_IN_3
-    if isinstance(checkpoint.get("training"), dict) and checkpoint["training"]:
-        checkpoint = checkpoint | {"training": ADDED | checkpoint["training"]}
     _check_schema(checkpoint)
     return checkpoint
 

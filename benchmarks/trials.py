@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import io
 import multiprocessing
 import os
 import statistics
@@ -182,7 +181,7 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_di
     import data
     import evaluation
     import models
-    from checkpoint import make_folder, write_atomically
+    from checkpoint import load_weights, make_folder, write_torch
     from hardware import keep_freed_memory, to_device, warn_of_emulation
     from protocols import PROTOCOLS, class_order, groups_of
     from settings import read_settings
@@ -213,12 +212,10 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_di
         if not kept.exists():
             model = trained(networks, train, (mean, std), later if number else settings, trial)
             make_folder(kept.parent)
-            buffer = io.BytesIO()
-            torch.save(model.state_dict(), buffer)
-            write_atomically(kept, buffer.getbuffer())
+            write_torch(kept, model.state_dict())
             print(f"{name}, seed {seed}: step {number + 1} of {len(groups)} is trained", flush=True)
         model = models.build(settings.model, len(names), settings.image_size)
-        model.load_state_dict(torch.load(kept))
+        model.load_state_dict(load_weights(kept))
         if trial.cosine:
             model.fc.__class__ = Cosine
         networks.append(to_device(model, cpu).eval().requires_grad_(False))
