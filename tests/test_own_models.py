@@ -260,11 +260,15 @@ def test_weights_taken_as_they_are_cannot_be_resumed(folder, capsys):
     assert (folder / "runs/first/teacher_model.pth").read_bytes() == before
 
 
-def test_gradcam_offers_the_layers_that_make_a_map(folder, capsys):
-    """In a network that was cut by its graph there are modules that are never called, and one that pools."""
-    checkpoint.save(folder / "m.pth", checkpoint_of(models.build("mobilenet_v2", 3, 32), "mobilenet_v2", OLD))
+@pytest.mark.parametrize(
+    ("architecture", "others"),
+    [("mobilenet_v2", ["backbone.features", "neck"]), ("convnext_tiny", ["backbone.features.1.0.block.2"])],
+)
+def test_gradcam_offers_the_layers_that_make_a_map(folder, capsys, architecture, others):
+    """A network that was cut by its graph has modules that are never called; some pool, or have the channels last."""
+    checkpoint.save(folder / "m.pth", checkpoint_of(models.build(architecture, 3, 32), architecture, OLD))
     flags = ["--checkpoint", "m.pth", "--image", "images/train/d/000.png", "--output", "o.png"]
-    for layer in ("backbone.features", "neck"):
+    for layer in others:
         assert gradcam.main([*flags, "--layer", layer]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         offered = line.split("for example ")[1].split(", ")
