@@ -9,6 +9,8 @@ network is read in all the ways of field.py. A seed from 1 on shuffles the class
 --work-dir, where trials that begin alike share their first network. Delete both where a trial, the code or the images
 have changed.
 
+On a processor without bf16, photos32-search-fp32 is the same in fp32; compare what is in one table.
+
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
 highest mean of the discriminant's average over the steps, if it is above ``plain``'s, and their combination; of the
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("protocol", choices=["photos32-search", "photos32-5x4"])
+    parser.add_argument("protocol", choices=["photos32-search", "photos32-search-fp32", "photos32-5x4"])
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default, on a search alone: all)")
