@@ -144,6 +144,20 @@ def training_of(model: torch.nn.Module, epochs: int = 2, **changes: Any) -> dict
     } | changes
 
 
+@pytest.fixture
+def example() -> dict[str, Any]:
+    """A whole checkpoint of two classes."""
+    torch.manual_seed(0)
+    return checkpoint_of(models.build("resnet32", 2, 32), "resnet32", ["b", "a"])
+
+
+@pytest.fixture(scope="module")
+def unfinished() -> dict[str, Any]:
+    """That of a run that was stopped inside an epoch. Not to be changed: ``checkpointfiles.put`` makes a copy."""
+    model = models.build("resnet32", 2, 32)
+    return checkpoint_of(model, "resnet32", ["b", "a"], finished=False, training=training_of(model))
+
+
 def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) -> torch.nn.Module:
     """A float64 network whose batch-norms and head are no longer at their plain initial values."""
     torch.manual_seed(seed)
