@@ -7,10 +7,11 @@ import hashlib
 import http.server
 import io
 import pickle
+import signal
 import tarfile
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tinyruns import RUN, SMALL, first
 
 import config
 import data
 import incremental_learning_system as incremental
 import models
+import plots
 import train_teacher_model as trainer
 from errors import InputError
 from protocols import Protocol
@@ -199,6 +202,41 @@ def run_tiny(cells: Path, method: str) -> None:
 
 
 # A small archive in CIFAR's format --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_and_heeding_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, as the children of these tests have; no figures; and no SIGINT that a background shell ignores."""
+    monkeypatch.setattr(plots, "curves", lambda *arguments: None)
+    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished teacher in ``first``, and a teacher and a student that were left alone, both of ``RUN``."""
+    folder, threads = tmp_path_factory.mktemp("whole"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert trainer.main([*SMALL, "--epochs", "1", "--output-dir", str(folder / "first")]) == 0
+    assert trainer.main([*SMALL, *RUN, "--output-dir", str(folder)]) == 0
+    assert incremental.main(["--teacher", str(first(folder)), *RUN, "--output-dir", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path) -> Callable[..., int]:
+    """``run(kind, folder, *flags)`` is the script's exit code."""
+
+    def start(kind: str, folder: Path, *flags: str) -> int:
+        if kind == "teacher":
+            return trainer.main([*SMALL, *RUN, "--output-dir", str(folder), *flags])
+        return incremental.main(["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), *flags])
+
+    return start
 
 
 def _pickled(content: dict[str, Any]) -> bytes:

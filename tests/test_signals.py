@@ -1,0 +1,179 @@
+"""Ctrl-C and SIGTERM: saved, one line, and the command to go on with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from tinyruns import HARNESS, ROOT, RUN, at_step, differences, first, interrupt, one_line, said_where
+
+import checkpoint
+import data
+import incremental_learning_system as incremental
+import training
+from run import Run
+
+pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
+
+
+def start(line: list[str] | str, **options) -> subprocess.Popen:
+    def heed_ctrl_c():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    options = {"env": HARNESS.ENVIRONMENT, "stdout": subprocess.DEVNULL} | options
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c, **options)
+
+
+def wait_until(there: Callable[[], object], child: subprocess.Popen) -> None:
+    while not there():
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.005)
+
+
+def test_signals_save_and_the_printed_commands_go_on_as_they_stand(tmp_path, whole, capsys):
+    """SIGTERM, then SIGINT to the command that was printed, in a shell; and the one that this prints, to the end."""
+    left_alone, folder = tmp_path / "left alone", tmp_path / "stop ped"
+    flags = [*HARNESS.TINY, *HARNESS.SAVES, "--epochs", "6", "--teacher", str(first(whole))]
+    assert incremental.main([*flags, "--output-dir", str(left_alone)]) == 0
+    model = folder / "student_model.pth"
+    command = shlex.join([sys.executable, "incremental_learning_system.py", *flags, "--output-dir", str(folder)])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        before = model.stat().st_ino if model.exists() else None
+        child = start(f"exec {command}", shell=True, cwd=ROOT)
+        wait_until(lambda before=before: model.exists() and model.stat().st_ino != before, child)
+        child.send_signal(signum)
+        _, said = child.communicate()
+        assert child.returncode == 128 + signum
+        stopping, last = said.strip().splitlines()
+        assert stopping == "stopping: saving after this step; once more stops at once"
+        again = last.split("go on with: ")[1]
+        assert again == command.removesuffix(" --resume") + " --resume"
+        command = again
+    capsys.readouterr()
+    assert incremental.main(shlex.split(command)[2:]) == 0
+    assert f"going on from {model}" in capsys.readouterr().out
+    assert differences("student", left_alone, folder) == {}
+    assert HARNESS.left_behind(folder) == []
+
+
+def test_a_second_run_is_refused_and_a_second_signal_stops_the_first_at_once(tmp_path, whole, run, monkeypatch, capsys):
+    folder, stepping = tmp_path / "out", tmp_path / "stepping"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, interrupt)
+        assert run("student", folder) == 143
+    before = (folder / "student_model.pth").read_bytes()
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import incremental_learning_system, losses
+def slow(*arguments):
+    open({str(stepping)!r}, "w")
+    time.sleep(60)
+losses.METHODS["lwm"] = slow
+incremental_learning_system.main()
+"""
+    flags = ["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), "--resume"]
+    child = start([sys.executable, "-c", code, *flags])
+    wait_until(stepping.exists, child)
+    capsys.readouterr()
+    assert run("student", folder, "--resume") == 2
+    assert f"--output-dir {folder} is in use by process {child.pid} (" in one_line(capsys)
+    assert run("teacher", folder) == 2
+    assert f"process {child.pid} (" in one_line(capsys)
+    child.send_signal(signal.SIGINT)
+    assert "stopping" in child.stderr.readline() + child.stderr.readline()
+    child.send_signal(signal.SIGINT)
+    child.communicate()
+    assert child.returncode == -signal.SIGINT
+    assert (folder / "student_model.pth").read_bytes() == before
+    assert (folder / ".lock").exists()  # it could not be taken away, and holds up nobody
+    assert run("student", folder, "--resume") == 0
+    assert differences("student", whole, folder) == {}
+    assert HARNESS.left_behind(folder) == []
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    line = [sys.executable, "-u", str(ROOT / "train_teacher_model.py"), "--output-dir", str(tmp_path / "out")]
+    child = start(line, stdout=subprocess.PIPE)
+    assert "recommended" in child.stdout.readline()  # printed just before
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate()
+    assert (child.returncode, said) == (130, "interrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, run, monkeypatch, capsys):
+    monkeypatch.setattr(data.Source, "train", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert run("student", tmp_path / "out") == 130
+    assert one_line(capsys) == "interrupted"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "where"),
+    [
+        (training._Loop, "_check_terms", (0, 3)),  # a look waits for the device: long after the loop asked
+        (Run, "save", (0, 3)),
+        (Run, "write_log", (1, 1)),
+    ],
+)
+def test_a_signal_that_comes_at_a_bad_moment_stops_the_run_after_the_next_step(
+    tmp_path, whole, run, monkeypatch, capsys, owner, name, where
+):
+    """What the last line says is saved, is."""
+    usual, flags = getattr(owner, name), ["--save-interval-steps", "2"] if owner is Run else []
+
+    def interrupted_once(*arguments):
+        result = usual(*arguments)
+        monkeypatch.setattr(owner, name, usual)
+        interrupt()
+        return result
+
+    monkeypatch.setattr(training, "CHECK_INTERVAL", 2)
+    monkeypatch.setattr(owner, name, interrupted_once)
+    assert run("student", tmp_path, *flags) == 143
+    said_where("student", tmp_path, capsys)
+    saved = checkpoint.load(tmp_path / "student_model.pth")["training"]
+    assert (len(saved["log"]), saved["position"]["batches"]) == where
+    assert run("student", tmp_path, "--resume") == 0
+    assert differences("student", whole, tmp_path) == {}
+
+
+def test_ctrl_c_saves_where_it_has_ended_the_reader_of_a_pipe_too(tmp_path, whole, run, monkeypatch):
+    """As in ``python3 train_teacher_model.py 2>&1 | tee log``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    write = os.write
+
+    def write_there(descriptor, content):
+        return write(writer if descriptor == 2 else descriptor, content)
+
+    with monkeypatch.context() as patch, open(writer, "w", buffering=1) as errors, open(os.dup(writer), "w") as output:
+        patch.setattr(os, "write", write_there)
+        patch.setattr(sys, "stderr", errors)
+        patch.setattr(sys, "stdout", output)
+        at_step(patch, 2, lambda terms: signal.raise_signal(signal.SIGINT))
+        assert run("student", tmp_path) == 130
+        output.flush()  # as the interpreter does at its end
+    assert run("student", tmp_path, "--resume") == 0
+    assert differences("student", whole, tmp_path) == {}
+
+
+def test_signals_are_as_they_were_after_a_run(tmp_path, run):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert run("student", tmp_path) == 0
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, whole, run, monkeypatch):
+    """As under nohup, or in the background of a shell that has no job control."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    at_step(monkeypatch, 2, lambda terms: signal.raise_signal(signal.SIGINT))
+    assert run("student", tmp_path) == 0
+    assert differences("student", whole, tmp_path) == {}
