@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import patheffects
 from PIL import Image
 
 from checkpoint import write_atomically
@@ -241,9 +242,18 @@ def plane(curves: dict[str, list[tuple[str, list[float], list[float]]]], path: P
     figure, axes = plt.subplots(figsize=(6.4, 5))
     for number, (name, points) in enumerate(curves.items()):
         new, across = zip(*(_mean_and_half(values) for _, _, values in points), strict=True)
-        old = _errorbar(axes, number, name, new, [values for _, values, _ in points], xerr=across)
-        for (label, _, _), right, up in zip(points, new, old, strict=True):
-            axes.annotate(label, (right, up), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        old = _errorbar(axes, number, name, new, [values for _, values, _ in points], xerr=across, elinewidth=0.5)
+        order = sorted(range(len(points)), key=new.__getitem__)
+        for rank, point in enumerate(order):  # neighbours' labels on either side, that they do not cover each other
+            axes.annotate(
+                points[point][0],
+                (new[point], old[point]),
+                xytext=(3, (4, -10)[rank % 2]),
+                textcoords="offset points",
+                fontsize=8,
+                color=f"C{number}",
+                path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
+            )
     axes.set(xlabel="accuracy of the newest classes, no hint, %", ylabel="accuracy of all older classes, no hint, %")
     # Intervals of few seeds reach beyond what an accuracy can be.
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
