@@ -9,13 +9,16 @@ network is read in all the ways of field.py. A seed from 1 on shuffles the class
 --work-dir, where trials that begin alike share their first network. Delete both where a trial, the code or the images
 have changed.
 
-On a processor without bf16, photos32-search-fp32 is the same in fp32; compare what is in one table.
-
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
 highest mean of the discriminant's average over the steps, if it is above ``plain``'s, and their combination; of the
 four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
 five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
+
+photos32-search-fp32 is the same search on a processor without bf16, at four times the cost. There, so amended before
+its first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain``
+(after AdaGauss: the best of those) is run with other seeds.
+
 results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
 """
 
