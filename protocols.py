@@ -246,11 +246,11 @@ PROTOCOLS = {
         ablation={name: METHODS[name] for name in ("finetune", "lwf")}
         | grid("lwm", incremental_lr=[0.1], gamma=[0, 0.1]),
     ),
-    # The second is for processors without bf16, where that takes ten times as long.
+    # The second is for processors that have no bf16 and would take ten times as long.
     **{
         f"photos32-search{suffix}": Protocol(
             about="mini-ImageNet at 32 px, ResNet-32: classes 81-100 of the order in 5 steps of 4, judged on a tenth "
-            f"of the training images, held back, in {precision}",
+            f"of the training images, held back{words}",
             dataset="folder",
             pool=slice(80, 100),
             groups=(4,) * 5,
@@ -260,7 +260,7 @@ PROTOCOLS = {
             | rates("frozen", [0.3, 0.1, 0.03, 0.01])
             | grid("lwf lwf-mc lwm", incremental_lr=[0.1, 0.03], beta=[1, 3]),
         )
-        for suffix, precision in (("", "bf16"), ("-fp32", "fp32"))
+        for suffix, precision, words in (("", "bf16", ""), ("-fp32", "fp32", ", in fp32"))
     },
 }
 
