@@ -103,6 +103,8 @@ OPTIONS = {
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
+    from reproduce import publish
+
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -116,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     path = ROOT / "results" / options.protocol / "trials.csv"
     failed = [] if options.table else run(options, path)
-    path.with_suffix(".md").write_text(text := table(path))
-    print(text)
+    publish(path.with_suffix(".md"), table(path))
     if failed:
         raise RunError(f"not done: {'; '.join(failed)}")
 
@@ -248,31 +249,16 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_di
 def table(path: Path) -> str:
     """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``.
 
-    A read-out has the option whose average was highest in the CSV of the search. Below: how far the statistics of old
-    classes, which were carried along, are off, as evaluation.py measures it.
+    A read-out has the option whose average was highest in the CSV of the search. First a ``summary``, last how far the
+    statistics of old classes, which were carried along, are off, as evaluation.py measures it.
     """
-    from tables import NOT_THERE, mean_and_spread, paired, read_rows, seed_means
+    from tables import mean_and_spread, read_rows, seed_means
 
-    found = field.averages(path)
-    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
-    best = field.best_options(search)
-    heads = ["trial", "read-out", "option"]
-    heads += ["average of the steps", "over plain", "after the last step", "over plain", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for trial in TRIALS:
-        for readout in OPTIONS:
-            option = best.get((trial, readout), "")
-            seeds = found.get((trial, readout, option), {})
-            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {})
-            cells = []
-            for column in (0, 1):
-                cells.append(mean_and_spread([values[column] for values in seeds.values()]) if seeds else "")
-                pairs = [(seeds[seed][column], plain[seed][column]) for seed in seeds if seed in plain]
-                cells.append(paired(pairs) if len(pairs) >= 3 and trial != "plain" else NOT_THERE)
-            if seeds:
-                lines.append(f"| {trial} | {readout} | {option} | {' | '.join(cells)} | {len(seeds)} |")
-    lines += ["", "| trial | means of old classes are off | covariances of old classes are off | seeds |"]
-    lines.append("|---|---|---|---|")
+    columns = ("average of the steps", "over plain", "after the last step", "over plain")
+    lines = [summary(path), *heads_of("trial", "read-out", "option", *columns, "seeds")]
+    for (trial, readout), (option, seeds, cells) in cells_of(path).items():
+        lines.append(f"| {trial} | {readout} | {option} | {' | '.join(cells)} | {len(seeds)} |")
+    lines += ["", *heads_of("trial", "means of old classes are off", "covariances of old classes are off", "seeds")]
     rows = [row for row in read_rows(path) if row["readout"] == "head"]
     for trial in TRIALS:
         means, covariances = (seed_means(rows, trial, column) for column in ("means_off", "covariances_off"))
@@ -280,6 +266,48 @@ def table(path: Path) -> str:
             off = f"{mean_and_spread(means, 2)} | {mean_and_spread(covariances, 2)}"
             lines.append(f"| {trial} | {off} | {len(means)} |")
     return "\n".join(lines) + "\n"
+
+
+def summary(path: Path) -> str:
+    """Average of the steps, by the read-outs that the rule asks for and by the head."""
+    found = cells_of(path)
+    columns = ("head", "discriminant", "over plain", "Mahalanobis", "over plain")
+    lines = heads_of("trial", *columns, "seeds")
+    for trial in dict.fromkeys(name for name, _ in found):
+        head, discriminant, mahalanobis = (found[trial, name] for name in ("head", "discriminant", "mahalanobis"))
+        cells = [head[2][0], *discriminant[2][:2], *mahalanobis[2][:2]]
+        lines.append(f"| {trial} | {' | '.join(cells)} | {len(head[1])} |")
+    return "\n".join(lines) + "\n"
+
+
+def heads_of(*heads: str) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+
+def cells_of(path: Path) -> dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]]:
+    """(trial, read-out) -> its option, its seeds' accuracies, and on average of the steps and after the last one what
+    is shown: accuracy, and what it has over ``plain``, from three seeds on with its interval."""
+    from tables import NOT_THERE, mean_and_spread, paired
+
+    found = field.averages(path)
+    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
+    best = field.best_options(search)
+    shown = {}
+    for trial in TRIALS:
+        for readout in OPTIONS:
+            option = best.get((trial, readout), "")
+            seeds = found.get((trial, readout, option), {})
+            if not seeds:
+                continue
+            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {}) if trial != "plain" else {}
+            cells = []
+            for column in (0, 1):
+                pairs = [(seeds[seed][column], plain[seed][column]) for seed in seeds if seed in plain]
+                over = f"{statistics.mean(one - other for one, other in pairs):+.1f}" if pairs else NOT_THERE
+                cells.append(mean_and_spread([values[column] for values in seeds.values()]))
+                cells.append(paired(pairs) if len(pairs) >= 3 else over)
+            shown[trial, readout] = option, seeds, cells
+    return shown
 
 
 if __name__ == "__main__":

@@ -347,6 +347,7 @@ def test_the_tables_of_the_field_are_those_of_the_csv(path):
 def test_the_tables_of_trials_are_those_of_the_csv(path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     assert path.with_suffix(".md").read_text() == importlib.import_module("trials").table(path)
+    assert importlib.import_module("trials").summary(path) in SHOWN
     assert f"(../results/{path.parent.name}/trials.md)" in SHOWN
 
 

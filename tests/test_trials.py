@@ -86,6 +86,8 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
         (n, str(k)) for n in ("plain", "longer") for k in range(5)
     }
     table = (tmp_path / "results" / "photos32-search" / "trials.md").read_text()
+    assert table.startswith("| trial | head | discriminant | over plain | Mahalanobis | over plain | seeds |\n")
+    assert "| plain | 50.0 | 50.0 | – | 50.0 | – | 1 |\n| longer | 51.5 | 51.5 | +1.5 | 51.5 | +1.5 | 1 |" in table  # noqa: RUF001
     assert "| plain | head |  | 50.0" in table
     assert "| plain | 0.38 | 0.75 | 1 |" in table
     assert "cosine" not in table
@@ -122,7 +124,8 @@ def one_fails(protocol, data_dir, name, seed, work_dir):
     if name == "cosine":
         raise RuntimeError("no root")
     off = [{"means_off": off, "covariances_off": 2 * off if off else None} for off in (None, 0.25, 0.25, 0.25, 0.75)]
-    accuracies = [{"readout": each, "option": "", "accuracy": 50.0} for each in ("head", "discriminant")]
+    read = ("head", "discriminant", "mahalanobis")
+    accuracies = [{"readout": each, "option": "", "accuracy": 51.5 if name == "longer" else 50.0} for each in read]
     return [[row | step for row in accuracies] for step in off]
 
 
