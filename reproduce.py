@@ -104,20 +104,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def publish(path: Path, text: str) -> None:
-    """Print and write tables, and put them in the place of those before in the documents, whole or one by one."""
+    """Write tables, put them in the place of those before in the documents, whole or one by one, and print them."""
     from checkpoint import write_atomically
 
-    print(text)
     before = path.read_text() if path.exists() else ""
     write_atomically(path, text.encode())
-    if before in ("", text):
-        return
     for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        if document.exists():
+        if document.exists() and before not in ("", text):
             shown = document.read_text()
             for old, new in ((before, text), *zip(before.split("\n\n"), text.split("\n\n"), strict=False)):
                 shown = shown.replace(f"\n\n{old.strip()}\n\n", f"\n\n{new.strip()}\n\n")
             write_atomically(document, shown.encode())
+    print(text)  # last: who reads it may have closed the pipe
 
 
 def draw(protocol: Protocol, results: Path) -> None:
