@@ -313,7 +313,7 @@ def table(path: Path, search: Path) -> str:
 
     Ours is lwm with the one of our read-outs that is best in the CSV of the ``search``.
     """
-    from tables import NOT_THERE, mean_and_spread, paired
+    from tables import NOT_THERE, heads_of, mean_and_spread, paired
 
     found = averages(path)
     if not found:
@@ -322,7 +322,7 @@ def table(path: Path, search: Path) -> str:
     best = found.get(ours, {}) if ours else {}
     heads = ["trained with", "read-out", "option", "average of the steps", "after the last step"]
     heads += ["ours over it, average", "ours over it, last", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = heads_of(*heads)
     for key, seeds in found.items():
         cells = [mean_and_spread([values[column] for values in seeds.values()]) for column in (0, 1)]
         common = [seed for seed in seeds if seed in best]

@@ -31,6 +31,11 @@ COLUMNS = {
 }
 
 
+def heads_of(*heads: str) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+
 def beside(path: Path, name: str) -> Path:
     """What belongs to a CSV: ``name`` for accuracy.csv, and for another one ``name`` behind its own."""
     return path.with_name(name if path.stem == "accuracy" else f"{path.stem}_{name}")
@@ -110,7 +115,7 @@ def table_of(protocol: Protocol, path: Path) -> str:
     rows = read_rows(path)
     columns = [name for name in COLUMNS if name != "average" or len(protocol.groups) > 2]
     heads = ["method", *(COLUMNS[name] for name in columns), "seeds"]
-    lines = [f"{protocol.about}.", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [f"{protocol.about}.", "", *heads_of(*heads)]
     for name in variants_of(protocol, path):
         values = per_seed(rows, name, len(protocol.groups) - 1)
         if values:
@@ -141,8 +146,7 @@ def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list
             "In pairs by seed, with the 95 % interval of the mean by Student's t; below it by bootstrap, too narrow "
             "for few seeds:",
             "",
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
+            *heads_of(*heads),
             *lines,
         ]
     return []
@@ -256,7 +260,7 @@ def readouts_table(protocol: Protocol, path: Path) -> str:
     if not lines:
         return ""
     columns = ["method", "read-out", *(name for each in measures for name in (each, "over the head")), "seeds"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines, *_statistics_off(protocol, path)]
+    lines = [*heads_of(*columns), *lines, *_statistics_off(protocol, path)]
     return "\n".join(lines) + "\n"
 
 
@@ -298,7 +302,7 @@ def attention_table(protocol: Protocol, path: Path) -> str:
     rows = read_rows(attention_path(path))
     heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "no map left, % of the classes"]
     heads += ["accuracy lost, points", "Spearman", "of classes of one age", "seeds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = heads_of(*heads)
     for name in variants_of(protocol, path):
         seeds = _of_seeds(rows, name, "accuracy_before")
         if seeds:

@@ -15,7 +15,7 @@ highest mean of the discriminant's average over the steps, if it is above ``plai
 four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
 five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
 
-photos32-search-fp32 is the same search on a processor without bf16, at four times the cost. There, so amended before
+photos32-search-fp32 is the same search on a processor without bf16, for which that is slow. There, so amended before
 its first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain``
 (after AdaGauss: the best of those) is run with other seeds.
 
@@ -99,6 +99,9 @@ OPTIONS = {
     name: {"shrinkage=0.0": made["shrinkage=0.0"]} if name in ("discriminant", "rebalanced") else made
     for name, made in field.OPTIONS.items()
 }
+
+# (trial, read-out) -> its option, its seeds' accuracies, and what a table shows of them.
+Cells = dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]]
 
 
 @one_line_errors
@@ -252,11 +255,12 @@ def table(path: Path) -> str:
     A read-out has the option whose average was highest in the CSV of the search. First a ``summary``, last how far the
     statistics of old classes, which were carried along, are off, as evaluation.py measures it.
     """
-    from tables import mean_and_spread, read_rows, seed_means
+    from tables import heads_of, mean_and_spread, read_rows, seed_means
 
+    found = cells_of(path)
     columns = ("average of the steps", "over plain", "after the last step", "over plain")
-    lines = [summary(path), *heads_of("trial", "read-out", "option", *columns, "seeds")]
-    for (trial, readout), (option, seeds, cells) in cells_of(path).items():
+    lines = [summary(found), *heads_of("trial", "read-out", "option", *columns, "seeds")]
+    for (trial, readout), (option, seeds, cells) in found.items():
         lines.append(f"| {trial} | {readout} | {option} | {' | '.join(cells)} | {len(seeds)} |")
     lines += ["", *heads_of("trial", "means of old classes are off", "covariances of old classes are off", "seeds")]
     rows = [row for row in read_rows(path) if row["readout"] == "head"]
@@ -268,9 +272,10 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(path: Path) -> str:
+def summary(found: Cells) -> str:
     """Average of the steps, by the read-outs that the rule asks for and by the head."""
-    found = cells_of(path)
+    from tables import heads_of
+
     columns = ("head", "discriminant", "over plain", "Mahalanobis", "over plain")
     lines = heads_of("trial", *columns, "seeds")
     for trial in dict.fromkeys(name for name, _ in found):
@@ -280,13 +285,10 @@ def summary(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def heads_of(*heads: str) -> list[str]:
-    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-
-
-def cells_of(path: Path) -> dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]]:
-    """(trial, read-out) -> its option, its seeds' accuracies, and on average of the steps and after the last one what
-    is shown: accuracy, and what it has over ``plain``, from three seeds on with its interval."""
+def cells_of(path: Path) -> Cells:
+    """On average of the steps and after the last one: accuracy, and what it has over ``plain``, from three seeds on
+    with its interval.
+    """
     from tables import NOT_THERE, mean_and_spread, paired
 
     found = field.averages(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-import zipfile
 from pathlib import Path
 
 import conftest
@@ -38,22 +37,3 @@ def write(path: Path, content: dict, changes: dict | None = None) -> None:
     """As ``checkpoint.save`` would, without its checks."""
     head = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION}
     torch.save(put(head | content, changes) if changes else head | content, path)
-
-
-def members_of(path: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def pack(path: Path, members: dict[str, bytes], deflated: str = "", claims: dict[str, int] | None = None) -> None:
-    """A zip archive; one member may be compressed, and some may say another size than they have."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == deflated else zipfile.ZIP_STORED)
-        for name, size in (claims or {}).items():
-            archive.getinfo(name).file_size = size
-
-
-def pack_pickle(path: Path, content: Path, pickled: bytes) -> None:
-    """The archive ``content`` with another structure."""
-    pack(path, members_of(content) | {"archive/data.pkl": pickled})

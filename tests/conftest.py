@@ -201,7 +201,7 @@ def run_tiny(cells: Path, method: str) -> None:
         incremental.main([*flags, *more, "--output-dir", str(model.parent)])
 
 
-# A small archive in CIFAR's format --------------------------------------------------------------------------------
+# Runs that are stopped and gone on with --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -237,6 +237,9 @@ def run(whole: Path) -> Callable[..., int]:
         return incremental.main(["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), *flags])
 
     return start
+
+
+# A small archive in CIFAR's format --------------------------------------------------------------------------------
 
 
 def _pickled(content: dict[str, Any]) -> bytes:

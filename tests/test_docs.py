@@ -346,8 +346,9 @@ def test_the_tables_of_the_field_are_those_of_the_csv(path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/trials.csv")), ids=lambda path: path.parent.name)
 def test_the_tables_of_trials_are_those_of_the_csv(path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    assert path.with_suffix(".md").read_text() == importlib.import_module("trials").table(path)
-    assert importlib.import_module("trials").summary(path) in SHOWN
+    trials = importlib.import_module("trials")
+    assert path.with_suffix(".md").read_text() == trials.table(path)
+    assert trials.summary(trials.cells_of(path)) in SHOWN
     assert f"(../results/{path.parent.name}/trials.md)" in SHOWN
 
 

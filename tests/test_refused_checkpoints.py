@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpointfiles import members_of, pack, pack_pickle, refused, write
+from checkpointfiles import refused, write
 from conftest import picture
 from PIL import Image
 from torch import nn
@@ -26,6 +26,25 @@ import checkpoint
 import torchfile
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def pack(path: Path, members: dict[str, bytes], deflated: str = "", claims: dict[str, int] | None = None) -> None:
+    """A zip archive; one member may be compressed, and some may say another size than they have."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == deflated else zipfile.ZIP_STORED)
+        for name, size in (claims or {}).items():
+            archive.getinfo(name).file_size = size
+
+
+def pack_pickle(path: Path, content: Path, pickled: bytes) -> None:
+    """The archive ``content`` with another structure."""
+    pack(path, members_of(content) | {"archive/data.pkl": pickled})
 
 
 class Trap:

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +22,10 @@ from tinyruns import (
     SMALL,
     STEPS,
     at_step,
-    contents,
     differences,
     first,
     interrupt,
     one_line,
-    resaved,
     said_where,
 )
 
@@ -41,6 +41,18 @@ from run import STEP_SETTINGS
 draw_curves = plots.curves
 
 pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+
+
+def resaved(source: Path, target: Path, change: Callable[[dict], object]) -> None:
+    """Write a checkpoint with changes."""
+    saved = checkpoint.load(source)
+    change(saved)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(target, saved)
 
 
 # The same bits ----------------------------------------------------------------------------------------------------

@@ -39,18 +39,6 @@ def one_line(capsys) -> str:
     return lines[0]
 
 
-def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
-
-
-def resaved(source: Path, target: Path, change: Callable[[dict], object]) -> None:
-    """Write a checkpoint with changes."""
-    saved = checkpoint.load(source)
-    change(saved)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(target, saved)
-
-
 def at_step(monkeypatch, step: int | None, act: Callable[[dict], object]) -> None:
     """Call ``act(terms)`` on the loss terms of the ``step``-th step from now, or of every one; it may return others."""
     count = itertools.count(1)
