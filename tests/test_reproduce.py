@@ -372,6 +372,22 @@ def test_an_interrupted_step_is_resumed(calls, tmp_path):
     assert not again["settings"].overwrite
 
 
+def test_a_closed_pipe_leaves_no_old_table(tmp_path, monkeypatch):
+    """As of ``reproduce.py ... --table | head``."""
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n\n| 1 |\n\nbehind\n")
+    (tmp_path / "table.md").write_text("| 1 |\n")
+    with pytest.raises(BrokenPipeError):
+        reproduce.publish(tmp_path / "table.md", "| 2 |\n")
+    assert (tmp_path / "table.md").read_text() == "| 2 |\n"
+    assert "| 2 |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_documents_show_the_new_tables_where_they_showed_the_old(calls, tmp_path):
     readme, results, table = (tmp_path / name for name in ("README.md", "docs/results.md", "results/five/table.md"))
     results.parent.mkdir()
