@@ -29,7 +29,7 @@ import models
 import plots
 import train_teacher_model as trainer
 from errors import InputError
-from protocols import Protocol
+from protocols import METHODS, Protocol
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
@@ -175,8 +175,9 @@ def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) 
     return model
 
 
-# A protocol of the digits ------------------------------------------------------------------------------------------
+# Protocols of the digits ------------------------------------------------------------------------------------------
 
+FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, order=None, shuffle=True)
 TINY = Protocol(
     about="digits in three steps",
     dataset="digits",

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import image_folder, picture, write_images
 from PIL import Image
-from test_settings import BAD_VALUES, FILES, reader_of
+from settingvalues import BAD_VALUES, FILES, reader_of
 
 import checkpoint
 import config

@@ -1,104 +1,39 @@
-"""config.py and the command line: what is wrong is named, and a script checks only what it reads."""
+"""Constants and flags: what is wrong is named, a flag wins, and None is the recommended value."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
-import conftest
 import pytest
 from conftest import page
 from hypothesis import given
 from hypothesis import strategies as st
+from settingvalues import (
+    BAD_VALUES,
+    CONSTANTS,
+    DEMO,
+    FILES,
+    GOOD_FLAGS,
+    GRADCAM,
+    NONSENSE,
+    STEP,
+    TRAINER,
+    read,
+    reader_of,
+    refused,
+    short,
+)
 
-import config
 from errors import InputError
 from settings import RECOMMENDED, SCRIPTS, Settings, read_settings
 
-ROOT = Path(__file__).parent.parent
-TRAINER, STEP, DEMO, GRADCAM = SCRIPTS
-FILES = {
-    TRAINER: [],
-    STEP: ["--teacher", "t.pth"],
-    DEMO: ["--teacher", "t.pth", "--student", "s.pth"],
-    GRADCAM: ["--checkpoint", "c.pth", "--image", "i.png"],
-}
-CONSTANTS = [f.name for f in fields(Settings) if f.metadata]
-NONSENSE = object()  # of no use to anything
-
-
-def read(script: str = TRAINER, flags: str | list[str] = "", **constants) -> Settings:
-    flags = flags.split() if isinstance(flags, str) else flags
-    return read_settings(script, FILES[script] + flags, page(**constants))
-
-
-def refused(script: str = TRAINER, flags: str | list[str] = "", **constants) -> str:
-    return conftest.refused(read, script, flags, **constants)
-
-
 # What is wrong is named ---------------------------------------------------------------------------------------------
-
-BAD_VALUES = {  # constant: values that config.py could hold, and as texts of the command line
-    "dataset": (["mnist", 3, ["digits"]], ["mnist", ""]),
-    "data_dir": (["", 3, "a\0b"], [""]),
-    "old_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], {"0": 1}], ["", "0,,1", "0,1,0", ",", "0, 0"]),
-    "new_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"]], ["", "0,,1", "0,1,0"]),
-    "model": (["", 18, ["resnet18"]], [""]),
-    "image_size": ([7, 32.0, "32", True, 1025, float("nan")], ["7", "32.0", "big", "1025", "-32", ""]),
-    "mean": ([0.5, "0.5,0.5,0.5", [0.5, 0.5], [0.5, 0.5, True]], ["0.5", "0.5,0.5", "a,b,c", "nan,0,0"]),
-    "std": ([1.0, [1, 1, 0], [1, 1, float("inf")]], ["1", "1,1,0", "1,1,-1"]),
-    "method": (["LwM", 3, ["lwm"]], ["LwM", "ewc", ""]),
-    "loss_form": (["sigmoid", 3], ["sigmoid"]),
-    "beta": ([-0.1, "1", True, float("nan"), float("inf")], ["-0.1", "x", "nan", "inf"]),
-    "gamma": ([-0.1, "1", True, float("nan"), 10**400], ["-0.1", "x", "nan", "1e400"]),
-    "temperature": ([0, -1, "2"], ["0", "0.0", "-1", "warm"]),
-    "attention": (["Grad-CAM", None], ["both"]),
-    "attention_class": (["Student", 1], ["both"]),
-    "batch_norm": (["eval", True], ["eval"]),
-    "epochs": ([0, -1, 2.5, "5", True, [5]], ["-1", "2.5", "1e3", "five", ""]),
-    "batch_size": ([1, 0, 64.0], ["1", "0", "64.0"]),
-    "lr": ([0, -0.1, "0.1", float("inf"), False, 10**400], ["0", "-0.1", "fast", "inf"]),
-    "incremental_lr": ([0, -0.1, "0.1", float("nan")], ["0", "-0.1", "slow"]),
-    "backbone_lr": ([0, -0.1, "0.1"], ["0", "-0.1", "slow"]),
-    "freeze": ([-1, 1.5, None, "2"], ["-1", "all"]),
-    "balanced": (["yes", 1, None], []),
-    "momentum": ([-0.1, 1, "0.9"], ["1", "-1", "1.0"]),
-    "weight_decay": ([-1e-4, "0"], ["-1", "none"]),
-    "flip": (["yes", 1, 0], []),
-    "precision": (["fp16", 32], ["fp16", "float32"]),
-    "cache_dir": (["", None, 3], [""]),
-    "skip_bad_images": (["yes", 1], []),
-    "hold_back": ([0.6, -0.1, "0.1"], ["0.6", "-0.1", "half"]),
-    "seed": ([-1, 0.0, 2**32, "0", 10**400], ["-1", "0.5", str(2**32), "x", "1" + "0" * 400, "1" + "0" * 5000]),
-    "device": (["gpu", "cpu:0", "cuda:", "cuda:x", 0], ["gpu", "cpu:0", "cuda:", "cuda:-1", ""]),
-    "deterministic": (["yes", 1], []),
-    "statistics": (["yes", 1], []),
-    "readout": (["heads", 1, None], ["heads", ""]),
-    "save_interval": ([0, 1.5], ["0", "1.5"]),
-    "save_interval_steps": ([-1, 1.5, None], ["-1", "1.5"]),
-    "resume": (["no", 0], []),
-    "overwrite": (["no", 1], []),
-    "quiet": (["yes", 1], []),
-    "json": (["yes", 1], []),
-    "tensorboard": (["yes", 1], []),
-    "output_dir": (["", 5], [""]),
-}
-
-
-def reader_of(name: str) -> str:
-    return next(script for script, (reads, _, _) in SCRIPTS.items() if name in reads.split())
 
 
 def test_the_table_of_bad_values_has_every_setting():
     assert list(BAD_VALUES) == CONSTANTS
-
-
-def short(value) -> str:
-    return repr(value)[:20]
 
 
 @pytest.mark.parametrize(
@@ -209,41 +144,6 @@ def test_old_classes_come_from_a_file_a_line_each(tmp_path):
 
 # The flag wins; None is the recommended value -----------------------------------------------------------------------
 
-GOOD_FLAGS = {
-    "dataset": ("folder", "folder"),
-    "data_dir": ("some/where", "some/where"),
-    "old_classes": ("apple, baby", ("apple", "baby")),
-    "new_classes": ("cow", ("cow",)),
-    "model": ("resnet110", "resnet110"),
-    "image_size": ("48", 48),
-    "mean": ("0.5, 0.4,.3", (0.5, 0.4, 0.3)),
-    "std": ("1,1,0.25", (1.0, 1.0, 0.25)),
-    "method": ("lwf", "lwf"),
-    "loss_form": ("softmax", "softmax"),
-    "beta": ("0", 0.0),
-    "gamma": ("1e-3", 0.001),
-    "temperature": ("4", 4.0),
-    "attention": ("signed", "signed"),
-    "attention_class": ("teacher", "teacher"),
-    "batch_norm": ("frozen", "frozen"),
-    "epochs": ("7", 7),
-    "batch_size": ("2", 2),
-    "lr": ("0.25", 0.25),
-    "incremental_lr": (".5", 0.5),
-    "backbone_lr": ("1e-3", 0.001),
-    "freeze": ("2", 2),
-    "momentum": ("0", 0.0),
-    "weight_decay": ("0", 0.0),
-    "precision": ("bf16", "bf16"),
-    "cache_dir": ("some/cache", "some/cache"),
-    "hold_back": ("0.2", 0.2),
-    "seed": ("4294967295", 2**32 - 1),
-    "device": ("cuda:1", "cuda:1"),
-    "readout": ("discriminant", "discriminant"),
-    "save_interval": ("3", 3),
-    "save_interval_steps": ("500", 500),
-    "output_dir": ("runs/x", "runs/x"),
-}
 SWITCHES = (
     "balanced",
     "flip",
@@ -346,93 +246,6 @@ def test_settings_are_frozen():
         read().epochs = 5
 
 
-# Each script checks only what it reads ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nonsense", [NONSENSE, "x", -5, [], ["digits"], {}, float("nan")], ids=short)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_ignores_the_constants_that_it_does_not_read(script, nonsense):
-    reads = SCRIPTS[script][0].split()
-    others = {name.upper(): nonsense for name in CONSTANTS if name not in reads}
-    assert others
-    settings = read(script, **others)
-    assert all(getattr(settings, name) is not nonsense for name in reads)
-
-
-@pytest.mark.parametrize(
-    ("script", "name"),
-    [
-        (TRAINER, "new_classes"),
-        (TRAINER, "incremental_lr"),
-        (TRAINER, "beta"),
-        (STEP, "old_classes"),
-        (STEP, "model"),
-        (STEP, "image_size"),
-        (STEP, "lr"),
-        (DEMO, "epochs"),
-        (DEMO, "old_classes"),
-        (DEMO, "new_classes"),
-        (DEMO, "model"),
-        (DEMO, "method"),
-        (GRADCAM, "dataset"),
-        (GRADCAM, "output_dir"),
-    ],
-)
-def test_what_a_script_does_not_read(script, name):
-    assert name not in SCRIPTS[script][0].split()
-
-
-FIXED_FLAGS = [
-    "--dataset",
-    "--data-dir",
-    "--old-classes",
-    "--new-classes",
-    "--model",
-    "--method",
-    "--loss-form",
-    "--epochs",
-    "--batch-size",
-    "--lr",
-    "--incremental-lr",
-    "--beta",
-    "--gamma",
-    "--temperature",
-    "--batch-norm",
-    "--save-interval",
-    "--seed",
-    "--device",
-    "--output-dir",
-    "--image-size",
-]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("flag", FIXED_FLAGS)
-def test_every_script_accepts_the_fixed_flags(script, flag):
-    name = flag[2:].replace("-", "_")
-    text, value = GOOD_FLAGS[name]
-    settings = read(script, [flag, text])
-    assert getattr(settings, name) == value
-    assert name in settings.given
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_accepts_the_switches(script):
-    settings = read(script, "--resume --overwrite")
-    assert settings.resume is True
-    assert settings.overwrite is True
-
-
-def test_file_flags_are_handed_on():
-    settings = read(STEP, "--student s.pth --resume")
-    assert (settings.teacher, settings.student) == ("t.pth", "s.pth")
-    assert read(DEMO, "--images mine").images == "mine"
-    settings = read(GRADCAM, "--class-name cat --layer layer1 --output o.png")
-    assert (settings.checkpoint, settings.image) == ("c.pth", "i.png")
-    assert (settings.class_name, settings.layer, settings.output) == ("cat", "layer1", "o.png")
-    assert read(GRADCAM).output == "gradcam.png"
-
-
 # The form of the loss -----------------------------------------------------------------------------------------------
 
 
@@ -469,76 +282,3 @@ def test_a_form_that_contradicts_the_method_is_refused(method, form):
     text = refused(STEP, METHOD=method, LOSS_FORM=form)
     assert "config.py: LOSS_FORM" in text
     assert method in text
-
-
-# config.py ----------------------------------------------------------------------------------------------------------
-
-
-def test_constants_and_fields_agree():
-    assert sorted(name for name in vars(config) if name.isupper()) == sorted(name.upper() for name in CONSTANTS)
-    for script, (reads, _, _) in SCRIPTS.items():
-        assert set(reads.split()) <= set(CONSTANTS), script
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_page_as_it_stands_is_good(script):
-    settings = read_settings(script, FILES[script])
-    if script == TRAINER:
-        assert settings.old_classes == tuple(config.OLD_CLASSES)
-        assert settings.dataset == "digits"
-        assert settings.method == "lwm"
-
-
-def test_the_groups_of_cifar100():
-    groups = [getattr(config, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
-    assert [len(group) for group in groups] == [10] * 10
-    names = [name for group in groups for name in group]
-    assert names == sorted(set(names))
-    assert len(names) == 100
-    assert config.select_classes_2_1 == ["apple", "aquarium_fish"] == names[:2]
-    assert config.select_classes_2_2 == ["baby", "bear"] == names[2:4]
-    assert {"maple_tree", "pickup_truck", "sweet_pepper", "lawn_mower"} <= set(names)
-    assert names[-1] == "worm"
-
-
-def test_every_constant_has_a_comment_of_its_own():
-    source = (ROOT / "config.py").read_text().splitlines()
-    assert [line for line in source if re.match(r"[A-Z_]+ = ", line) and "  # " not in line] == []
-
-
-# --help -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_defaults_and_imports_nothing_heavy(script):
-    """Heavy modules are what would make --help slow; -X importtime lists every module that is imported."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
-    assert {"settings", "config", "argparse"} <= imported
-    assert not imported & {"torch", "torchvision", "numpy", "cv2", "PIL", "sklearn", "matplotlib", "tqdm", "scipy"}
-    shown = " ".join(done.stdout.split())
-    for name in SCRIPTS[script][0].split():
-        value = getattr(config, name.upper())
-        default = "recommended for the data set" if value is None else value
-        default = ",".join(value) if isinstance(value, list) else default
-        flag = "--" + name.replace("_", "-")
-        assert re.search(rf"{flag}[ ,].*?\(default: {re.escape(str(default))}\)", shown), name
-    for flag in FILES[script][::2]:
-        assert flag in shown
-
-
-def test_help_shows_changed_defaults_and_survives_percent_signs(capsys):
-    with pytest.raises(SystemExit) as caught:
-        read_settings(TRAINER, ["--help"], page(EPOCHS=77, OUTPUT_DIR="100%done", OLD_CLASSES=["x", "y"]))
-    assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "(default: 77)" in shown
-    assert "(default: 100%done)" in shown
-    assert "(default: x,y)" in shown
