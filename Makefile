@@ -1,12 +1,15 @@
-# make       the environment, then teacher, student and demo on the embedded digits
-# make test  the environment, then every test
+# make           the environment, then teacher, student and demo on the embedded digits
+# make test      the environment, then every test
+# make coverage  the same, and which lines they run; it takes longer
 
 PYTHON ?= python3
 OUTPUT := runs/quickstart
 FLAGS := --output-dir $(OUTPUT) --overwrite
+# A file's tests share models that it trains, so that a file goes to one process; each has one thread of its own.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: all test clean
+.PHONY: all test coverage clean
 
 all: .venv/ready
 	.venv/bin/python train_teacher_model.py $(FLAGS)
@@ -19,9 +22,10 @@ test: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-# A file's tests share models that it trains, so that a file goes to one process; each has one thread of its own.
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--cov --cov-report=term
+	$(PYTEST)
+
+coverage: .venv/ready-dev
+	$(PYTEST) --cov --cov-report=term
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -159,8 +159,6 @@ def threads_of(jobs: int) -> int:
 
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:
     """First steps first, then the others of every method and seed; the CSV grows by a row as each step is done."""
-    from hardware import pick_device, warn_of_emulation
-
     require_open(protocol)
     variants = variants_of(protocol, path)
     if not variants:
@@ -177,6 +175,8 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
     if "--precision bf16" in protocol.flags:  # what the scripts themselves say of it is not shown
+        from hardware import pick_device, warn_of_emulation
+
         warn_of_emulation("bf16", pick_device("auto"))
     threads = threads_of(jobs)
     about = beside(path, "environment.json")

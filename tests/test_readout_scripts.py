@@ -91,7 +91,7 @@ def test_what_answers_unasked(steps, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [None, *settings.READOUTS])
-def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
+def test_demo_predict_and_gradcam_answer_with_it(steps, tmp_path, capsys, name):
     root, flags = steps
     student = str(root / "2" / "student_model.pth")
     both = ["--teacher", str(root / "1" / "student_model.pth"), "--student", student]
@@ -117,9 +117,21 @@ def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
     assert metrics["student"]["accuracy"] == pytest.approx(metrics["readouts"][name]["accuracy"])
     assert metrics["readouts"] == checkpoint.load(student)["readouts"]
     assert "Read-outs" in (tmp_path / "demo_report.html").read_text()
-    onnx = str(tmp_path / "student.onnx")
+    assert predict.main([str(root / "images" / "test" / "e"), "--checkpoint", student, *asked, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    image = str(sorted((root / "images" / "test" / "e").iterdir())[0])
+    shown = ["--checkpoint", student, "--image", image, *asked, "--output", str(tmp_path / "map.png")]
+    assert gradcam.main(shown) == 0
+    assert f"answer ({name}): {answers[0]['classes'][0]['name']};" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [None, "head"])
+def test_what_is_exported_answers_with_it(steps, tmp_path, capsys, name):
+    root, _ = steps
+    student, onnx = str(root / "2" / "student_model.pth"), str(tmp_path / "student.onnx")
+    asked = ["--readout", name] if name else []
     assert export.main(["--checkpoint", student, "--output", onnx, *asked, "--maps"]) == 0
-    assert f"6 classes, read-out {name}, " in capsys.readouterr().out
+    assert f"6 classes, read-out {name or 'discriminant'}, " in capsys.readouterr().out
     said = []
     for flags in (["--checkpoint", onnx], ["--checkpoint", student, *asked]):
         assert predict.main([str(root / "images" / "test" / "e"), *flags, "--json", "--top", "6"]) == 0
@@ -128,10 +140,6 @@ def test_demo_export_and_predict_answer_with_it(steps, tmp_path, capsys, name):
         ours, theirs = ({each["name"]: each["probability"] for each in row["classes"]} for row in (one, other))
         assert ours == pytest.approx(theirs, abs=1e-4)
         assert name == "head" or sum(ours.values()) == pytest.approx(1, abs=1e-4)
-    image = str(sorted((root / "images" / "test" / "e").iterdir())[0])
-    shown = ["--checkpoint", student, "--image", image, *asked, "--output", str(tmp_path / "map.png")]
-    assert gradcam.main(shown) == 0
-    assert f"answer ({name}): {said[0][0]['classes'][0]['name']};" in capsys.readouterr().out
 
 
 def test_without_statistics_the_head_answers_and_the_rest_is_said(steps, tmp_path, capsys):
