@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 SEARCH = {
     "photos32-5x4": "photos32-search",
     "photos32-10x10": "photos32-search",
+    "photos32-10x10-fp32": "photos32-search",
     "digits-5x2": "digits-search-3x2",
 }
 # The cells of a search that were trained as the methods of its protocols are.
