@@ -173,6 +173,23 @@ def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequ
     return scores
 
 
+def unit_length(steps: Sequence[Step]) -> Scores:
+    """Our discriminant on features of unit length, u = x / |x|, of which it keeps the statistics.
+
+    It is a linear layer of x itself: for its bias b, which would be b |x| there, stands b a'x, where a'u comes nearest
+    to 1 (least squares, all classes alike): a = E[uu']^-1 E[u].
+    """
+    known = None
+    for step in steps:
+        before, after = (F.normalize(each, dim=1) for each in (step.before, step.after))
+        known = readout.carried(known, before, after, step.labels)
+        weight, bias = readout.discriminant(known)
+        means, covariances = known.means, known.covariances[known.of]
+        moment = means.T @ means / len(means) + covariances.mean(0)
+        one = torch.linalg.solve(readout.regular(moment), means.mean(0))
+        yield step.test @ (weight + torch.outer(bias, one)).T
+
+
 def _means(features: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([features[labels == label].mean(0) for label in labels.unique()])
 

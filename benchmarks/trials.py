@@ -4,10 +4,10 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
 All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
-network is read in all the ways of field.py. A seed from 1 on shuffles the classes of photos32-search here too. A cell
-(a trial with a seed) that is in the CSV is not run again; one that was stopped goes on after its last step, from
---work-dir, where trials that begin alike share their first network. Delete both where a trial, the code or the images
-have changed.
+network is read in all the ways of field.py, and in one more, unit-length. A seed from 1 on shuffles the classes of
+photos32-search here too. A cell (a trial with a seed) that is in the CSV is not run again; one that was stopped goes on
+after its last step, from --work-dir, where trials that begin alike share their first network. Delete both where a
+trial, the code or the images have changed.
 
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
@@ -18,6 +18,9 @@ five seeds, by name, beside ``plain`` on the same machine: kept is what is above
 photos32-search-fp32 is the same search on a processor without bf16, for which that is slow. There, so amended before
 its first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain``
 (after AdaGauss: the best of those) is run with other seeds.
+
+unit-length came when seed 0 of nine trials was there. It is kept where on photos32-5x4 it is above the discriminant on
+the same networks, ``plain``'s, with its whole interval.
 
 results/<protocol>/ gets trials.csv, trials.md and trials_environment.json.
 """
@@ -98,7 +101,7 @@ TRIALS = {
 OPTIONS = {
     name: {"shrinkage=0.0": made["shrinkage=0.0"]} if name in ("discriminant", "rebalanced") else made
     for name, made in field.OPTIONS.items()
-}
+} | {"unit-length": {"": field.unit_length}}
 
 # (trial, read-out) -> its option, its seeds' accuracies, and what a table shows of them.
 Cells = dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]]

@@ -140,6 +140,30 @@ def test_mahalanobis_is_the_distance_among_features_of_unit_length_in_correlatio
 CELLS = field.CELLS["photos32-search"]
 
 
+def test_on_unit_length_the_discriminant_is_a_linear_layer_of_features_of_any_length():
+    """Where all features lie on a cone a'u is 1, and the layer is length times the discriminant of u, bias and all."""
+
+    def on_a_cone(classes: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        features, labels = drawn(classes, seed)
+        around = 0.6 * F.normalize(features[:, 1:], dim=1)
+        lengths = 0.5 + torch.rand(len(around), 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return lengths * torch.cat([torch.full_like(around[:, :1], 0.8), around], dim=1), labels
+
+    steps: list[Step] = []
+    for new, longer in (([0, 1], 1.0), ([2, 3, 4], 3.0)):
+        (features, labels), (test, test_labels) = on_a_cone(new), on_a_cone(list(range(new[-1] + 1)), seed=1)
+        steps.append(step_after(steps, features, longer * features, labels, longer * test, test_labels))
+    known = None
+    for step, scores in zip(steps, field.unit_length(steps), strict=True):
+        before, after, test = (F.normalize(each, dim=1) for each in (step.before, step.after, step.test))
+        known = readout.carried(known, before, after, step.labels)
+        weight, bias = readout.discriminant(known)
+        exact = test @ weight.T + bias
+        torch.testing.assert_close(scores / step.test.norm(dim=1, keepdim=True), exact, rtol=0.03, atol=0)
+        assert torch.equal(scores.argmax(1), exact.argmax(1))
+        assert not torch.equal((test @ weight.T).argmax(1), exact.argmax(1))  # the bias matters
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Both cells of seed 0 as reproduce.py leaves them, and a search of the very same."""
