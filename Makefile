@@ -1,6 +1,6 @@
 # make           the environment, then teacher, student and demo on the embedded digits
 # make test      the environment, then every test
-# make coverage  the same, and which lines they run; it takes longer
+# make coverage  the tests, and which lines they run; it takes longer
 
 PYTHON ?= python3
 OUTPUT := runs/quickstart

@@ -184,9 +184,8 @@ def unit_length(steps: Sequence[Step]) -> Scores:
         before, after = (F.normalize(each, dim=1) for each in (step.before, step.after))
         known = readout.carried(known, before, after, step.labels)
         weight, bias = readout.discriminant(known)
-        means, covariances = known.means, known.covariances[known.of]
-        moment = means.T @ means / len(means) + covariances.mean(0)
-        one = torch.linalg.solve(readout.regular(moment), means.mean(0))
+        moment = known.means.T @ known.means / len(known.means) + readout.shared_covariance(known)
+        one = torch.linalg.solve(readout.regular(moment), known.means.mean(0))
         yield step.test @ (weight + torch.outer(bias, one)).T
 
 

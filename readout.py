@@ -170,7 +170,7 @@ def discriminant(statistics: Statistics, shrinkage: float | None = None) -> Line
     all classes have in common is taken off, so that a class's Grad-CAM map shows what speaks for it and not for others.
     """
     means = statistics.means
-    root = torch.linalg.cholesky(_shrunk(_shared(statistics), shrinkage))
+    root = torch.linalg.cholesky(_shrunk(shared_covariance(statistics), shrinkage))
     weight = torch.cholesky_solve(means.T, root).T
     return weight - weight.mean(0), -(weight * means).sum(1) / 2
 
@@ -186,7 +186,7 @@ def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int
     labels = torch.arange(len(means)).repeat_interleave(count)
     # Whitened, and from zero, so that the regression converges in some 40 steps; from the discriminant, whose biases
     # are large where classes lie far apart, it takes hundreds.
-    shared = _shrunk(_shared(statistics), shrinkage)
+    shared = _shrunk(shared_covariance(statistics), shrinkage)
     centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(shared))
     inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
     weight, bias = torch.zeros_like(means).requires_grad_(), means.new_zeros(len(means)).requires_grad_()
@@ -203,7 +203,7 @@ def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int
     return plain, bias.detach() - plain @ centre
 
 
-def _shared(statistics: Statistics) -> Tensor:
+def shared_covariance(statistics: Statistics) -> Tensor:
     """The mean over the classes of their covariances (C, C)."""
     counts = torch.bincount(torch.tensor(statistics.of), minlength=len(statistics.covariances))
     return torch.einsum("m,mij->ij", counts.to(statistics.covariances), statistics.covariances) / len(statistics.of)

@@ -125,7 +125,7 @@ def test_demo_predict_and_gradcam_answer_with_it(steps, tmp_path, capsys, name):
     assert f"answer ({name}): {answers[0]['classes'][0]['name']};" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [None, "head"])
+@pytest.mark.parametrize("name", [None, *settings.READOUTS])
 def test_what_is_exported_answers_with_it(steps, tmp_path, capsys, name):
     root, _ = steps
     student, onnx = str(root / "2" / "student_model.pth"), str(tmp_path / "student.onnx")
