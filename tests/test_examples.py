@@ -1,6 +1,6 @@
 """Every code block of README and docs is executed, page by page, in a folder with what the page takes for granted.
 
-Training is made short; make, pip, torchrun and the tools of a contributor are looked up rather than run, and of
+Training is made short, and on small images; make, pip, torchrun and the tools of a contributor are looked up rather than run, and of
 reproduce.py the command line is read.
 """
 
@@ -76,6 +76,7 @@ def run(command: str) -> None:
 def shortened(script: str, flags: list[str]) -> list[str]:
     if script not in ("train_teacher_model.py", "incremental_learning_system.py"):
         return flags
+    flags = ["64" if word == "224" else word for word in flags]
     more = [] if "--epochs" in flags else ["--epochs", "1"]
     if script == "train_teacher_model.py" and "--image-size" not in flags:
         more += ["--model", "resnet32", "--image-size", "16"]

@@ -337,10 +337,9 @@ def test_every_method_and_the_warning_where_forms_are_mixed(tmp_path, teacher, c
     assert ("different scales" in capsys.readouterr().err) == (method != "lwf-mc")
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet110"])
-def test_the_other_networks(tmp_path, architecture):
+def test_the_deepest_network(tmp_path):  # the widest, ResNet-18, is in docs/own-data.md, whose examples are run
     output = ["--epochs", "1", "--output-dir", str(tmp_path)]
-    assert trainer.main(["--model", architecture, "--image-size", "16", *output]) == 0
+    assert trainer.main(["--model", "resnet110", "--image-size", "16", *output]) == 0
     assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *output]) == 0
     models = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
     assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
