@@ -15,9 +15,9 @@ highest mean of the discriminant's average over the steps, if it is above ``plai
 four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
 five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
 
-photos32-search-fp32 is the same search on a processor without bf16, for which that is slow. There, so amended before
-its first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain``
-(after AdaGauss: the best of those) is run with other seeds.
+photos32-search-fp32 and photos32-5x4-fp32 are the same on a processor without bf16, for which that is slow. There, so
+amended before the first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above
+``plain`` (after AdaGauss: the best of those) is run with other seeds.
 
 unit-length came when seed 0 of nine trials was there. It is kept where on photos32-5x4 it is above the discriminant on
 the same networks, ``plain``'s, with its whole interval.
@@ -76,6 +76,7 @@ def adagauss(rate: float, form: str, rotations: bool = False) -> Trial:
     return Trial(flags, f"--loss-form {form}", projection=10, anti_collapse=1, rotations=rotations)
 
 
+PROTOCOL_NAMES = ["photos32-search", "photos32-5x4", "photos32-search-fp32", "photos32-5x4-fp32"]
 # gamma 0 and 1 are in the ablations, and so is a gentler rate, 0.01.
 TRIALS = {
     "plain": Trial(),
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("protocol", choices=["photos32-search", "photos32-search-fp32", "photos32-5x4"])
+    parser.add_argument("protocol", choices=PROTOCOL_NAMES)
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default, on a search alone: all)")

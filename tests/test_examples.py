@@ -1,7 +1,7 @@
 """Every code block of README and docs is executed, page by page, in a folder with what the page takes for granted.
 
-Training is made short, and on small images; make, pip, torchrun and the tools of a contributor are looked up rather than run, and of
-reproduce.py the command line is read.
+Training is made short and has small images; make, pip, torchrun and the tools of a contributor are looked up rather
+than run, and of reproduce.py the command line is read.
 """
 
 import re
