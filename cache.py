@@ -122,7 +122,8 @@ def _chunks(
     """The images in order, some at a time: the index of the first, the pixels that could be read, the errors."""
     parts = [paths[first : first + CHUNK] for first in range(0, len(paths), CHUNK)]
     decode = functools.partial(decode_all, image_size=image_size, skip_bad_images=skip_bad_images)
-    workers = os.cpu_count() or 1
+    # Of a shared machine a scheduler may have left few cores to this process; macOS cannot say.
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with progress.bar(total=len(paths), desc="decoding", unit="image") as bar:
         if len(paths) < WORTH_WORKERS or workers == 1:
             results = map(decode, parts)

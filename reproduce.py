@@ -153,8 +153,10 @@ def seeds_of(text: str) -> list[int]:
 
 
 def threads_of(jobs: int) -> int:
-    """For each of ``jobs`` runs at once: the CPU cores are shared out."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """For each of ``jobs`` runs at once: the CPU cores that this process may use are shared out."""
+    import torch
+
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> None:

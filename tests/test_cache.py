@@ -46,6 +46,15 @@ def test_the_pixels_are_those_of_the_files_in_their_order(tmp_path):
     np.testing.assert_array_equal(decoded(paths[::-1], 16, tmp_path / "cache")[0], expected[::-1])
 
 
+def test_as_many_workers_as_the_process_may_use_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH_WORKERS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    seen = count_decodes(monkeypatch)  # in this process
+    paths = write_images(tmp_path / "images", 3)
+    decoded(paths, 16, tmp_path / "cache")
+    assert seen == paths
+
+
 @pytest.mark.parametrize("worth", [1, 10**9])
 def test_workers_decode_the_same_pixels(tmp_path, monkeypatch, worth):
     monkeypatch.setattr(cache, "WORTH_WORKERS", worth)

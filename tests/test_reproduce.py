@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FIVE, checkpoint_of, image_folder, step_of, write_images
 from PIL import Image
 
@@ -208,6 +209,11 @@ def test_the_documents_show_the_new_tables_where_they_showed_the_old(calls, tmp_
             readme.write_text(only)
     assert "| lwm | " in text
     assert (results.read_text(), readme.read_text()) == (whole, only)
+
+
+def test_the_cores_that_the_process_may_use_are_shared_out(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [reproduce.threads_of(jobs) for jobs in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
 def test_sigterm_is_passed_on_to_the_script_that_runs_which_saves_and_ends(tmp_path):
