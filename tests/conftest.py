@@ -19,6 +19,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tinyruns import RUN, SMALL, first
 
@@ -200,6 +201,13 @@ def run_tiny(cells: Path, method: str) -> None:
         more = ["--method", method, "--teacher", str(model), "--new-classes", new]
         model = cells / method / str(number) / "student_model.pth"
         incremental.main([*flags, *more, "--output-dir", str(model.parent)])
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but an empty one is rendered in place of each, which saves a fifth of the time."""
+    render = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *where, **how: render(Figure((1, 1)), *where, **how))
 
 
 # Runs that are stopped and gone on with --------------------------------------------------------------------------

@@ -24,6 +24,8 @@ import predict
 import reproduce
 import train_teacher_model
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)

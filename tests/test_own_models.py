@@ -21,6 +21,8 @@ from errors import InputError, RunError, one_line_errors
 from gradcam import autograd_map, last_map, require_closed_form
 from models.from_torchvision import FromTorchvision
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 CLOSED = ["regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5", "swin_t"]
 DIFFERENTIATED = ["mobilenet_v3_small", "convnext_tiny"]
 OLD, NEW = ["a", "b", "c"], ["d", "e"]

@@ -23,6 +23,8 @@ import settings
 import train_teacher_model as trainer
 from errors import InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]
 
 

@@ -22,6 +22,8 @@ import train_teacher_model as trainer
 from data import Place, open_source
 from evaluation import predict
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "resnet32", "--image-size", "16"]
 SMALL = [*TINY, "--epochs", "2"]
