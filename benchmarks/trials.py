@@ -76,7 +76,6 @@ def adagauss(rate: float, form: str, rotations: bool = False) -> Trial:
     return Trial(flags, f"--loss-form {form}", projection=10, anti_collapse=1, rotations=rotations)
 
 
-PROTOCOL_NAMES = ["photos32-search", "photos32-5x4", "photos32-search-fp32", "photos32-5x4-fp32"]
 # gamma 0 and 1 are in the ablations, and so is a gentler rate, 0.01.
 TRIALS = {
     "plain": Trial(),
@@ -115,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("protocol", choices=PROTOCOL_NAMES)
+    parser.add_argument(
+        "protocol", choices=["photos32-search", "photos32-5x4", "photos32-search-fp32", "photos32-5x4-fp32"]
+    )
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default, on a search alone: all)")
