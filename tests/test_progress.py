@@ -71,6 +71,7 @@ def test_tensorboard_has_every_number_of_the_log_and_the_settings(quick):
     assert not (quick[0] / "tensorboard" / "teacher").exists()  # it was not asked for
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_quiet_says_nothing_but_the_last_line(quick, capsys):
     flags = ["--teacher", str(quick[0] / "teacher_model.pth"), "--student", str(quick[0] / "student_model.pth")]
     flags += ["--output-dir", str(quick[0])]

@@ -340,9 +340,10 @@ def test_every_method_and_the_warning_where_forms_are_mixed(tmp_path, teacher, c
 
 
 def test_the_deepest_network(tmp_path):  # the widest, ResNet-18, is in docs/own-data.md, whose examples are run
-    output = ["--epochs", "1", "--output-dir", str(tmp_path)]
-    assert trainer.main(["--model", "resnet110", "--image-size", "16", *output]) == 0
-    assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *output]) == 0
+    folder = image_folder(tmp_path / "data", dict.fromkeys("abcd", 8), dict.fromkeys("abcd", 2))
+    output = ["--dataset", "folder", "--data-dir", str(folder), "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert trainer.main(["--model", "resnet110", "--image-size", "16", "--old-classes", "a,b", *output]) == 0
+    assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *output, "--new-classes", "c,d"]) == 0
     models = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
     assert demo.main([*models, "--output-dir", str(tmp_path)]) == 0
 

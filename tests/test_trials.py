@@ -69,7 +69,8 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_step(trials, training, p
     monkeypatch.setattr(training, "train_model", lambda *given: (begun.append(len(given[2].labels)), usual(*given)))
     assert trials.cell("tiny", None, "plain", 0, str(tmp_path)) == plain
     assert len(begun) == 1
-    trials.cell("tiny", None, "longer", 0, str(tmp_path))  # it begins as plain does
+    monkeypatch.setitem(trials.TRIALS, "shorter", trials.Trial("--method lwm --epochs 1"))
+    trials.cell("tiny", None, "shorter", 0, str(tmp_path))  # it begins as plain does
     assert len(begun) == 3
 
 
