@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ def build(architecture: str, classes: int, image_size: int) -> Network:
     return FromTorchvision(architecture, classes, image_size)
 
 
-def empty_state(architecture: str, classes: int, image_size: int) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=16)  # every checkpoint that is read is compared with it
+def empty_state(architecture: str, classes: int, image_size: int) -> Mapping[str, Tensor]:
     """Names, shapes and kinds of the network's tensors, without their memory where that can be. Raises InputError."""
     try:
         with torch.device("meta"):
