@@ -205,7 +205,7 @@ def run_tiny(cells: Path, method: str) -> None:
 
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made, but an empty one is rendered in place of each, which saves a fifth of the time."""
+    """Figures are made, but an empty one is rendered in place of each, which is faster."""
     render = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *where, **how: render(Figure((1, 1)), *where, **how))
 

@@ -80,6 +80,9 @@ def test_what_answers_unasked(steps, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: --teacher: the checkpoint has no statistics")
     monkeypatch.setattr(config, "READOUT", "head")
     assert explained(student) == "head"
+    onnx = str(tmp_path / "student.onnx")
+    assert export.main(["--checkpoint", student, "--output", onnx]) == 0
+    assert "read-out head" in capsys.readouterr().out
     assert predict.main([image, "--checkpoint", student, "--json", "--top", "4"]) == 0
     shares = [each["probability"] for each in json.loads(capsys.readouterr().out)[0]["classes"]]
     assert sum(shares) != pytest.approx(1, abs=1e-3)  # the sigmoids of the head
@@ -124,15 +127,13 @@ def test_demo_predict_and_gradcam_answer_with_it(steps, tmp_path, capsys, name):
     assert f"answer ({name}): {answers[0]['classes'][0]['name']};" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", settings.READOUTS)
-def test_what_is_exported_answers_with_it(steps, tmp_path, capsys, monkeypatch, name):
-    """The discriminant unasked, the head where config.py says so, the others by the flag."""
+@pytest.mark.parametrize("name", [None, *settings.READOUTS])
+def test_what_is_exported_answers_with_it(steps, tmp_path, capsys, name):
     root, _ = steps
     student, onnx = str(root / "2" / "student_model.pth"), str(tmp_path / "student.onnx")
-    asked = [] if name in ("discriminant", "head") else ["--readout", name]
-    monkeypatch.setattr(config, "READOUT", "head" if name == "head" else "auto")
+    asked = ["--readout", name] if name else []
     assert export.main(["--checkpoint", student, "--output", onnx, *asked, "--maps"]) == 0
-    assert f"6 classes, read-out {name}, " in capsys.readouterr().out
+    assert f"6 classes, read-out {name or 'discriminant'}, " in capsys.readouterr().out
     said = []
     for flags in (["--checkpoint", onnx], ["--checkpoint", student, *asked]):
         assert predict.main([str(root / "images" / "test" / "e"), *flags, "--json", "--top", "6"]) == 0

@@ -125,15 +125,15 @@ def test_a_second_stretch_goes_on_to_the_same_bits_too(tmp_path, whole, run, mon
 
 
 def test_kills_change_no_bit(tmp_path, whole):
-    """The short form of benchmarks/kill_and_resume.py: real processes, SIGKILL, one of two inside a save."""
+    """The short form of benchmarks/kill_and_resume.py: real processes, SIGKILL, two of four inside a save."""
     left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
     alone, line = (HARNESS.command("student", folder, 6, first(whole).parent) for folder in (left_alone, killed))
     started = time.perf_counter()
     assert incremental.main(alone[2:]) == 0
     # Within half of the time that it takes: it is not to end before.
     seconds = (time.perf_counter() - started) / 2
-    counts = HARNESS.kill_and_resume(line, "student", killed, 2, seconds, random.Random(0))
-    assert counts["kills"] == 2
+    counts = HARNESS.kill_and_resume(line, "student", killed, 4, seconds, random.Random(0))
+    assert counts["kills"] == 4
     assert counts["inside a save"] >= 1
     assert incremental.main([*line[2:], "--resume"]) == 0
     assert differences("student", left_alone, killed) == {}
