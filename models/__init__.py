@@ -48,12 +48,13 @@ def build(architecture: str, classes: int, image_size: int) -> Network:
 
 @functools.lru_cache(maxsize=16)  # every checkpoint that is read is compared with it
 def empty_state(architecture: str, classes: int, image_size: int) -> Mapping[str, Tensor]:
-    """Names, shapes and kinds of the network's tensors, without their memory where that can be. Raises InputError."""
+    """Names, shapes and kinds of the network's tensors, without their memory. Raises InputError."""
     try:
         with torch.device("meta"):
             return build(architecture, classes, image_size).state_dict()
-    except NotImplementedError:  # not all operations are there without memory
-        return build(architecture, classes, image_size).state_dict()
+    except NotImplementedError:  # not all operations are there without memory: it is given back
+        network = build(architecture, classes, image_size)
+        return {name: tensor.to("meta") for name, tensor in network.state_dict().items()}
 
 
 def head_weight(model: Network) -> Tensor | None:

@@ -186,3 +186,10 @@ def test_sigmoid_outputs_start_at_their_prior(first):
     models.start_at_prior(model, first)
     assert torch.equal(model.fc.bias[:first], before[:first])
     torch.testing.assert_close(model.fc.bias[first:].sigmoid(), torch.full((5 - first,), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("architecture", ["resnet32", "regnet_y_400mf"])  # the latter cannot be built without memory
+def test_an_empty_state_is_that_of_the_network_and_takes_no_memory(architecture):
+    found, whole = models.empty_state(architecture, 3, 32), models.build(architecture, 3, 32).state_dict()
+    assert all(tensor.is_meta for tensor in found.values())
+    assert [(name, t.shape, t.dtype) for name, t in found.items()] == [(n, t.shape, t.dtype) for n, t in whole.items()]
