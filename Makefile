@@ -5,10 +5,8 @@
 PYTHON ?= python3
 OUTPUT := runs/quickstart
 FLAGS := --output-dir $(OUTPUT) --overwrite
-# A file's tests share models that it trains, so that a file goes to one process; each has one thread of its own. Files
-# go by name: by the number of their tests, as they would otherwise, the longest comes last and one process waits for it.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
-	--no-loadscope-reorder
+# A file's tests share models that it trains, so that a file goes to one process; each has one thread of its own.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: all test coverage clean
