@@ -53,8 +53,7 @@ def empty_state(architecture: str, classes: int, image_size: int) -> Mapping[str
         with torch.device("meta"):
             return build(architecture, classes, image_size).state_dict()
     except NotImplementedError:  # not all operations are there without memory: it is given back
-        network = build(architecture, classes, image_size)
-        return {name: tensor.to("meta") for name, tensor in network.state_dict().items()}
+        return build(architecture, classes, image_size).to("meta").state_dict()
 
 
 def head_weight(model: Network) -> Tensor | None:
