@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parent
 # Protocol -> the one that its options are searched on, whose classes are among the hundred of photos32-10x10.
 SEARCH = {
     "photos32-5x4": "photos32-search",
-    "photos32-5x4-fp32": "photos32-search-fp32",
     "photos32-10x10": "photos32-search",
     "photos32-10x10-fp32": "photos32-search",
     "digits-5x2": "digits-search-3x2",

@@ -266,7 +266,7 @@ PROTOCOLS |= {
         about=f"{PROTOCOLS[name].about}, in fp32",
         flags=PROTOCOLS[name].flags.replace("--precision bf16", "--precision fp32"),
     )
-    for name in ("photos32-search", "photos32-5x4", "photos32-10x10")
+    for name in ("photos32-search", "photos32-10x10")
 }
 
 

@@ -15,10 +15,11 @@ highest mean of the discriminant's average over the steps, if it is above ``plai
 four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
 five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
 
-photos32-search-fp32 and photos32-5x4-fp32 are the same on a processor without bf16, for which that is slow. There, so
-amended before the first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above
-``plain`` (after AdaGauss: the best of those) is run with other seeds; and, before the first row of photos32-5x4-fp32
-(2026-11-28), one change goes on to it, the one with the highest mean.
+photos32-search-fp32 is that search on a processor without bf16, for which it is slow. There, so amended before the
+first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain`` (after
+AdaGauss: the best of those) is run with other seeds. It is the search that was finished. So photos32-5x4 takes from it
+what goes on, and the read-outs' options, though it is in bf16; and, before its first row (2026-11-28), one change goes
+on, the one with the highest mean.
 
 unit-length came when seed 0 of nine trials was there. It is kept where on photos32-5x4 it is above the discriminant on
 the same networks, ``plain``'s, with its whole interval.
@@ -104,6 +105,8 @@ OPTIONS = {
     for name, made in field.OPTIONS.items()
 } | {"unit-length": {"": field.unit_length}}
 
+SEARCH = "photos32-search-fp32"  # of which photos32-5x4 takes the options
+
 # (trial, read-out) -> its option, its seeds' accuracies, and what a table shows of them.
 Cells = dict[tuple[str, str], tuple[str, dict[str, Any], list[str]]]
 
@@ -115,9 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "protocol", choices=["photos32-search", "photos32-5x4", "photos32-search-fp32", "photos32-5x4-fp32"]
-    )
+    parser.add_argument("protocol", choices=["photos32-search", SEARCH, "photos32-5x4"])
     parser.add_argument("--data-dir", help="as for reproduce.py")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--trials", help="comma-separated (default, on a search alone: all)")
@@ -258,7 +259,7 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_di
 def table(path: Path) -> str:
     """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``.
 
-    A read-out has the option whose average was highest in the CSV of the search. First a ``summary``, last how far the
+    A read-out has the option whose average was highest in the search. First a ``summary``, last how far the
     statistics of old classes, which were carried along, are off, as evaluation.py measures it.
     """
     from tables import heads_of, mean_and_spread, read_rows, seed_means
@@ -298,7 +299,7 @@ def cells_of(path: Path) -> Cells:
     from tables import NOT_THERE, mean_and_spread, paired
 
     found = field.averages(path)
-    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
+    search = path.parent.with_name(SEARCH if path.parent.name == "photos32-5x4" else path.parent.name) / path.name
     best = field.best_options(search)
     shown = {}
     for trial in TRIALS:

@@ -16,7 +16,7 @@ import losses
 import models
 from protocols import PROTOCOLS
 from settings import read_settings
-from tables import read_rows
+from tables import read_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,23 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
     assert "| plain | head |  | 50.0" in table
     assert "| plain | 0.38 | 0.75 | 1 |" in table
     assert "cosine" not in table
+
+
+def test_test_images_choose_no_option(trials, tmp_path):
+    accuracies = {"photos32-search": (40, 80), trials.SEARCH: (80, 40), "photos32-5x4": (60, 70)}
+    for protocol, (small, large) in accuracies.items():
+        key = {"protocol": protocol, "method": "plain", "seed": 0, "step": 0, "means_off": None}
+        found = [
+            ("head", "", 50),
+            ("discriminant", "", 50),
+            ("mahalanobis", "1.0", small),
+            ("mahalanobis", "3.0", large),
+        ]
+        names = ("readout", "option", "accuracy")
+        rows = [key | {"covariances_off": None} | dict(zip(names, each, strict=True)) for each in found]
+        write_rows(tmp_path / protocol / "trials.csv", rows)
+    assert "| plain | mahalanobis | 1.0 | 60.0 |" in trials.table(tmp_path / "photos32-5x4" / "trials.csv")
+    assert "| plain | mahalanobis | 3.0 | 80.0 |" in trials.table(tmp_path / "photos32-search" / "trials.csv")
 
 
 def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
