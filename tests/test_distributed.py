@@ -1,6 +1,6 @@
 """Several processes on one machine: the same gradients as one, every test image judged once, one writer, one end.
 
-torchrun starts this file itself as the processes of a case, and the scripts by their command lines.
+torchrun starts this file itself as the processes of the cases, and the scripts by their command lines.
 """
 
 from __future__ import annotations
@@ -121,13 +121,11 @@ def told(folder: Path) -> list:
     return [*found, ""]
 
 
-CASES = {case.__name__: case for case in (train, told)}
-
-
-def process_of_a_case(name: str, folder: Path) -> None:
+def process_of_the_cases(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.join(torch.device("cpu"))
-    torch.save(CASES[name](folder), folder / f"{name}{distributed.rank()}.pt")
+    # In this order, since a training ends in leave().
+    torch.save({"told": told(folder), "train": train(folder)}, folder / f"{distributed.rank()}.pt")
     distributed.leave()
 
 
@@ -138,25 +136,27 @@ def torchrun(*command: str | Path, processes: int = 2) -> subprocess.CompletedPr
     )
 
 
-def on_two(name: str, folder: Path) -> list:
-    """What the two processes of a case return."""
-    done = torchrun(__file__, name, folder)
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> tuple[list[dict], Path]:
+    """What the cases return on each of two processes, and the folder in which they were."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(__file__, folder)
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
 
 
 # Arithmetic -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[dict, list[dict], Path]:
+def trained(on_two, tmp_path_factory) -> tuple[dict, list[dict], Path]:
     """What one process, and each of two, made of the same training; and the folder of the two."""
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    processes, together = on_two
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    one = train(alone)
+    one = train(tmp_path_factory.mktemp("alone"))
     torch.set_num_threads(threads)
-    return one, on_two("train", together), together
+    return one, [process["train"] for process in processes], together
 
 
 def test_two_processes_train_as_one_to_the_precision_of_float64(trained):
@@ -204,8 +204,8 @@ def test_a_process_that_is_not_the_first_leaves_no_file_asks_for_no_lock_and_is_
     assert capsys.readouterr().out == ""
 
 
-def test_what_the_processes_tell_each_other(tmp_path):
-    for largest, summed, numbers, buffer, refusal in on_two("told", tmp_path):
+def test_what_the_processes_tell_each_other(on_two):
+    for largest, summed, numbers, buffer, refusal in (process["told"] for process in on_two[0]):
         assert largest == 3
         assert summed.tolist() == [2, 1]
         assert numbers[0] == 1
@@ -374,4 +374,4 @@ def test_a_batch_that_cannot_be_shared_out_is_said(tmp_path):
 
 
 if __name__ == "__main__":
-    process_of_a_case(sys.argv[1], Path(sys.argv[2]))
+    process_of_the_cases(Path(sys.argv[1]))
