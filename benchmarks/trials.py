@@ -12,8 +12,9 @@ trial, the code or the images have changed.
 The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
 below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
 highest mean of the discriminant's average over the steps, if it is above ``plain``'s, and their combination; of the
-four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes. On photos32-5x4,
-five seeds, by name, beside ``plain`` on the same machine: kept is what is above ``plain`` with its whole interval.
+four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes, unsearched, with
+the options of ``lwf``. On photos32-5x4, five seeds, by name, beside ``plain`` on the same machine: kept is what is
+above ``plain`` with its whole interval.
 
 photos32-search-fp32 is that search on a processor without bf16, for which it is slow. There, so amended before the
 first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain`` (after
@@ -304,7 +305,7 @@ def cells_of(path: Path) -> Cells:
     shown = {}
     for trial in TRIALS:
         for readout in OPTIONS:
-            option = best.get((trial, readout), "")
+            option = best.get((trial, readout), best.get(("lwf", readout), ""))
             seeds = found.get((trial, readout, option), {})
             if not seeds:
                 continue

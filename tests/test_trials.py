@@ -95,19 +95,22 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
 
 
 def test_test_images_choose_no_option(trials, tmp_path):
-    accuracies = {"photos32-search": (40, 80), trials.SEARCH: (80, 40), "photos32-5x4": (60, 70)}
-    for protocol, (small, large) in accuracies.items():
-        key = {"protocol": protocol, "method": "plain", "seed": 0, "step": 0, "means_off": None}
-        found = [
-            ("head", "", 50),
-            ("discriminant", "", 50),
-            ("mahalanobis", "1.0", small),
-            ("mahalanobis", "3.0", large),
-        ]
-        names = ("readout", "option", "accuracy")
-        rows = [key | {"covariances_off": None} | dict(zip(names, each, strict=True)) for each in found]
-        write_rows(tmp_path / protocol / "trials.csv", rows)
-    assert "| plain | mahalanobis | 1.0 | 60.0 |" in trials.table(tmp_path / "photos32-5x4" / "trials.csv")
+    accuracies = {
+        "photos32-search": {"plain": (40, 80)},
+        trials.SEARCH: {"plain": (80, 40), "lwf": (40, 80)},
+        "photos32-5x4": {"plain": (60, 70), "lwf longer-all": (60, 50)},
+    }
+    for protocol, methods in accuracies.items():
+        for method, (small, large) in methods.items():
+            key = {"protocol": protocol, "method": method, "seed": 0, "step": 0, "means_off": None}
+            found = [("head", "", 50), ("discriminant", "", 50)]
+            found += [("mahalanobis", "1.0", small), ("mahalanobis", "3.0", large)]
+            names = ("readout", "option", "accuracy")
+            rows = [key | {"covariances_off": None} | dict(zip(names, each, strict=True)) for each in found]
+            write_rows(tmp_path / protocol / "trials.csv", rows)
+    judged = trials.table(tmp_path / "photos32-5x4" / "trials.csv")
+    assert "| plain | mahalanobis | 1.0 | 60.0 |" in judged
+    assert "| lwf longer-all | mahalanobis | 3.0 | 50.0 |" in judged
     assert "| plain | mahalanobis | 3.0 | 80.0 |" in trials.table(tmp_path / "photos32-search" / "trials.csv")
 
 
