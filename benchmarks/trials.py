@@ -260,8 +260,9 @@ def cell(protocol_name: str, data_dir: str | None, name: str, seed: int, work_di
 def table(path: Path) -> str:
     """Of each trial and read-out the accuracies, and in pairs by seed what it has over the same of ``plain``.
 
-    A read-out has the option whose average was highest in the search. First a ``summary``, last how far the
-    statistics of old classes, which were carried along, are off, as evaluation.py measures it.
+    A read-out has the option whose average was highest in the search. First a ``summary``; behind these what
+    unit-length has over the discriminant of the same networks, and how far the statistics of old classes, which were
+    carried along, are off, as evaluation.py measures it.
     """
     from tables import heads_of, mean_and_spread, read_rows, seed_means
 
@@ -270,6 +271,11 @@ def table(path: Path) -> str:
     lines = [summary(found), *heads_of("trial", "read-out", "option", *columns, "seeds")]
     for (trial, readout), (option, seeds, cells) in found.items():
         lines.append(f"| {trial} | {readout} | {option} | {' | '.join(cells)} | {len(seeds)} |")
+    if read := [trial for trial in TRIALS if (trial, "unit-length") in found]:
+        lines += ["", *heads_of("trial", "unit-length over the discriminant, average", "after the last step", "seeds")]
+        for trial in read:
+            own, other = (found[trial, name][1] for name in ("unit-length", "discriminant"))
+            lines.append(f"| {trial} | {over(own, other, 0)} | {over(own, other, 1)} | {len(own)} |")
     lines += ["", *heads_of("trial", "means of old classes are off", "covariances of old classes are off", "seeds")]
     rows = [row for row in read_rows(path) if row["readout"] == "head"]
     for trial in TRIALS:
@@ -297,7 +303,7 @@ def cells_of(path: Path) -> Cells:
     """On average of the steps and after the last one: accuracy, and what it has over ``plain``, from three seeds on
     with its interval.
     """
-    from tables import NOT_THERE, mean_and_spread, paired
+    from tables import NOT_THERE, mean_and_spread
 
     found = field.averages(path)
     search = path.parent.with_name(SEARCH if path.parent.name == "photos32-5x4" else path.parent.name) / path.name
@@ -309,15 +315,23 @@ def cells_of(path: Path) -> Cells:
             seeds = found.get((trial, readout, option), {})
             if not seeds:
                 continue
-            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {}) if trial != "plain" else {}
+            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {})
             cells = []
             for column in (0, 1):
-                pairs = [(seeds[seed][column], plain[seed][column]) for seed in seeds if seed in plain]
-                over = f"{statistics.mean(one - other for one, other in pairs):+.1f}" if pairs else NOT_THERE
                 cells.append(mean_and_spread([values[column] for values in seeds.values()]))
-                cells.append(paired(pairs) if len(pairs) >= 3 else over)
+                cells.append(over(seeds, plain, column) if trial != "plain" else NOT_THERE)
             shown[trial, readout] = option, seeds, cells
     return shown
+
+
+def over(these: dict[str, Any], those: dict[str, Any], column: int) -> str:
+    """What the first have more, in pairs by seed; from three pairs on with its interval."""
+    from tables import NOT_THERE, paired
+
+    pairs = [(these[seed][column], those[seed][column]) for seed in these if seed in those]
+    if not pairs:
+        return NOT_THERE
+    return paired(pairs) if len(pairs) >= 3 else f"{statistics.mean(one - other for one, other in pairs):+.1f}"
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(trials, monkeypatch,
     assert "cosine" not in table
 
 
-def test_test_images_choose_no_option(trials, tmp_path):
+def test_test_images_choose_no_option_and_unit_length_has_its_table(trials, tmp_path):
     accuracies = {
         "photos32-search": {"plain": (40, 80)},
         trials.SEARCH: {"plain": (80, 40), "lwf": (40, 80)},
@@ -104,6 +104,7 @@ def test_test_images_choose_no_option(trials, tmp_path):
         for method, (small, large) in methods.items():
             key = {"protocol": protocol, "method": method, "seed": 0, "step": 0, "means_off": None}
             found = [("head", "", 50), ("discriminant", "", 50)]
+            found += [("unit-length", "", 53)] if protocol == trials.SEARCH else []
             found += [("mahalanobis", "1.0", small), ("mahalanobis", "3.0", large)]
             names = ("readout", "option", "accuracy")
             rows = [key | {"covariances_off": None} | dict(zip(names, each, strict=True)) for each in found]
@@ -112,6 +113,8 @@ def test_test_images_choose_no_option(trials, tmp_path):
     assert "| plain | mahalanobis | 1.0 | 60.0 |" in judged
     assert "| lwf longer-all | mahalanobis | 3.0 | 50.0 |" in judged
     assert "| plain | mahalanobis | 3.0 | 80.0 |" in trials.table(tmp_path / "photos32-search" / "trials.csv")
+    assert "unit-length" not in judged
+    assert "| plain | +3.0 | +3.0 | 1 |" in trials.table(tmp_path / trials.SEARCH / "trials.csv")
 
 
 def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
