@@ -72,6 +72,13 @@ def test_the_networks_of_the_fields_read_outs_are_those_of_the_ablation(variant,
     assert again == rows_of(folder / "field.csv", method, "34", columns)
 
 
+def test_the_plain_trial_gave_the_numbers_of_lwm():
+    folder, columns = ROOT / "results" / "photos32-5x4", ("seed", "step", "accuracy")
+    again = rows_of(folder / "trials.csv", "plain", "012", columns)
+    assert len(again) == 15
+    assert again == rows_of(folder / "accuracy.csv", "lwm", "012", columns)
+
+
 @pytest.mark.parametrize(
     ("name", "table", "row"),
     [
