@@ -37,6 +37,8 @@ from torchfile import Refused
 
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 3  # 1 had no position inside an epoch, nor what the training images were; 2 had no statistics
+# Of a covariance, times its channels and its mean variance: twice what single precision can have lost.
+ROUNDING = 2**-23
 KINDS = {
     "architecture": str,
     "image_size": int,
@@ -289,7 +291,7 @@ def _check_statistics(statistics: dict[str, Any], head: Tensor) -> None:
     for covariance in covariances:  # one by one: in double precision they may be many
         variances = covariance.diagonal().double()
         _require(bool((variances >= 0).all()), "a variance of the statistics is negative")
-        slack = 2**-23 * width * variances.mean().clamp(min=1e-9)  # twice what single precision can have lost
+        slack = ROUNDING * width * variances.mean().clamp(min=1e-9)
         _, broken = torch.linalg.cholesky_ex(covariance.double() + slack * torch.eye(width, dtype=torch.float64))
         _require(not broken, "a covariance of the statistics is none")
 

@@ -135,9 +135,9 @@ def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str],
 
 def say(logits: Tensor, names: list[str], form: str) -> str:
     """The answer and its probability, by the form of its network's answers."""
-    from probabilities import form_of, likeliest, probabilities_of
+    from probabilities import form_of, likeliest
 
-    ((answer, probability),) = likeliest(probabilities_of(logits[None].numpy(), form_of(form))[0], names)
+    ((answer, probability),) = likeliest(logits.numpy(), form_of(form), names)
     return f"{answer} {100 * probability:.0f} %"
 
 

@@ -169,14 +169,14 @@ def by_readout(
 
 
 def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
-    """How far each class's mean is from that of its ``features`` (n, C), labels int64 (n,); None where it has none.
+    """How far each class's mean is from that of its ``features`` (n, C), labels int64 (n,).
 
     In units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
-    1 / sqrt(n).
+    1 / sqrt(n). None where nothing varies: of no image, of one, or of one several times.
     """
 
-    def off(label: int, own: Tensor) -> Tensor:
-        return (own.mean(0) - statistics.means[label]).norm() / own.var(0, correction=0).sum().sqrt().clamp(min=1e-12)
+    def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
+        return (own.mean(0) - statistics.means[label]).norm(), own.var(0, correction=0).sum().sqrt()
 
     return _of_each_class(off, len(statistics.of), features, labels)
 
@@ -184,18 +184,22 @@ def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[
 def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
     """Likewise of each class's covariance: the Frobenius norm of the difference, relative to that of its images."""
 
-    def off(label: int, own: Tensor) -> Tensor:
+    def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
         seen = own.T.cov(correction=0)
-        return (statistics.covariances[statistics.of[label]] - seen).norm() / seen.norm().clamp(min=1e-12)
+        return (statistics.covariances[statistics.of[label]] - seen).norm(), seen.norm()
 
     return _of_each_class(off, len(statistics.of), features, labels)
 
 
 def _of_each_class(
-    measure: Callable[[int, Tensor], Tensor], classes: int, features: Tensor, labels: Tensor
+    measure: Callable[[int, Tensor], tuple[Tensor, Tensor]], classes: int, features: Tensor, labels: Tensor
 ) -> list[float | None]:
-    groups = (features[labels == label] for label in range(classes))
-    return [float(measure(label, own)) if len(own) else None for label, own in enumerate(groups)]
+    found = []
+    for label in range(classes):
+        own = features[labels == label]
+        distance, unit = measure(label, own) if len(own) > 1 else (0.0, 0.0)
+        found.append(float(distance / unit) if unit > 1e-12 else None)
+    return found
 
 
 def of_statistics(

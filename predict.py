@@ -20,7 +20,7 @@ import numpy as np
 
 from errors import InputError, one_line_errors, warn
 from imagefiles import decode_all, image_files
-from probabilities import form_of, likeliest, probabilities_of
+from probabilities import form_of, likeliest
 from settings import READOUTS, OneLineParser, readout_of
 
 BATCH = 64  # images in memory at a time
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         network = open_checkpoint(options.checkpoint, readout_of(options.readout))
     rows = []
-    for path, probabilities in answers(network, paths, options.skip_bad_images):
-        best = likeliest(probabilities, network.class_names, options.top)
+    for path, logits in answers(network, paths, options.skip_bad_images):
+        best = likeliest(logits, network.form, network.class_names, options.top)
         rows.append({"image": str(path), "classes": [{"name": n, "probability": round(p, 6)} for n, p in best]})
     if not rows:
         raise InputError(f"none of the {len(paths)} images can be read")
@@ -134,7 +134,7 @@ def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
 
 
 def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
-    """Each file that can be read, and its probabilities (classes,). Raises InputError for the first that cannot."""
+    """Each file that can be read, and its logits (classes,). Raises InputError for the first that cannot."""
     bad = 0
     for first in range(0, len(paths), BATCH):
         part = paths[first : first + BATCH]
@@ -142,7 +142,7 @@ def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -
         bad += len(wrong)
         good = [path for index, path in enumerate(part) if index not in wrong]
         if good:
-            yield from zip(good, probabilities_of(network.logits(pixels), network.form), strict=True)
+            yield from zip(good, network.logits(pixels), strict=True)
     if bad:
         warn(f"{bad} of {len(paths)} images cannot be read and are skipped")
 

@@ -21,7 +21,11 @@ def probabilities_of(logits: np.ndarray, form: str) -> np.ndarray:
     return raised / raised.sum(1, keepdims=True)
 
 
-def likeliest(probabilities: np.ndarray, names: Sequence[str], count: int = 1) -> list[tuple[str, float]]:
-    """The ``count`` likeliest classes with their probabilities, of one image's (classes,)."""
-    order = np.argsort(-probabilities, kind="stable")[:count]
+def likeliest(logits: np.ndarray, form: str, names: Sequence[str], count: int = 1) -> list[tuple[str, float]]:
+    """The ``count`` likeliest classes with their probabilities, of one image's logits (classes,).
+
+    In the order of the logits, which still differ where probabilities are rounded to the same number.
+    """
+    order = np.argsort(-logits, kind="stable")[:count]
+    probabilities = probabilities_of(logits[None], form)[0]
     return [(names[index], float(probabilities[index])) for index in order]

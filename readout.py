@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from checkpoint import ROUNDING
 from data import Images, to_input
 from errors import InputError, RunError, warn
 from models import Network, replace_head
@@ -87,9 +88,10 @@ def measured(features: Tensor, labels: Tensor, classes: int) -> Statistics:
     """Of features (n, C) with labels int64 (n,), 0 to ``classes`` - 1; computed in the precision of the features.
 
     The covariances are shrunk to a multiple of the identity as Ledoit and Wolf (2004) have it, which matters where a
-    class has few images.
+    class has few images. That of two images, which vary along one line, and in which their estimate sees no error, is
+    shrunk to nothing else.
     """
-    from sklearn.covariance import ledoit_wolf
+    from sklearn.covariance import ledoit_wolf, shrunk_covariance
 
     channels, wide = features.shape[1], features.shape[1] > WIDEST
     means, of = features.new_empty(classes, channels), [0] * classes if wide else list(range(classes))
@@ -98,6 +100,8 @@ def measured(features: Tensor, labels: Tensor, classes: int) -> Statistics:
         own = features[labels == label]
         means[label] = own.mean(0)
         shrunk, _ = ledoit_wolf((own - means[label]).numpy(), assume_centered=True)
+        if len(own) < 3:
+            shrunk = shrunk_covariance(shrunk, shrinkage=1.0)
         covariances[of[label]] += torch.from_numpy(shrunk) / (classes if wide else 1)
     return Statistics(means, covariances, of)
 
@@ -170,7 +174,7 @@ def discriminant(statistics: Statistics, shrinkage: float | None = None) -> Line
     all classes have in common is taken off, so that a class's Grad-CAM map shows what speaks for it and not for others.
     """
     means = statistics.means
-    root = torch.linalg.cholesky(_shrunk(shared_covariance(statistics), shrinkage))
+    root = _root(shared_covariance(statistics), shrinkage)
     weight = torch.cholesky_solve(means.T, root).T
     return weight - weight.mean(0), -(weight * means).sum(1) / 2
 
@@ -180,14 +184,13 @@ def rebalanced(statistics: Statistics, shrinkage: float | None = None, seed: int
     means = statistics.means
     count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
     generator = torch.Generator().manual_seed(seed)
-    roots = torch.linalg.cholesky(_shrunk(statistics.covariances, shrinkage))
+    roots = _root(statistics.covariances, shrinkage)
     noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
     drawn = means.unsqueeze(1) + torch.stack([n @ roots[k].T for n, k in zip(noise, statistics.of, strict=True)])
     labels = torch.arange(len(means)).repeat_interleave(count)
     # Whitened, and from zero, so that the regression converges in some 40 steps; from the discriminant, whose biases
     # are large where classes lie far apart, it takes hundreds.
-    shared = _shrunk(shared_covariance(statistics), shrinkage)
-    centre, whiten = means.mean(0), torch.linalg.inv(torch.linalg.cholesky(shared))
+    centre, whiten = means.mean(0), torch.linalg.inv(_root(shared_covariance(statistics), shrinkage))
     inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
     weight, bias = torch.zeros_like(means).requires_grad_(), means.new_zeros(len(means)).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, line_search_fn="strong_wolfe")
@@ -209,16 +212,20 @@ def shared_covariance(statistics: Statistics) -> Tensor:
     return torch.einsum("m,mij->ij", counts.to(statistics.covariances), statistics.covariances) / len(statistics.of)
 
 
-def _shrunk(covariances: Tensor, shrinkage: float | None) -> Tensor:
+def _root(covariances: Tensor, shrinkage: float | None) -> Tensor:
+    """Cholesky factors of ``covariances`` (..., C, C), shrunk; all that checkpoint.py lets pass have some."""
+    channels = covariances.shape[-1]
     if shrinkage is None:
-        shrinkage = SHRINKAGE if covariances.shape[-1] > WIDEST else 0.0
-    return regular(covariances, SMALLEST + shrinkage)
+        shrinkage = SHRINKAGE if channels > WIDEST else 0.0
+    shrunk = regular(covariances, SMALLEST + shrinkage)
+    roots, failed = torch.linalg.cholesky_ex(shrunk)
+    return torch.linalg.cholesky(regular(shrunk, ROUNDING * channels)) if failed.any() else roots
 
 
 def regular(covariances: Tensor, more: float = SMALLEST) -> Tensor:
     """(..., C, C) with ``more`` of the mean variance in each direction.
 
-    The default only makes them safe to be inverted where features do not vary at all, or lost digits in fp32.
+    The default only makes them safe to be inverted where features do not vary at all.
     """
     scale = covariances.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-9)
     return covariances + more * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)

@@ -180,7 +180,7 @@ def _picture(images: Images, index: int, names: Sequence[str]) -> dict[str, Any]
 def _map(
     who: str, images: Images, index: int, heat: Tensor, peak: float, logits: Tensor, names: Sequence[str], form: str
 ) -> dict:
-    answer, probability = likeliest(probabilities_of(logits[None].numpy(), form)[0], names)[0]
+    answer, probability = likeliest(logits.numpy(), form, names)[0]
     picture = plots.overlay(images.pixels[index].numpy(), heat.numpy(), peak)
     right = answer == names[int(images.labels[index])]
     return {"who": who, "image": _uri(picture), "answer": answer, "probability": probability, "right": right}

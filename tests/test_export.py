@@ -18,6 +18,7 @@ import checkpoint
 import export
 import predict
 from gradcam import autograd_map
+from probabilities import likeliest, probabilities_of
 from version import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,12 +180,22 @@ def test_checkpoint_and_onnx_give_the_same_answers(made, photos, capsys):
 def test_probabilities_are_those_of_torch(form):
     logits = torch.randn(5, 4, dtype=torch.float64) * 300
     expected = logits.sigmoid() if form == "sigmoid" else logits.softmax(1)
-    assert predict.probabilities_of(logits.numpy(), form) == pytest.approx(expected.numpy(), abs=1e-12)
+    assert probabilities_of(logits.numpy(), form) == pytest.approx(expected.numpy(), abs=1e-12)
 
 
 def test_the_likeliest_come_first():
-    assert predict.likeliest(np.array([0.1, 0.7, 0.2]), ["a", "b", "c"], 2) == [("b", 0.7), ("c", 0.2)]
-    assert len(predict.likeliest(np.array([0.1, 0.9]), ["a", "b"], 9)) == 2
+    logits = np.log([0.1, 0.7, 0.2])
+    assert likeliest(logits, "softmax", "abc", 2) == [("b", pytest.approx(0.7)), ("c", pytest.approx(0.2))]
+    assert len(likeliest(logits[:2], "softmax", "ab", 9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "logits", "order"), [("sigmoid", [40.0, 50.0, 1.0], "bac"), ("softmax", [-901.0, 0.0, -900.0], "bca")]
+)
+def test_classes_are_in_the_order_of_the_logits_where_probabilities_are_rounded_to_one(form, logits, order):
+    found = likeliest(np.array(logits), form, "abc", 3)
+    assert [name for name, _ in found] == list(order)
+    assert len({probability for _, probability in found}) < 3
 
 
 def test_folders_give_their_images_or_those_of_their_subfolders_and_batches_do_not_matter(

@@ -253,6 +253,12 @@ def test_a_step_has_what_the_networks_before_it_after_it_and_of_the_first_step_s
     assert not torch.allclose(steps[2].before, steps[2].first)
 
 
+def test_networks_of_other_classes_are_not_judged_on_these(compare, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "tiny-search", dataclasses.replace(PROTOCOLS["tiny-search"], pool=slice(1, 7)))
+    assert compare("tiny-search") == 2
+    assert "teacher_model.pth knows other classes, or in another order" in capsys.readouterr().err
+
+
 def test_what_ours_has_over_another_is_taken_in_pairs_by_seed(tmp_path):
     path = tmp_path / "field.csv"
     for seed in range(3):

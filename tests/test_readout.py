@@ -8,8 +8,9 @@ import torch
 from conftest import checkpoint_of
 from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
+import checkpoint
 import config
 import evaluation
 import models
@@ -64,9 +65,19 @@ def test_wide_features_have_one_covariance_for_all_classes_of_a_step():
     assert found.covariances.shape == (1, readout.WIDEST + 1, readout.WIDEST + 1)
     each = [torch.from_numpy(LedoitWolf().fit(features[labels == label].numpy()).covariance_) for label in (0, 1)]
     assert torch.allclose(found.covariances[0], (each[0] + each[1]) / 2)
-    both = found.joined(readout.measured(features, labels, 2))
-    assert both.of == [0, 0, 1, 1]
-    assert len(both.means) == 4
+    both = found.joined(readout.measured(3 * features[:40], labels[:40], 1))
+    assert both.of == [0, 0, 1]
+    assert len(both.means) == 3
+    one, other = both.covariances
+    assert torch.allclose(readout.shared_covariance(both), (2 * one + other) / 3)  # each class alike, not each step
+
+
+def test_of_two_images_only_how_much_they_vary_is_kept():
+    features, labels = gaussians(classes=2, width=5, count=2)
+    found = readout.measured(features, labels, 2)
+    for label in (0, 1):
+        (one, other), covariance = features[labels == label], found.covariances[label]
+        assert torch.allclose(covariance, (one - other).square().mean() / 4 * torch.eye(5, dtype=torch.float64))
 
 
 def test_what_is_packed_is_unpacked_in_double_precision():
@@ -140,6 +151,24 @@ def test_noise_is_added_to_the_covariances_and_raises_the_penalty():
     carried = readout.transported(known, found)
     assert torch.allclose(carried.covariances, found.weight @ known.covariances @ found.weight.T + found.residual)
     assert found.residual.trace() > 50
+
+
+def test_the_residual_is_what_is_missed_on_images_that_the_map_was_not_fitted_on():
+    """In the independent form scikit-learn's ridge of the difference; with so few images fitted ones miss far less."""
+    features, _ = gaussians(classes=2, count=6)
+    noise = torch.randn(12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    after = 3 * features @ affine()[0].T + noise
+    found, missed = readout.fitted(features, after), []
+    for fold in range(5):
+        left_out = np.arange(12) % 5 == fold
+        x, moved = features[~left_out], (after - features)[~left_out]
+        ridge = Ridge(found.penalty * float((x - x.mean(0)).square().sum()) / 4).fit(x.numpy(), moved.numpy())
+        predicted = torch.from_numpy(ridge.predict(features[left_out].numpy()))
+        missed.append((after - features)[left_out] - predicted)
+    missed = torch.cat(missed)
+    assert torch.allclose(found.residual, missed.T @ missed / 12)
+    seen = after - features @ found.weight.T - found.bias
+    assert found.residual.trace() > 1.5 * seen.square().sum() / 12
 
 
 # The heads --------------------------------------------------------------------------------------------------------
@@ -257,6 +286,19 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
     assert evaluation.of_statistics(model, saved, saved, nothing)["readouts"] == {}
 
 
+def test_covariances_that_lost_digits_in_single_precision_still_make_every_head():
+    """Of rank one, such as a map can leave; a checkpoint may have them, so that all the heads must come of them."""
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randn(40, 128, generator=generator, dtype=torch.float64)
+    means = torch.randn(40, 128, generator=generator, dtype=torch.float64)
+    packed = readout.packed(Statistics(means, lines.unsqueeze(2) * lines.unsqueeze(1), list(range(40))))
+    lost = packed["covariances"].double()
+    assert torch.linalg.cholesky_ex(readout.regular(lost)).info.any()
+    checkpoint._check_statistics(packed, torch.zeros(40, 128))
+    for name in readout.HEADS:
+        assert all(part.isfinite().all() for part in readout.made(name, readout.unpacked({"statistics": packed})))
+
+
 def test_statistics_that_are_none_are_said():
     model = models.build("resnet32", 2, 8)
     saved = checkpoint_of(model, "resnet32", "ab", 8, statistics={})
@@ -306,6 +348,15 @@ def test_how_far_means_are_off_is_in_units_of_the_spread():
     off = evaluation.means_off(known, features + shift, labels)
     assert off == pytest.approx([5 / known.covariances[label].trace().sqrt().item() for label in range(3)])
     assert evaluation.means_off(known, features[labels > 0], labels[labels > 0])[0] is None
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_of_one_image_nothing_is_said_to_be_off(times):
+    features, labels = gaussians()
+    known, same = plain(features, labels), features[:1].repeat(times, 1)
+    seen, of = torch.cat([same, features[labels > 0]]), torch.cat([labels[:times], labels[labels > 0]])
+    for measure in (evaluation.means_off, evaluation.covariances_off):
+        assert measure(known, seen, of) == [None, *(pytest.approx(0, abs=1e-9) for _ in range(2))]
 
 
 def test_how_far_covariances_are_off_is_relative_to_those_of_the_images():
