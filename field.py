@@ -300,7 +300,7 @@ def best_options(search: Path) -> dict[tuple[str, str], str]:
     """Of each method and read-out the option with the highest average over the steps in the CSV of a search."""
     found = _ranked(search)
     if not found:
-        raise InputError(f"the options come from a search: run field.py {search.parent.name} first")
+        raise InputError(f"the options come from a search: run this on {search.parent.name} first")
     best: dict[tuple[str, str], str] = {}
     for method, name, option in found:
         best.setdefault((method, name), option)

@@ -3,24 +3,27 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --seeds 0,1,2 --jobs 2
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
-All steps of a protocol with LwM (``plain``), and with one change each; a training after AdaGauss is among them. Every
+All steps of a protocol with LwM (``plain``), and with one change each; trainings like AdaGauss's are among them. Every
 network is read in all the ways of field.py, and in one more, unit-length. A seed from 1 on shuffles the classes of
 photos32-search here too. A cell (a trial with a seed) that is in the CSV is not run again; one that was stopped goes on
 after its last step, from --work-dir, where trials that begin alike share their first network. Delete both where a
 trial, the code or the images have changed.
 
-The rule, set before the first run. On photos32-search, three seeds, but for what after seed 0 is more than 3 points
-below ``plain`` (after AdaGauss: below the best of the four): at most two changes of ``plain`` go on, those with the
-highest mean of the discriminant's average over the steps, if it is above ``plain``'s, and their combination; of the
-four after AdaGauss the best by Mahalanobis' distance, its own read-out; and LwF with the same changes, unsearched, with
-the options of ``lwf``. On photos32-5x4, five seeds, by name, beside ``plain`` on the same machine: kept is what is
-above ``plain`` with its whole interval.
+The rule, set before the first run. What is compared is the average over the steps, by the discriminant.
 
-photos32-search-fp32 is that search on a processor without bf16, for which it is slow. There, so amended before the
-first row (2026-11-27, when seed 0 of five trials was there in bf16), only what after seed 0 is above ``plain`` (after
-AdaGauss: the best of those) is run with other seeds. It is the search that was finished. So photos32-5x4 takes from it
-what goes on, and the read-outs' options, though it is in bf16; and, before its first row (2026-11-28), one change goes
-on, the one with the highest mean.
+- On photos32-search a trial has three seeds, but for one that with seed 0 is more than 3 points below ``plain`` (of
+  the four like AdaGauss: below the best of them).
+- To photos32-5x4 go on: of the changes of ``plain`` at most the two with the highest means, if these are above
+  ``plain``'s, and their combination; of the four like AdaGauss the best by Mahalanobis' distance, its own read-out; and
+  LwF with the same changes, unsearched, with the options of ``lwf``.
+- On photos32-5x4 each has five seeds, beside ``plain`` on the same machine. Kept is what is above ``plain`` with its
+  whole interval.
+
+photos32-search-fp32 is that search for a processor without bf16. There, so amended before the first row (2026-11-27,
+when seed 0 of five trials was there in bf16), only what with seed 0 is above ``plain`` (of the four like AdaGauss: the
+best) has other seeds. It took the place of the search in bf16, which was given up, but for longer, projection=1 and
+ema=0.99, which have their one seed there. So photos32-5x4 takes from it what goes on, and the read-outs' options,
+though it is in bf16; and, before its first row (2026-11-28), one change goes on, the one with the highest mean.
 
 unit-length came when seed 0 of nine trials was there. It is kept where on photos32-5x4 it is above the discriminant on
 the same networks, ``plain``'s, with its whole interval.
@@ -72,7 +75,8 @@ def adagauss(rate: float, form: str, rotations: bool = False) -> Trial:
 
     The code of AdaGauss has, beside the projection's layers, features that are no outputs of a ReLU, a learned map of
     two layers for the statistics, with L_AC too, those of mirrored images, 200 epochs a step, a rate that falls in
-    steps to begin at a tenth after the first step, and with rotations a quarter of the images in a batch.
+    steps to begin at a tenth after the first step, and with rotations a quarter of the images in a batch. Its weight of
+    10 is that of the plain squared error, and its projection has the network's optimiser and clipping.
     """
     method = {"softmax": "lwf", "binary": "lwf-mc"}[form]
     flags = f"--method {method} --beta 0 --incremental-lr {rate}"
@@ -152,6 +156,10 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
     chosen = list(dict.fromkeys(options.trials.split(","))) if options.trials else list(TRIALS)
     if unknown := set(chosen) - set(TRIALS):
         raise InputError(f"--trials: there is no {unknown.pop()!r}: {', '.join(TRIALS)}")
+    if PROTOCOLS[options.protocol].methods:
+        for name in chosen:
+            if not options_of(name, field.best_options(search_of(path))):
+                raise InputError(f"--trials: {SEARCH} has no row of {name!r}, and so no options for its read-outs")
     cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
     spawn = multiprocessing.get_context("spawn")
     command = command_of("benchmarks/trials.py", options, "data_dir seeds trials jobs")
@@ -306,22 +314,32 @@ def cells_of(path: Path) -> Cells:
     from tables import NOT_THERE, mean_and_spread
 
     found = field.averages(path)
-    search = path.parent.with_name(SEARCH if path.parent.name == "photos32-5x4" else path.parent.name) / path.name
-    best = field.best_options(search)
+    best = field.best_options(search_of(path))
+    of_plain = options_of("plain", best)
     shown = {}
     for trial in TRIALS:
-        for readout in OPTIONS:
-            option = best.get((trial, readout), best.get(("lwf", readout), ""))
+        for readout, option in options_of(trial, best).items():
             seeds = found.get((trial, readout, option), {})
             if not seeds:
                 continue
-            plain = found.get(("plain", readout, best.get(("plain", readout), "")), {})
+            plain = found.get(("plain", readout, of_plain[readout]), {})
             cells = []
             for column in (0, 1):
                 cells.append(mean_and_spread([values[column] for values in seeds.values()]))
                 cells.append(over(seeds, plain, column) if trial != "plain" else NOT_THERE)
             shown[trial, readout] = option, seeds, cells
     return shown
+
+
+def search_of(path: Path) -> Path:
+    """The CSV of the search that chooses for the one at ``path``."""
+    return path.parent.with_name(SEARCH if path.parent.name == "photos32-5x4" else path.parent.name) / path.name
+
+
+def options_of(trial: str, best: dict[tuple[str, str], str]) -> dict[str, str]:
+    """Of each read-out the option that a search found best for the trial; LwF with a change has those of ``lwf``."""
+    own = "lwf" if trial.startswith("lwf ") and (trial, "discriminant") not in best else trial
+    return {readout: best[own, readout] for readout in OPTIONS if (own, readout) in best}
 
 
 def over(these: dict[str, Any], those: dict[str, Any], column: int) -> str:

@@ -359,6 +359,30 @@ def test_the_tables_of_trials_are_those_of_the_csv(path, monkeypatch):
     assert f"(../results/{path.parent.name}/trials.md)" in SHOWN
 
 
+def test_what_was_tried_is_as_the_tables_of_the_trials_have_it():
+    """Every trial has its row, or two, and what it has over plain."""
+    text = (ROOT / "docs" / "results-trials.md").read_text()
+    name, told = "", set()
+    for line in text.partition("| trial | what changes |")[2].partition("\n\n")[0].splitlines()[2:]:
+        trial, _, where, over, seeds, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        name = trial or name
+        (made,) = re.findall(
+            rf"^\| {re.escape(name)} \| (.*) \|$",
+            (ROOT / "results" / where / "trials.md").read_text().partition("\n\n")[0],
+            re.M,
+        )
+        cells = made.split(" | ")
+        assert (over, seeds) == (cells[2], cells[5])
+        told.add((where, name))
+    made = [
+        (path.parent.name, line.split(" | ")[0].strip("| "))
+        for path in ROOT.glob("results/*/trials.md")
+        for line in path.read_text().partition("\n\n")[0].splitlines()[3:]
+    ]
+    of_bf16_alone = {"longer", "projection=1", "ema=0.99"}
+    assert told == {each for each in made if each[0] != "photos32-search" or each[1] in of_bf16_alone}
+
+
 @pytest.mark.parametrize("name", ["steps", "levers", "data", "estimate"])
 def test_the_tables_of_costs_are_those_of_the_measurements(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

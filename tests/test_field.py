@@ -283,7 +283,7 @@ def test_a_seed_that_stopped_between_its_steps_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["tiny"], "run field.py tiny-search first"),
+        (["tiny"], "run this on tiny-search first"),
         (
             ["tiny-search", "--seeds", "1"],
             "reproduce.py tiny-search --methods 'lwf incremental_lr=0.1 beta=3' --seeds 1",

@@ -117,6 +117,16 @@ def test_test_images_choose_no_option_and_unit_length_has_its_table(trials, tmp_
     assert "| plain | +3.0 | +3.0 | 1 |" in trials.table(tmp_path / trials.SEARCH / "trials.csv")
 
 
+def test_a_trial_that_no_search_had_is_not_judged(trials, monkeypatch, tmp_path, capsys):
+    key = {"protocol": trials.SEARCH, "seed": 0, "step": 0, "option": "", "accuracy": 50}
+    rows = [key | {"method": name, "readout": "discriminant"} for name in ("plain", "lwf")]
+    write_rows(tmp_path / "results" / trials.SEARCH / "trials.csv", rows)
+    monkeypatch.setattr(trials, "ROOT", tmp_path)
+    for names, words in (("plain,longer", "photos32-search-fp32 has no row of 'longer'"), ("lwf longer-all", "'gone'")):
+        assert trials.main(["photos32-5x4", "--data-dir", "gone", "--trials", names]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_what_nobody_will_collect_is_not_run(trials, monkeypatch, tmp_path):
     begun, told = [], threading.Event()
 
@@ -163,6 +173,7 @@ class Threads(ThreadPoolExecutor):
     [
         ("photos32-5x4 --data-dir x", "photos32-5x4 is judged on test images"),
         ("photos32-search --data-dir x --trials plain,sgd", "there is no 'sgd'"),
+        ("photos32-5x4 --data-dir x --trials plain", "run this on photos32-search-fp32 first"),
         ("photos32-search --data-dir x --jobs 0", "--jobs is '0'"),
         ("photos32-search --data-dir gone", "--data-dir is 'gone'"),
     ],
