@@ -9,7 +9,8 @@ photos32-search here too. A cell (a trial with a seed) that is in the CSV is not
 after its last step, from --work-dir, where trials that begin alike share their first network. Delete both where a
 trial, the code or the images have changed.
 
-The rule, set before the first run. What is compared is the average over the steps, by the discriminant.
+The rule, set before the first run. What is compared is the average over the steps, by the discriminant (for the last
+point it had named no read-out; so amended before seeds 3 and 4 of photos32-5x4 were there, 2026-11-28).
 
 - On photos32-search a trial has three seeds, but for one that with seed 0 is more than 3 points below ``plain`` (of
   the four like AdaGauss: below the best of them).
