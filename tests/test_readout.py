@@ -154,7 +154,7 @@ def test_noise_is_added_to_the_covariances_and_raises_the_penalty():
 
 
 def test_the_residual_is_what_is_missed_on_images_that_the_map_was_not_fitted_on():
-    """In the independent form scikit-learn's ridge of the difference; with so few images fitted ones miss far less."""
+    """By scikit-learn's ridge regression of the difference; of the few images it is fitted on it misses far less."""
     features, _ = gaussians(classes=2, count=6)
     noise = torch.randn(12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     after = 3 * features @ affine()[0].T + noise
