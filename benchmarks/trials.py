@@ -152,15 +152,16 @@ def run(options: argparse.Namespace, path: Path) -> list[str]:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     last = str(len(PROTOCOLS[options.protocol].groups) - 1)
     done = {(row["method"], int(row["seed"])) for row in read_rows(path) if row["step"] == last}
-    if not options.trials and PROTOCOLS[options.protocol].methods:
+    judged = bool(PROTOCOLS[options.protocol].methods)
+    if not options.trials and judged:
         raise InputError(f"--trials: {options.protocol} is judged on test images; name what a search has chosen")
     chosen = list(dict.fromkeys(options.trials.split(","))) if options.trials else list(TRIALS)
     if unknown := set(chosen) - set(TRIALS):
         raise InputError(f"--trials: there is no {unknown.pop()!r}: {', '.join(TRIALS)}")
-    if PROTOCOLS[options.protocol].methods:
-        for name in chosen:
-            if not options_of(name, field.best_options(search_of(path))):
-                raise InputError(f"--trials: {SEARCH} has no row of {name!r}, and so no options for its read-outs")
+    best = field.best_options(search_of(path)) if judged else {}
+    for name in chosen if judged else []:
+        if not options_of(name, best):
+            raise InputError(f"--trials: {SEARCH} has no row of {name!r}, and so no options for its read-outs")
     cells = [(name, seed) for seed in seeds_of(options.seeds) for name in chosen]
     spawn = multiprocessing.get_context("spawn")
     command = command_of("benchmarks/trials.py", options, "data_dir seeds trials jobs")
