@@ -29,7 +29,7 @@ coverage: .venv/ready-dev
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # half of one would pass for a whole one
 
 .venv/ready: requirements.txt constraints.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet -r requirements.txt -c constraints.txt

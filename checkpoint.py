@@ -21,7 +21,6 @@ import hashlib
 import io
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 import models
 import torchfile
 from errors import InputError
+from kinds import UNPRINTABLE
 from torchfile import Refused
 
 FORMAT = "learning-without-memorizing checkpoint"
@@ -54,7 +54,7 @@ KINDS = {
     "training": dict,
 }
 STEP_KINDS = {"classes": list, "dataset": str, "data_dir": str, "hold_back": float, "epochs": int}
-STEP_KINDS |= {"group_accuracy": list}
+STEP_KINDS |= {"group_accuracy": list, "method": str}
 TRAINING_KINDS = {"epochs": int, "teacher": str, "optimizer": dict, "schedule": dict, "generator": Tensor}
 TRAINING_KINDS |= {"torch_rng": Tensor, "log": list}
 LAST_OF_TEACHER = {"epoch", "loss", "test_accuracy"}  # what the scripts say of the last epoch
@@ -66,7 +66,6 @@ ADDED: dict[str, Any] = {"device_rng": None}  # since, to the training state
 ADDED_IN_3: dict[str, Any] = {"statistics": {}, "readouts": {}}
 
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
-UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -84,8 +83,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside ``path`` and move it there once it is whole and on the disk.
 
     Whatever happens, ``path`` is either what it was or the whole new file; one that holds ``content`` already is not
-    touched. The folder must be there. Raises InputError where it cannot be written.
+    touched. The folder must be there. Raises InputError where it cannot be written, or where something else than a file
+    would make way for it: a folder, a device.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is there and is no file; take another name")
     temporary = None
     try:
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:

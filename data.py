@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cache import decoded
 from errors import InputError, warn
-from imagefiles import decode_all, decode_files, image_files
+from imagefiles import decode_all, decode_files, image_files, printable
 from lock import held
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
@@ -229,7 +229,7 @@ def read_own_images(
         kept, pixels = decode_files(flat, image_size, skip_bad_images)
         return (
             Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)),
-            [path.name for path in kept],
+            [printable(path.name) for path in kept],
             list(class_names),
         )
     parts: list[Tensor] = []
@@ -370,7 +370,8 @@ def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path
         )
 
     def share(path: Path) -> float:
-        return int.from_bytes(hashlib.sha256(f"{name}/{path.name}".encode()).digest()[:8], "big") / 2**64
+        written = f"{name}/{path.name}".encode(errors="surrogateescape")  # a name need not be text
+        return int.from_bytes(hashlib.sha256(written).digest()[:8], "big") / 2**64
 
     ranked = sorted(paths, key=share)
     tests = sum(share(path) < FOLDER_TEST_SHARE for path in ranked)

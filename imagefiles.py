@@ -107,8 +107,11 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
         if not isinstance(error, InputError):
             why = f"the image cannot be read ({why}); repair, convert or remove it"
         # One line, whatever a stranger put into the file or its name: control characters would reach the terminal.
-        text = "".join(character if character.isprintable() else "?" for character in f"{path}: {why}")
-        raise InputError(text) from error
+        raise InputError(printable(f"{path}: {why}")) from error
+
+
+def printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _check_file(path: str | Path) -> None:

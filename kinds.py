@@ -10,6 +10,8 @@ import re
 from dataclasses import field
 from typing import Any
 
+UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
+
 
 def choice(help: str, *choices: str) -> Any:
     def check(value: Any) -> str:
@@ -65,6 +67,9 @@ def names(help: str) -> Any:
             raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
         if not value or not all(value):
             raise ValueError("at least one class name is needed, and none may be empty")
+        odd = [name for name in value if UNPRINTABLE.search(name)]
+        if odd:
+            raise ValueError(f"the class name {odd[0]!a} has characters that cannot be printed")
         twice = sorted({name for name in value if list(value).count(name) > 1})
         if twice:
             raise ValueError(f"class {twice[0]!r} is named twice")

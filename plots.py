@@ -99,12 +99,15 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.By
     """Confusion matrix, a row for each true class, in percent of that class's images."""
     totals = counts.sum(1, keepdims=True)
     shares = 100 * counts / np.maximum(totals, 1)
-    side = max(3.5, 0.32 * len(class_names) + 1.5)
+    # Of very many classes only some are named: the figure's memory grows with its area.
+    side = min(max(3.5, 0.32 * len(class_names) + 1.5), 40)
+    named = range(0, len(class_names), -(-len(class_names) // 120))
+    labels = [class_names[index] for index in named]
     figure, axes = plt.subplots(figsize=(side + 1, side))
     picture = axes.imshow(shares, cmap="Greys", vmin=0, vmax=100)
     axes.set(xlabel="answer", ylabel="true class, in the order taught")
-    axes.set_xticks(range(len(class_names)), class_names, rotation=90)
-    axes.set_yticks(range(len(class_names)), class_names)
+    axes.set_xticks(named, labels, rotation=90, parse_math=False)  # dollars in a name are no formula
+    axes.set_yticks(named, labels, parse_math=False)
     figure.colorbar(picture, label="% of the class's images")
     _write(figure, path)
 
@@ -130,7 +133,7 @@ def side_by_side(
         grey = pixels[number].mean(0)
         for offset, caption in enumerate(captions[number]):
             axes = grid[row, first + offset]
-            axes.set_title(caption, fontsize=8)
+            axes.set_title(caption, fontsize=8, parse_math=False)
             if offset == 0:
                 axes.imshow(pixels[number].transpose(1, 2, 0))
                 continue

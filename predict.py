@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import InputError, one_line_errors, warn
-from imagefiles import decode_all, image_files
+from imagefiles import decode_all, image_files, printable
 from probabilities import form_of, likeliest
 from settings import READOUTS, OneLineParser, readout_of
 
@@ -145,10 +145,6 @@ def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -
             yield from zip(good, network.logits(pixels), strict=True)
     if bad:
         warn(f"{bad} of {len(paths)} images cannot be read and are skipped")
-
-
-def printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def write_table(rows: Sequence[dict]) -> None:

@@ -184,8 +184,8 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     about = beside(path, "environment.json")
     # Of your own images the name of the protocol does not say which these are.
     command = command_of("reproduce.py", options, "data_dir groups methods seeds ablation jobs")
-    which = shlex.join(command[:6])
-    if options.groups and path.exists() and not any(which in call["command"] for call in recorded_calls(about)):
+    which = f" {shlex.join(command[:6])} "
+    if options.groups and path.exists() and not any(which in f"{call['command']} " for call in recorded_calls(about)):
         raise InputError(f"{path.parent} has rows of another --data-dir or --groups; move that folder away first")
     record_call(about, command, threads)
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]

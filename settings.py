@@ -223,7 +223,7 @@ def _lines_of(path: str, named_too: bool) -> list[str]:
     if named_too:
         raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no text in UTF-8"
         raise InputError(

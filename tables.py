@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -97,8 +98,11 @@ def record_call(path: Path, command: Sequence[str], threads: int) -> None:
     """Add to ``path`` by which command, on what and from which commit rows were made, unless it has this already."""
     from hardware import machine
 
-    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    this = {"command": f"python3 {shlex.join(command)}", "commit": said.stdout.strip(), **machine(threads)}
+    commit = ""  # of an unpacked archive, or without git
+    with contextlib.suppress(FileNotFoundError):
+        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = said.stdout.strip()
+    this = {"command": f"python3 {shlex.join(command)}", "commit": commit, **machine(threads)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with held(path.with_suffix(".lock"), str(path), wait=True):
         calls = recorded_calls(path)

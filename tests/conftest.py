@@ -103,7 +103,7 @@ def contents(images: data.Images) -> list[bytes]:
 def step_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
     """What a checkpoint says of a step, as far as a reader needs it."""
     values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
-    return {"classes": list(names)} | values | changes
+    return {"classes": list(names), "method": "lwm"} | values | changes
 
 
 def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str], image_size: int = 32, **changes):

@@ -32,8 +32,11 @@ def refused(script: str = TRAINER, flags: str | list[str] = "", **constants) -> 
 BAD_VALUES = {  # constant: values that config.py could hold, and as texts of the command line
     "dataset": (["mnist", 3, ["digits"]], ["mnist", ""]),
     "data_dir": (["", 3, "a\0b"], [""]),
-    "old_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], {"0": 1}], ["", "0,,1", "0,1,0", ",", "0, 0"]),
-    "new_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"]], ["", "0,,1", "0,1,0"]),
+    "old_classes": (
+        [2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], {"0": 1}],
+        ["", "0,,1", "0,1,0", ",", "0, 0", "a\tb"],
+    ),
+    "new_classes": ([2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], ["a\x7f"], ["\udce9"]], ["", "0,,1", "0,1,0"]),
     "model": (["", 18, ["resnet18"]], [""]),
     "image_size": ([7, 32.0, "32", True, 1025, float("nan")], ["7", "32.0", "big", "1025", "-32", ""]),
     "mean": ([0.5, "0.5,0.5,0.5", [0.5, 0.5], [0.5, 0.5, True]], ["0.5", "0.5,0.5", "a,b,c", "nan,0,0"]),

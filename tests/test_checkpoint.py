@@ -148,10 +148,12 @@ def test_a_write_replaces_the_file_and_honours_the_umask(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "model.pth", tmp_path / "folder"):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null is no file either, which a file in its place would take from everybody
+    for path in (tmp_path / "file" / "model.pth", tmp_path / "folder", tmp_path / "pipe"):
         with pytest.raises(InputError, match=str(path)):
             checkpoint.write_atomically(path, b"new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
     assert not list((tmp_path / "folder").iterdir())
 
 

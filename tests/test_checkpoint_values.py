@@ -37,6 +37,7 @@ WRONG = {  # changes of a whole checkpoint with a training state, and what is sa
     "less than none held back": ({STEP + "hold_back": -0.1}, "out of range"),
     "nothing that is a number held back": ({STEP + "hold_back": math.nan}, "out of range"),
     "no epochs": ({STEP + "epochs": 0}, "out of range"),
+    "a method that is none": ({STEP + "method": None}, "'method' of a step"),
     "an accuracy above all": ({STEP + "group_accuracy": [101.0]}, "accuracy"),
     "an accuracy that is none": ({STEP + "group_accuracy": [math.nan]}, "accuracy"),
     "an accuracy that is a text": ({STEP + "group_accuracy": ["50"]}, "accuracy"),

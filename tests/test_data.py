@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,8 @@ def test_own_images_flat(tmp_path, capsys):
     assert str(tmp_path / "001.bmp") in refused(data.read_own_images, tmp_path, ["dog"], 24, False)
     images, captions, _ = data.read_own_images(tmp_path, ["dog"], 24, True)
     assert captions == ["000.bmp", "002.bmp"]
+    os.rename(tmp_path / "000.bmp", os.fsencode(tmp_path) + b"/\xe9.bmp")  # a name that is no text
+    assert data.read_own_images(tmp_path, ["dog"], 24, True)[1] == ["002.bmp", "?.bmp"]
     assert len(images.pixels) == len(images.labels) == 2
     assert "1 of 3" in capsys.readouterr().err
 

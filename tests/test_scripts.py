@@ -156,6 +156,11 @@ def test_demo_judges_a_folder_of_own_images(tmp_path, teacher, student, capsys):
 
     refused(capsys, demo.main, *models, "--images", str(tmp_path / "nothing"))
 
+    other = tmp_path / "other.pth"  # the same classes, trained once more for larger images
+    checkpoint.save(other, checkpoint.load(teacher) | {"image_size": 32})
+    said = refused(capsys, demo.main, "--teacher", str(other), *models[2:])
+    assert "image_size is 16 there and 32 here" in said
+
 
 def test_gradcam_by_its_command_line(tmp_path, student):
     Image.fromarray(picture(1, 40, 30)).save(tmp_path / "cat.png")
@@ -307,6 +312,10 @@ def test_three_steps_from_the_student_alone_and_one_single_class(tmp_path, stude
     best = max(step["group_accuracy"][0] for step in saved["steps"][:-1])
     assert metrics["steps"][0]["forgetting"] == pytest.approx(best - metrics["steps"][0]["accuracy"])
     assert metrics["steps"][3]["forgetting"] is None
+    assert demo.main(["--teacher", student, *models[2:], "--output-dir", str(tmp_path / "earlier")]) == 0
+    metrics = json.loads((tmp_path / "earlier" / "metrics.json").read_text())
+    assert [len(metrics["classes"][who]) for who in ("teacher", "student")] == [4, 7]
+    assert (tmp_path / "earlier" / "demo_report.html").exists()
 
 
 def test_the_example_of_two_and_two_on_cifar100(tmp_path, serve_cifar, monkeypatch):

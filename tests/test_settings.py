@@ -140,6 +140,10 @@ def test_old_classes_come_from_a_file_a_line_each(tmp_path):
     path.write_bytes(b"\xff\xfe\0c")
     assert "UTF-8" in refused(TRAINER, ["--old-classes-file", str(path)])
     assert "No such file" in refused(TRAINER, ["--old-classes-file", str(tmp_path / "x")])
+    path.write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")  # as Windows marks UTF-8
+    assert read(TRAINER, ["--old-classes-file", str(path)]).old_classes == ("cat", "dog")
+    path.write_text("n01440764\ttench\n")  # what no checkpoint may hold is said before the training
+    assert r"'n01440764\ttench'" in refused(TRAINER, ["--old-classes-file", str(path)])
 
 
 # The flag wins; None is the recommended value -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,14 @@ def test_hash_split_is_the_same_in_any_order_and_on_any_machine(tmp_path):
         assert data._hash_split(paths[shift:] + paths[:shift], "cat", tmp_path / "a") == expected
     # Written down, so that a change of the hash does not go unseen: it would move test images into training.
     assert sorted(results[0][1]) == ["018.png", "023.png", "026.png"]
+
+
+def test_hash_split_takes_a_name_that_is_no_text(tmp_path):
+    paths = [Path(os.fsdecode(b"caf\xe9%d.jpg" % number)) for number in range(20)]
+    parts = data._hash_split(paths, "cat", tmp_path)
+    assert sorted(parts["train"] + parts["test"]) == sorted(paths)
+    assert parts["train"]
+    assert parts["test"]
 
 
 def test_hash_split_keeps_about_a_fifth_for_testing(tmp_path):

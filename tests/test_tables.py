@@ -54,6 +54,13 @@ def test_a_row_that_is_run_again_replaces_the_earlier_one(tmp_path):
     assert [r["accuracy"] for r in tables.read_rows(path)] == ["20.0", "30.0"]
 
 
+def test_a_call_is_recorded_without_git_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tables.record_call(tmp_path / "environment.json", ["reproduce.py", "digits-2+2"], 1)
+    (call,) = tables.recorded_calls(tmp_path / "environment.json")
+    assert (call["command"], call["commit"]) == ("python3 reproduce.py digits-2+2", "")
+
+
 def test_two_processes_write_one_csv(tmp_path):
     path, script = tmp_path / "accuracy.csv", "import sys, tables, pathlib\nfor step in range(40):\n"
     script += " tables.write_rows(pathlib.Path(sys.argv[1]), [{'method': 'lwm', 'seed': sys.argv[2], 'step': step}])"
