@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import progress
-from errors import InputError
+from errors import InputError, RunError
 from imagefiles import decode_all
 from lock import held
 
@@ -41,7 +41,7 @@ def decoded(
     """The pixels of the files that can be read, uint8 (n, 3, size, size), mapped; and what is wrong with the others.
 
     Raises InputError for a file that cannot be read, unless those are skipped, and where the cache cannot be written
-    or is larger than the room on the disk.
+    or is larger than the room on the disk; RunError where a process that decodes is ended from outside.
     """
     entry = cache_dir / _key(paths, image_size)
     if not _is_whole(entry):
@@ -112,6 +112,9 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
         temporary.rename(entry)
     except OSError as error:
         raise InputError(f"--cache-dir {entry.parent}: cannot be written ({error.strerror})") from error
+    except concurrent.futures.BrokenExecutor as error:
+        reason = "a process that decodes images has ended, perhaps for lack of memory"
+        raise RunError(f"{reason}; start again, with fewer CPU cores (taskset) if it stays so") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -30,6 +30,8 @@ def join(device: torch.device) -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    if not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():  # another launcher's
+        raise InputError("WORLD_SIZE is set, and not all that torchrun sets beside it; start with torchrun or unset it")
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
         if device.index is not None:

@@ -79,8 +79,8 @@ def names(help: str) -> Any:
 
 
 def check_text(value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("a text that is not empty is needed")
+    if not isinstance(value, str) or not value or re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("a text that is not empty, and of characters that UTF-8 has, is needed")
     return value
 
 

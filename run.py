@@ -24,18 +24,19 @@ STEP_SETTINGS = (
     *("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
     *("backbone_lr", "freeze", "balanced"),
 )
+OF_STUDENTS = ("beta", "gamma", "temperature", "attention", "attention_class", "batch_norm")  # None of a first step
 # What it was where a checkpoint of an earlier release does not say.
 ADDED: dict[str, Any] = {"attention": "grad-cam", "freeze": 0, "balanced": False}
 LOCK = ".lock"
 
 
-def describe_step(settings: Any, classes: Sequence[str], learning_rate: float) -> dict[str, Any]:
+def describe_step(settings: Any, classes: Sequence[str], learning_rate: float, first: bool = False) -> dict[str, Any]:
     """What the checkpoint says of a step: its classes, where their images were, and how it was trained."""
     return {
         "classes": list(classes),
         "dataset": settings.dataset,
         "data_dir": str(Path(settings.data_dir).resolve()),
-        **{name: getattr(settings, name) for name in STEP_SETTINGS},
+        **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in STEP_SETTINGS},
         "learning_rate": learning_rate,
         "epochs": settings.epochs,
         "group_accuracy": [],
@@ -82,11 +83,15 @@ class Run:
         step, now = was["steps"][-1], head["steps"][-1]
         pairs = [(key, was[key], head[key]) for key in ("architecture", "image_size", "class_names")]
         pairs += [
-            (key, step.get(key, ADDED.get(key)), now[key]) for key in ("dataset", *STEP_SETTINGS, "learning_rate")
+            (key, step.get(key, ADDED.get(key)), now[key])
+            for key in ("dataset", *STEP_SETTINGS, "learning_rate")
+            if self.kind == "student" or key not in OF_STUDENTS
         ]
         pairs += [("teacher (hash of its weights)", training["teacher"], identity["teacher"])]
         if training["images"] is not None:
             pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]
+        # Measured anew on these images: another processor may round the last digit otherwise.
+        pairs += [(key, *([round(x, 6) for x in values[key]] for values in (was, head))) for key in ("mean", "std")]
         for key, before, after in pairs:
             if before != after:
                 raise InputError(

@@ -47,7 +47,7 @@ class Settings:
     attention_class: str = kinds.choice("whose top old class the maps explain", "student", "teacher")
     batch_norm: str = kinds.choice("batch-norm statistics of the student", "train", "frozen")
     epochs: int = kinds.number("epochs", int, 0, 10_000)
-    batch_size: int = kinds.number("images in a batch", int, 2)
+    batch_size: int = kinds.number("images in a batch", int, 2, 10**9)
     lr: float = kinds.number("learning rate of the teacher", float, 0, above=True)
     incremental_lr: float = kinds.number("learning rate of the student", float, 0, above=True)
     backbone_lr: float | None = kinds.number("learning rate of everything but the head", float, 0, above=True)
@@ -171,7 +171,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            wrong = message.split(": ", 1)[1].split()[0]
+            wrong = (message.split(": ", 1)[1].split() or [""])[0]  # "$FLAGS" of a shell that has none
             near = difflib.get_close_matches(wrong.split("=")[0], self._option_string_actions, n=1)
             message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
             if not wrong.startswith("-"):

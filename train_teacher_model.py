@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "mean": mean,
         "std": std,
         "loss_form": settings.loss_form,
-        "steps": [describe_step(settings, classes, settings.lr)],
+        "steps": [describe_step(settings, classes, settings.lr, first=True)],
     }
 
     def judge(model: models.Network) -> tuple[Row, list[float | None]]:

@@ -105,7 +105,7 @@ def fit(
             run.write_log(rows)
         if run.resumed and len(rows) == step["epochs"]:  # in another folder perhaps, or without statistics yet
             more = {} if run.resumed["statistics"] else last(model)
-            if more or not run.model.exists():
+            if more or run.source.resolve() != run.model.resolve():
                 run.save(run.resumed | more | {"version": VERSION})
         if has_room_for(train.pixels, loop.device):
             loop.train = train.to(loop.device)

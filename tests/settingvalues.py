@@ -31,7 +31,7 @@ def refused(script: str = TRAINER, flags: str | list[str] = "", **constants) -> 
 
 BAD_VALUES = {  # constant: values that config.py could hold, and as texts of the command line
     "dataset": (["mnist", 3, ["digits"]], ["mnist", ""]),
-    "data_dir": (["", 3, "a\0b"], [""]),
+    "data_dir": (["", 3, "a\0b"], ["", "a\udce9"]),
     "old_classes": (
         [2, "0", [0, 1], [], ["0", ""], ["0", "1", "0"], {"0": 1}],
         ["", "0,,1", "0,1,0", ",", "0, 0", "a\tb"],
@@ -50,7 +50,7 @@ BAD_VALUES = {  # constant: values that config.py could hold, and as texts of th
     "attention_class": (["Student", 1], ["both"]),
     "batch_norm": (["eval", True], ["eval"]),
     "epochs": ([0, -1, 2.5, "5", True, [5]], ["-1", "2.5", "1e3", "five", ""]),
-    "batch_size": ([1, 0, 64.0], ["1", "0", "64.0"]),
+    "batch_size": ([1, 0, 64.0, 10**20], ["1", "0", "64.0", "9" * 20]),
     "lr": ([0, -0.1, "0.1", float("inf"), False, 10**400], ["0", "-0.1", "fast", "inf"]),
     "incremental_lr": ([0, -0.1, "0.1", float("nan")], ["0", "-0.1", "slow"]),
     "backbone_lr": ([0, -0.1, "0.1"], ["0", "-0.1", "slow"]),

@@ -14,7 +14,7 @@ from conftest import write_images
 import cache
 import imagefiles
 from cache import decoded
-from errors import InputError
+from errors import InputError, RunError
 from imagefiles import decode_image
 from lock import held
 
@@ -66,6 +66,18 @@ def test_workers_decode_the_same_pixels(tmp_path, monkeypatch, worth):
     np.testing.assert_array_equal(pixels, expected)
     assert list(bad) == [4]
     assert str(paths[4]) in bad[4]
+
+
+def end_at_once(paths, image_size, skip_bad_images):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH_WORKERS", 1)
+    monkeypatch.setattr(cache, "decode_all", end_at_once)
+    with pytest.raises(RunError, match="a process that decodes images has ended"):
+        decoded(write_images(tmp_path / "images", 3), 16, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
 
 
 def test_each_file_is_decoded_once(tmp_path, monkeypatch):

@@ -240,6 +240,13 @@ def test_a_device_that_cannot_be_shared_out_is_said(monkeypatch, name, there, me
         distributed.join(torch.device(name))
 
 
+def test_half_of_what_torchrun_sets_is_said(monkeypatch):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match="start with torchrun or unset it"):
+        distributed.join(torch.device("cpu"))
+
+
 # The scripts ------------------------------------------------------------------------------------------------------
 
 

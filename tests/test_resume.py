@@ -36,7 +36,7 @@ import incremental_learning_system as incremental
 import plots
 import train_teacher_model as trainer
 import training
-from run import STEP_SETTINGS
+from run import OF_STUDENTS, STEP_SETTINGS
 
 draw_curves = plots.curves
 
@@ -203,6 +203,10 @@ def test_a_finished_student_of_another_folder_is_taken_over_as_it_is(tmp_path, w
     assert checkpoint.load(tmp_path / "student_model.pth")["steps"][-1]["group_accuracy"] != []
     assert run("student", tmp_path, *other) == 2
     assert "--resume goes on from it" in one_line(capsys)
+    assert run("student", tmp_path, "--overwrite", "--seed", "9") == 0
+    assert differences("student", whole, tmp_path) != {}
+    assert run("student", tmp_path, "--overwrite", *other) == 0
+    assert differences("student", whole, tmp_path) == {}
     assert contents(whole) == before
 
 
@@ -303,6 +307,7 @@ def test_a_setting_that_came_later_is_what_it_was_before(tmp_path, whole, run, c
         ("teacher", ["--lr", "0.5"], "learning_rate was 0.03 and is now 0.5"),
         ("teacher", ["--image-size", "16"], "image_size was 8 and is now 16"),
         ("teacher", ["--model", "resnet110"], "architecture was resnet32 and is now resnet110"),
+        ("teacher", ["--std", "0.5,0.5,0.5"], "and is now [0.5, 0.5, 0.5]"),
         ("teacher", ["--old-classes", "1,0"], "class_names was ['0', '1'] and is now ['1', '0']"),
         ("student", ["--epochs", "1"], "the run already has 2 epochs; give --epochs 2 or more"),
     ],
@@ -312,6 +317,15 @@ def test_another_task_is_refused_with_both_values(whole, run, capsys, kind, flag
     assert run(kind, whole, "--resume", *flags) == 2
     assert words in one_line(capsys)
     assert contents(whole) == before
+
+
+def test_what_a_teacher_is_not_trained_with_is_not_recorded_and_makes_no_other_run(tmp_path, whole, run, monkeypatch):
+    monkeypatch.setattr(config, "GAMMA", (0.3,))  # a stray comma, which no checkpoint could be read with
+    assert run("teacher", tmp_path) == 0
+    (step,) = checkpoint.load(tmp_path / "teacher_model.pth")["steps"]
+    assert {step[name] for name in OF_STUDENTS} == {None}
+    resaved(first(whole), tmp_path / "teacher_model.pth", lambda saved: saved["steps"][0].update(gamma=1.0))  # as once
+    assert run("teacher", tmp_path, "--resume", "--epochs", "3", "--batch-norm", "frozen") == 0
 
 
 def test_another_data_set_is_refused(tmp_path, whole, run, capsys):

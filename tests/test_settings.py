@@ -70,6 +70,8 @@ def test_a_switch_takes_no_value(flag):
         ("--no-resum", "--no-resum", "--no-resume"),
         ("--outputdir x", "--outputdir", "--output-dir"),
         ("--qqqq", "--qqqq", "--help"),
+        ([""], "''", "belongs to no flag"),
+        ([" "], "''", "belongs to no flag"),
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest(flags, wrong, hint):
