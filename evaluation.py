@@ -75,7 +75,7 @@ def attention_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """How far two models' maps (n, h, w) of the same images are apart, NaN where one of the two is all zero.
 
     The distance (n,) is that of L_AD, 0 for the same map. The overlap (n,) is the share in percent of the strongest
-    fifth of the pixels of one map that are among those of the other.
+    fifth of the pixels of one map that are among those of the other; where fewer are above zero, others fill it up.
     """
     distance, alive = attention_distances(after, before)
     rows = [each.flatten(1) for each in (before, after)]

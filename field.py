@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("protocol", choices=sorted({*SEARCH, *SEARCH.values()}))
     parser.add_argument("--data-dir", help="as for reproduce.py")
+    parser.add_argument("--methods", help=f"those that trained the networks (default: {','.join(METHODS)})")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     parser.add_argument("--work-dir", default="runs/reproduce", help="where reproduce.py has trained")
     parser.add_argument("--table", action="store_true", help="only make the table again from the CSV")
@@ -236,9 +237,13 @@ def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> No
     from reproduce import seeds_of
     from tables import command_of, record_call, write_rows
 
-    command = command_of("field.py", options, "data_dir seeds")
+    methods = options.methods.split(",") if options.methods else METHODS
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"--methods: {name!r} is none of {', '.join(METHODS)}")
+    command = command_of("field.py", options, "data_dir methods seeds")
     for seed in seeds_of(options.seeds):
-        for method in METHODS:
+        for method in methods:
             steps = chain(options, method, seed)
             scores = {
                 (name, option): list(make(steps))

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -227,6 +228,15 @@ def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints
     assert call["command"] == "python3 field.py tiny --seeds 0"
 
 
+def test_the_networks_of_one_method_may_be_there_alone(compare, work, tmp_path):
+    other = tmp_path / "work"
+    shutil.copytree(work / "tiny-search", other / "tiny-search")
+    shutil.rmtree(other / "tiny-search" / "seed0" / CELLS["lwf"].replace(" ", "_"))
+    assert compare("tiny-search", "--methods", "lwm", "--work-dir", str(other)) == 0
+    assert {row["method"] for row in read_rows(tmp_path / "results" / "tiny-search" / "field.csv")} == {"lwm"}
+    assert compare("tiny-search", "--work-dir", str(other)) == 2
+
+
 def test_a_step_has_what_the_networks_before_it_after_it_and_of_the_first_step_see(compare, work):
     steps = field.chain(argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None), "lwm", 0)
     cells = work / "tiny" / "seed0"
@@ -288,6 +298,7 @@ def test_a_seed_that_stopped_between_its_steps_is_left_out(tmp_path):
             ["tiny-search", "--seeds", "1"],
             "reproduce.py tiny-search --methods 'lwf incremental_lr=0.1 beta=3' --seeds 1",
         ),
+        (["tiny-search", "--methods", "lwm,finetune"], "--methods: 'finetune' is none of lwf, lwm"),
         (["tiny-search", "--seeds", "x"], "--seeds is 'x'"),
         (["tiny-search", "--table"], "run it without --table first"),
     ],
