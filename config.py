@@ -168,7 +168,7 @@ SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
 DETERMINISTIC = False  # ask torch for deterministic algorithms on a GPU, somewhat slower; a CPU needs none
 
-STATISTICS = True  # keep mean and covariance of the features of each class in the checkpoint, for the read-outs
+STATISTICS = True  # keep mean and covariance of the classes' features in the checkpoint, for the read-outs
 READOUT = "auto"  # what answers: auto, head, prototypes, discriminant or rebalanced (docs/readouts.md)
 
 # The run.
