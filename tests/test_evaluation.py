@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
+from conftest import checkpoint_of, randomised, step_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 import evaluation
-from data import to_input
+from data import Images, to_input
 from gradcam import autograd_map
 
 # Two old classes (0, 1) and two new ones (2, 3); what each image's logits answer is beside it.
@@ -174,3 +174,20 @@ def test_predict_normalises_and_judges_in_eval_mode_whatever_the_batch(batch_siz
         expected = model(torch.from_numpy(array).float()).logits
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
     assert not logits.requires_grad
+
+
+def test_the_maps_compared_are_those_of_the_true_classes_of_teacher_and_student():
+    networks = randomised("resnet32", 2, 8).float().eval(), randomised("resnet32", 4, 8, seed=1).float().eval()
+    steps = [step_of("ab"), step_of("cd", group_accuracy=[50.0, 50.0])]
+    before = checkpoint_of(networks[0], "resnet32", "ab", 8, steps=steps[:1])
+    after = checkpoint_of(networks[1], "resnet32", "abcd", 8, steps=steps)
+    pixels = torch.randint(0, 256, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = Images(pixels, torch.arange(16) % 4)
+    found = evaluation.compare(*networks, before, after, images)
+    labels = images.labels[found.shown]
+    assert labels.tolist() == [0, 1] * 4
+    assert (found.teacher_logits[found.shown].argmax(1) != labels).any()
+    inputs = to_input(pixels[found.shown], before["mean"], before["std"])
+    for side, model in enumerate(networks):
+        expected = autograd_map(model, inputs, labels, model.last_layer)
+        torch.testing.assert_close(found.maps[:, side], expected, rtol=1e-4, atol=1e-6)

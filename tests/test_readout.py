@@ -132,6 +132,19 @@ def test_two_images_are_enough_not_to_break_it():
     assert same.weight.isfinite().all()
 
 
+def test_what_is_carried_is_the_old_classes_moved_and_the_new_ones_as_the_new_network_sees_them():
+    features, labels = gaussians(classes=5)
+    weight, bias = affine()
+    old, before, after = labels < 2, features[labels >= 2], (features @ weight.T + bias)[labels >= 2]
+    known = readout.measured(features[old], labels[old], 2)
+    found = readout.carried(known, before, after, labels[labels >= 2])
+    moved = readout.transported(known, readout.fitted(before, after))
+    expected = moved.joined(readout.measured(after, labels[labels >= 2] - 2, 3))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    torch.testing.assert_close(found.means[2:], after.view(3, -1, 4).mean(1))  # the classes come one after another
+
+
 def test_directions_that_the_images_say_nothing_of_stay_as_they_are():
     features, _ = gaussians()
     features[:, 3] = 2.5  # dead for all new images, and moved for them
@@ -281,7 +294,7 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
         assert now["readout"] == name
         assert now["loss_form"] == ("binary" if name == "head" else "softmax")
         logits = evaluation.predict(own, pixels, saved["mean"], saved["std"])
-        assert evaluation.accuracies(logits, images.labels, 2)["accuracy"] == pytest.approx(found[name]["accuracy"])
+        assert evaluation.accuracies(logits, images.labels, 2) == pytest.approx(found[name])
     nothing = Images(pixels[:0], images.labels[:0])
     assert evaluation.of_statistics(model, saved, saved, nothing)["readouts"] == {}
 

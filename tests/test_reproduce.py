@@ -23,7 +23,7 @@ import protocols
 import reproduce
 import tables
 from protocols import JOINT, METHODS, PROTOCOLS
-from settings import read_settings
+from settings import READOUTS, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +66,8 @@ def calls(monkeypatch, tmp_path, judged) -> list[dict]:
             log[0] |= {"test_accuracy_old": 1.0, "test_accuracy_new": 2.0}
         model = models.build("resnet32", len(names), 8)
         training = {"epochs": 1, "log": log}
-        saved = checkpoint_of(model, "resnet32", names, 8, steps=steps, training=training)
+        found = {name: {"accuracy": 10.0 * number, "accuracy_old": 5.0} for number, name in enumerate(READOUTS[:-1])}
+        saved = checkpoint_of(model, "resnet32", names, 8, steps=steps, training=training, readouts=found)
         monkeypatch.setattr(checkpoint, "load", lambda path: kept[Path(path)])
         kept[folder / f"{kind}_model.pth"] = saved
         seen.append({"script": script, "settings": settings, "names": names})
@@ -99,6 +100,9 @@ def test_steps_are_chained_and_the_first_is_shared(calls, tmp_path):
     assert [float(r["accuracy"]) for r in own] == [2, 4, 6, 8, 10]
     assert [r["forgetting"] for r in own] == ["", "10.0", "15.0", "20.0", "25.0"]
     assert [r["gamma"] for r in own] == ["", *["0.1"] * 4]
+    assert [own[-1][name] for name in ("accuracy_old", "accuracy_new", "task_aware")] == ["1.0", "2.0", "99.0"]
+    assert [own[-1][name] for name in READOUTS[1:]] == ["10.0", "20.0", ""]
+    assert {call["settings"].seed for call in calls} == {1}
     assert {r["gamma"] for r in rows if r["method"] != "lwm"} == {""}
     assert "| lwm | 6.0 | 10.0 |" in (tmp_path / "results" / "five" / "table.md").read_text()
     (about,) = json.loads((tmp_path / "results" / "five" / "environment.json").read_text())
@@ -121,6 +125,7 @@ def test_attention_has_a_row_for_each_old_class_after_each_step(calls, judged, t
         "",
         "60.0",
     ]
+    assert [rows[0][name] for name in ("accuracy_before", "accuracy")] == ["80.0", "20.0"]
     assert rows[-2]["distance"] == "0.25"
     assert [last["mean_off_carried"], rows[0]["mean_off_carried"], last["mean_off_left"]] == ["0.5", "", ""]
     assert [last["covariance_off_carried"], last["covariance_off_left"]] == ["", "0.75"]

@@ -36,6 +36,7 @@ import incremental_learning_system as incremental
 import plots
 import train_teacher_model as trainer
 import training
+from errors import RunError
 from run import OF_STUDENTS, STEP_SETTINGS
 
 draw_curves = plots.curves
@@ -204,7 +205,6 @@ def test_a_finished_student_of_another_folder_is_taken_over_as_it_is(tmp_path, w
     assert run("student", tmp_path, *other) == 2
     assert "--resume goes on from it" in one_line(capsys)
     assert run("student", tmp_path, "--overwrite", "--seed", "9") == 0
-    assert differences("student", whole, tmp_path) != {}
     assert run("student", tmp_path, "--overwrite", *other) == 0
     assert differences("student", whole, tmp_path) == {}
     assert contents(whole) == before
@@ -326,6 +326,24 @@ def test_what_a_teacher_is_not_trained_with_is_not_recorded_and_makes_no_other_r
     assert {step[name] for name in OF_STUDENTS} == {None}
     resaved(first(whole), tmp_path / "teacher_model.pth", lambda saved: saved["steps"][0].update(gamma=1.0))  # as once
     assert run("teacher", tmp_path, "--resume", "--epochs", "3", "--batch-norm", "frozen") == 0
+    trained = checkpoint.load(tmp_path / "teacher_model.pth")["model"]
+    assert trained["bn1.num_batches_tracked"] == 3 * STEPS  # it is of a student's training alone
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_the_seed_decides_the_new_weights_and_the_order(tmp_path, run, monkeypatch, kind):
+    drawn = []
+
+    def stopped(loop, *arguments):
+        drawn.append((loop.model.fc.weight[-1].detach().clone(), loop.generator.get_state()))
+        raise RunError("stopped")
+
+    monkeypatch.setattr(training._Loop, "epoch", stopped)
+    for seed in ("0", "0", "1"):
+        assert run(kind, tmp_path, "--seed", seed) == 1
+    for one, same, other in zip(*drawn, strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
 
 
 def test_another_data_set_is_refused(tmp_path, whole, run, capsys):

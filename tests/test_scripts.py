@@ -18,9 +18,11 @@ import config
 import demo
 import gradcam
 import incremental_learning_system as incremental
+import readout
 import train_teacher_model as trainer
-from data import Place, open_source
-from evaluation import predict
+from data import Place, open_source, to_input
+from evaluation import accuracies, predict, task_aware
+from imagefiles import decode_image
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -169,8 +171,13 @@ def test_gradcam_by_its_command_line(tmp_path, student):
     made = run("gradcam.py", *flags, "--class-name", "2", "--layer", "layer2")
     assert made.returncode == 0, made.stderr
     assert "the map of 2 at layer2" in made.stdout
+    saved = checkpoint.load(student)
+    pixels, model = decode_image(tmp_path / "cat.png", 16), checkpoint.restore_model(saved).eval()
+    model, saved = readout.use(model, saved, readout.chosen("auto", saved))
+    inputs = to_input(torch.from_numpy(pixels)[None], saved["mean"], saved["std"])
+    heat = gradcam.autograd_map(model, inputs, torch.tensor([2]), "layer2")[0].numpy()
     with Image.open(out) as image:
-        assert image.size == (16, 16)
+        np.testing.assert_array_equal(np.array(image), gradcam.overlay(pixels.transpose(1, 2, 0), heat, heat.max()))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +312,11 @@ def test_three_steps_from_the_student_alone_and_one_single_class(tmp_path, stude
     saved = checkpoint.load(third / "student_model.pth")
     assert saved["class_names"] == ["0", "1", "2", "3", "9", "5", "4"]
     assert [len(step["group_accuracy"]) for step in saved["steps"]] == [1, 2, 3, 4]
+    tests = open_source(Place("digits", ""), 16).test(saved["class_names"], saved["class_names"])
+    logits = predict(checkpoint.restore_model(saved), tests.pixels, saved["mean"], saved["std"])
+    expected = accuracies(logits, tests.labels, 5) | {"task_aware": task_aware(logits, tests.labels, [2, 2, 1, 2])}
+    last = rows(third / "student_log.csv")[-1]
+    assert {name: float(last[f"test_{name}"]) for name in expected} == pytest.approx(expected)
     models = ["--teacher", str(second / "student_model.pth"), "--student", str(third / "student_model.pth")]
     assert demo.main([*models, "--readout", "head", "--output-dir", str(third)]) == 0
     metrics = json.loads((third / "metrics.json").read_text())
@@ -346,6 +358,27 @@ def test_every_method_and_the_warning_where_forms_are_mixed(tmp_path, teacher, c
     flags = ["--teacher", teacher, "--method", method, "--epochs", "1", "--output-dir", str(tmp_path)]
     assert incremental.main(flags) == 0
     assert ("different scales" in capsys.readouterr().err) == (method != "lwf-mc")
+
+
+def test_a_frozen_student_keeps_its_backbone_and_its_old_rows(tmp_path, teacher):
+    flags = ["--teacher", teacher, "--method", "frozen", "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert incremental.main(flags) == 0
+    before, after = weights(Path(teacher)), weights(tmp_path / "student_model.pth")
+    assert same({k: v for k, v in before.items() if k[:2] != "fc"}, {k: v for k, v in after.items() if k[:2] != "fc"})
+    assert torch.equal(after["fc.weight"][:2], before["fc.weight"])
+    assert len(after["fc.weight"]) == 4
+
+
+def test_what_is_held_back_is_not_trained_on(tmp_path, capsys):
+    source = open_source(Place("digits", ""), 16)
+    counts = [len(source.train([name], [name]).labels) for name in "0123"]
+    held = [-(-count // 5) for count in counts]
+    flags = ["--hold-back", "0.2", "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert trainer.main([*TINY, *flags]) == 0
+    said = f"{sum(counts[:2]) - sum(held[:2])} training and {sum(held[:2])} test images"
+    assert said in capsys.readouterr().out
+    assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), *flags]) == 0
+    assert f"{sum(counts[2:]) - sum(held[2:])} training images of 2 new classes" in capsys.readouterr().out
 
 
 def test_the_deepest_network(tmp_path):  # the widest, ResNet-18, is in docs/own-data.md, whose examples are run

@@ -161,14 +161,15 @@ def test_the_points_of_the_plane_are_the_weights_of_a_form_and_each_method(tmp_p
         ("accuracy", ["lwf", JOINT]),
     ):
         for number, name in enumerate(names):
-            values = row(name, 0, 1, 10.0 + number) | ({"accuracy_old": None} if name == JOINT else {})
+            values = row(name, 0, 1, 10.0 + number) | {"accuracy_new": 50.0 + number}
+            values |= {"accuracy_old": None} if name == JOINT else {}
             tables.write_rows(tmp_path / f"{stem}.csv", [values])
     points = tables.points_of(protocol, tmp_path / "ablation.csv")
     assert points == {
-        "lwm, binary, by gamma, seeds 0": [("0", [10.0], [10.0]), ("1", [11.0], [11.0])],
-        "lwf-mc, by beta, seeds 0": [("3", [13.0], [13.0])],
+        "lwm, binary, by gamma, seeds 0": [("0", [10.0], [50.0]), ("1", [11.0], [51.0])],
+        "lwf-mc, by beta, seeds 0": [("3", [13.0], [53.0])],
     }
-    assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf, seeds 0": [("", [10.0], [10.0])]}
+    assert tables.points_of(protocol, tmp_path / "accuracy.csv") == {"lwf, seeds 0": [("", [10.0], [50.0])]}
 
 
 def test_the_points_of_a_curve_are_of_the_same_seeds(tmp_path):

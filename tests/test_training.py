@@ -14,6 +14,7 @@ import models
 import training
 from data import Images
 from errors import InputError, RunError
+from gradcam import autograd_map
 from run import Run
 from settings import read_settings
 
@@ -151,6 +152,50 @@ def test_the_weight_of_a_term_changes_the_student(tmp_path, pair, weight):
     other = copy.deepcopy(student)
     fit(tmp_path, teacher, student, **{weight: 0.0})
     fit(tmp_path, teacher, other, **{weight: 1.0})
+    assert changed(student.state_dict(), other.state_dict(), ("conv",))
+
+
+def test_a_step_has_the_gradient_of_the_general_maps_with_each_networks_own_head(pair):
+    teacher, student = (model.double().eval() for model in pair)
+    with torch.no_grad():  # as after some steps: the old rows are no longer the teacher's
+        student.fc.weight += 0.3 * torch.randn_like(student.fc.weight)
+    inputs = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    labels, chosen = CLASSES_OLD + torch.arange(8) % CLASSES_NEW, settings(gamma=3.0)
+    optimizer = torch.optim.SGD(student.parameters(), 0.0)
+    terms = training.optimisation_step(student, teacher, inputs, labels, losses.lwm, chosen, optimizer)
+    found = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    output, known = student(inputs), teacher(inputs)
+    classes = output.logits[:, :CLASSES_OLD].detach().argmax(1)
+    ours = autograd_map(student, inputs, classes, student.last_layer, create_graph=True)
+    theirs = autograd_map(teacher, inputs, classes, teacher.last_layer)
+    attention, _ = losses.attention_distillation(ours, theirs.detach())
+    (losses.lwf_mc(output, known, labels, (None, None), chosen)["total"] + 3.0 * attention).backward()
+    assert terms["zero_maps"] < 1
+    assert terms["attention"].item() == pytest.approx(attention.item(), rel=1e-9)
+    for gradient, parameter in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-7, atol=1e-10)
+
+
+def test_decay_and_rate_of_every_step_are_those_of_the_settings(tmp_path, pair):
+    """Rows of the head that no image teaches shrink by 1 - rate * decay in each of the four steps."""
+    teacher, student = pair
+    models.freeze_backbone(student)
+    before = student.fc.weight[:CLASSES_OLD].detach().clone()
+    fit(tmp_path, teacher, student, learning_rate=0.1, method="frozen", momentum=0.0, weight_decay=0.5)
+    shrunk = math.prod(1 - 0.5 * 0.05 * (1 + math.cos(math.pi * step / 4)) for step in range(4))
+    torch.testing.assert_close(student.fc.weight[:CLASSES_OLD].detach(), shrunk * before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("flip", False), ("balanced", True), ("backbone_lr", 1e-4), ("precision", "bf16"), ("seed", 1), ("batch_size", 4)],
+)
+def test_a_setting_reaches_the_training(tmp_path, pair, name, value):
+    teacher, student = pair
+    other = copy.deepcopy(student)
+    fit(tmp_path, teacher, student)
+    fit(tmp_path, teacher, other, **{name: value})
     assert changed(student.state_dict(), other.state_dict(), ("conv",))
 
 
