@@ -347,6 +347,11 @@ def test_own_images_flat(tmp_path, capsys):
     assert "1 of 3" in capsys.readouterr().err
 
 
+def test_own_images_of_which_none_can_be_read(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    assert "none of its 1 images can be read" in refused(data.read_own_images, tmp_path, ["dog"], 24, True)
+
+
 def test_own_images_that_are_not_there(tmp_path):
     assert str(tmp_path / "none") in refused(data.read_own_images, tmp_path / "none", ["dog"], 16, False)
     assert "dog" in refused(data.read_own_images, tmp_path, ["dog"], 16, False)

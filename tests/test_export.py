@@ -296,3 +296,9 @@ def test_what_predict_cannot_use_is_said_in_a_line(made, photos, here, capsys, f
     assert predict.main([*flags, str(photos / "flat")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_without_onnxruntime_it_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert predict.main(["--checkpoint", "model.onnx", "cat.png"]) == 2
+    assert "pip install onnxruntime" in capsys.readouterr().err

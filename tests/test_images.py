@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 import imagefiles
-from errors import InputError
+from errors import InputError, import_opencv
 
 
 def image_or_the_one_error(path: Path) -> np.ndarray | None:
@@ -237,3 +238,9 @@ def test_the_centre_of_an_oblong_image_is_kept_in_its_proportions(tmp_path, wide
     image = stripes if wide else stripes.transpose(1, 0, 2)
     Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / "x.png")
     close(decoded(tmp_path / "x.png")[1:-1, 1:-1], np.array([0, 255, 0]), 12)
+
+
+def test_without_the_libraries_of_opencv_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match="pip install opencv-python-headless"):
+        import_opencv()

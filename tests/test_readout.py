@@ -17,7 +17,7 @@ import models
 import readout
 import settings
 from data import Images
-from errors import InputError
+from errors import InputError, RunError
 from readout import Statistics
 
 
@@ -310,6 +310,13 @@ def test_covariances_that_lost_digits_in_single_precision_still_make_every_head(
     checkpoint._check_statistics(packed, torch.zeros(40, 128))
     for name in readout.HEADS:
         assert all(part.isfinite().all() for part in readout.made(name, readout.unpacked({"statistics": packed})))
+
+
+def test_features_that_are_not_finite_are_said():
+    model = models.build("resnet32", 2, 8)
+    torch.nn.init.constant_(model.conv1.weight, torch.inf)
+    with pytest.raises(RunError, match="features are not finite"):
+        readout.features_of(model, torch.ones(1, 3, 8, 8, dtype=torch.uint8), [0.5] * 3, [0.25] * 3)
 
 
 def test_statistics_that_are_none_are_said():

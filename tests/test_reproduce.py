@@ -22,6 +22,7 @@ import models
 import protocols
 import reproduce
 import tables
+from errors import RunError
 from protocols import JOINT, METHODS, PROTOCOLS
 from settings import READOUTS, read_settings
 
@@ -321,6 +322,12 @@ def test_bf16_where_it_is_emulated_is_warned_of_before_hours_are_spent(calls, mo
     monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, flags="--precision bf16"))
     assert reproduce.main(["five", "--methods", "lwm", "--work-dir", str(tmp_path / "work")]) == 0
     assert ("ten times as long as fp32" in capsys.readouterr().err) is not has
+
+
+def test_what_a_script_says_as_it_fails_is_passed_on(tmp_path):
+    flags = ["--checkpoint", str(tmp_path / "nothing.pth"), "--output", str(tmp_path / "it.onnx")]
+    with pytest.raises(RunError, match=r"^export\.py .*error: .*nothing\.pth: no such file"):
+        reproduce.call("export.py", flags, 1)
 
 
 def test_the_command_that_is_recorded_parses():
