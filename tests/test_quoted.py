@@ -203,3 +203,27 @@ def test_means_that_no_table_has_are_those_of_the_csv(of, mean):
     digits = len(mean.partition(".")[2])
     assert f"{statistics.mean(by_seed(*of).values()):.{digits}f}" == mean
     assert re.search(rf"\b{re.escape(mean)}\b", SHOWN)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "column", "age", "found"),
+    [
+        ("photos32-5x4", "mean_off_carried", 1, "0.24"),
+        ("photos32-10x10", "mean_off_carried", 1, "0.23"),
+        ("photos32-10x10", "mean_off_left", 1, "0.34"),
+        ("photos32-10x10", "mean_off_carried", 5, "0.42"),
+        ("photos32-10x10", "mean_off_carried", 9, "0.49"),
+        ("photos32-10x10", "covariance_off_carried", 1, "0.57"),
+        ("photos32-10x10", "covariance_off_carried", 5, "1.15"),
+        ("photos32-10x10", "covariance_off_carried", 9, "1.82"),
+    ],
+)
+def test_how_far_statistics_are_off_some_steps_after_their_own(protocol, column, age, found):
+    """``age`` is the number of steps since the class came, which is one before its first row."""
+    rows = [row for row in read_rows(ROOT / "results" / protocol / "attention.csv") if row["method"] == "lwm"]
+    came = {}
+    for row in rows:
+        came.setdefault((row["seed"], row["class"]), int(row["step"]) - 1)
+    values = [float(row[column]) for row in rows if int(row["step"]) - came[row["seed"], row["class"]] == age]
+    assert f"{statistics.mean(values):.2f}" == found
+    assert found in (ROOT / "docs" / "results-photos32-10x10.md").read_text()
