@@ -91,7 +91,9 @@ class Run:
         if training["images"] is not None:
             pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]
         # Measured anew on these images: another processor may round the last digit otherwise.
-        pairs += [(key, *([round(x, 6) for x in values[key]] for values in (was, head))) for key in ("mean", "std")]
+        for key in ("mean", "std"):
+            before, after = ([round(x, 6) for x in values[key]] for values in (was, head))
+            pairs.append((key, before, after))
         for key, before, after in pairs:
             if before != after:
                 raise InputError(
