@@ -52,17 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         after = load(settings.student)
         student = hardware.to_device(restore_model(after), device)
     names, old = after["class_names"], len(before["class_names"])
+    no_student = f"--student {settings.student} is no student of --teacher {settings.teacher}"
     if names[:old] != before["class_names"] or len(names) == old:
-        raise InputError(
-            f"--student {settings.student} is no student of --teacher {settings.teacher}: "
-            "it does not continue its classes"
-        )
+        raise InputError(f"{no_student}: it does not continue its classes")
     for name in ("architecture", "image_size"):  # the maps of both would differ in size
         if before[name] != after[name]:
-            raise InputError(
-                f"--student {settings.student} is no student of --teacher {settings.teacher}: "
-                f"{name} is {after[name]} there and {before[name]} here"
-            )
+            raise InputError(f"{no_student}: {name} is {after[name]} there and {before[name]} here")
     images, captions, gone = images_to_judge(settings, after)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")

@@ -139,7 +139,7 @@ def _classes(
     came = [number for number, step in enumerate(steps) for _ in step["classes"]]
     rows = []
     for index, name in enumerate(names):
-        known, now = teacher[index] if teacher is not None and index < len(teacher) else None, student[index]
+        known, now = teacher[index] if teacher and index < len(teacher) else None, student[index]
         row: dict[str, Any] = {"name": name, "step": came[index], "teacher": known, "student": now}
         row["lost"] = None if known is None or now is None else known - now
         for column in ("distance", "overlap"):
