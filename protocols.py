@@ -216,6 +216,7 @@ PROTOCOLS = {
             groups=groups,
             flags=BF16,
             methods=PHOTO_METHODS,
+            ablation=PHOTO_GAMMAS,
         )
         for data, dataset, words in (
             ("photos32", "folder", "mini-ImageNet at 32 px"),

@@ -297,7 +297,7 @@ def test_groups_that_cannot_be_are_said(calls, tmp_path, capsys, flags, words):
     [
         (["digits-2+2", "--methods", "x"], "has no 'x'"),
         (["photos32-search"], "--data-dir"),
-        (["cifar100-10x10", "--ablation"], "--ablation: cifar100-10x10 has none"),
+        (["photos32-10+10-fp32", "--ablation"], "--ablation: photos32-10+10-fp32 has none"),
     ],
 )
 def test_what_is_refused_is_said_in_a_line(flags, words, capsys, monkeypatch, tmp_path):
