@@ -1,4 +1,4 @@
-"""The device: its random state, which a run saves and goes on from."""
+"""The device: its random state, which a run saves and goes on from, and what is said of it."""
 
 import pytest
 import torch
@@ -43,3 +43,19 @@ def test_a_state_of_another_kind_of_device_is_left_aside(generator):
 def test_a_damaged_state_is_said(generator):
     with pytest.raises(InputError, match="random state of the device is damaged"):
         hardware.set_random_state(CUDA, torch.full((16,), 255, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "avx512_f": True}, "Some CPU with amx_bf16, 3 thread(s) a run"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "Some CPU with avx512_bf16, 3 thread(s) a run"),
+        ({"avx512_f": True}, "Some CPU, 3 thread(s) a run"),
+    ],
+)
+def test_it_is_said_by_which_instructions_a_processor_multiplies_bf16(monkeypatch, capabilities, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "processor", lambda: "Some CPU")
+    assert hardware.machine(3)["hardware"] == said
+    assert hardware.has_bf16(CPU) == ("with" in said)
