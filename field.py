@@ -33,11 +33,12 @@ from errors import InputError, one_line_errors
 from models import Network
 
 ROOT = Path(__file__).resolve().parent
-# Protocol -> the one that its options are searched on, whose classes are among the hundred of photos32-10x10.
+# Protocol -> the one that its options are searched on, whose classes are among the hundred of those with ten a step.
 SEARCH = {
     "photos32-5x4": "photos32-search",
     "photos32-10x10": "photos32-search",
     "photos32-10x10-fp32": "photos32-search",
+    "photos32-50+5x10": "photos32-search",
     "digits-5x2": "digits-search-3x2",
 }
 # The cells of a search that were trained as the methods of its protocols are.
