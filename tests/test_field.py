@@ -165,6 +165,29 @@ def test_on_unit_length_the_discriminant_is_a_linear_layer_of_features_of_any_le
         assert not torch.equal((test @ weight.T).argmax(1), exact.argmax(1))  # the bias matters
 
 
+def test_within_the_classes_a_covariance_does_not_grow_by_what_tells_the_new_classes_apart():
+    """The new network moves two new classes apart in a direction where the old one has nothing but their scatter."""
+    old, old_labels = drawn([0], count=4000)
+    new, labels = drawn([1, 2], count=4000)
+    scatter = field._from_means(new, labels)
+    one = torch.ones(WIDTH, dtype=torch.float64)
+    sides = torch.where(labels == 1, -3.0, 3.0).double().unsqueeze(1)
+    before, after = scatter, scatter @ linear(torch.eye(WIDTH, dtype=torch.float64)) + sides * one
+    known = field.carried_within(None, old, old, old_labels)
+    moved = field.carried_within(known, before, after, labels)
+    exact = linear(linear(known.covariances[0]).T)
+    assert float((moved.covariances[0] - exact).norm() / exact.norm()) < 0.01
+    together = readout.carried(known, before, after, labels)
+    excess = together.covariances[0] - exact
+    torch.testing.assert_close(excess, 9 * torch.outer(one, one), rtol=0.05, atol=0.05)
+    assert torch.equal(moved.means, together.means)
+    assert torch.equal(moved.covariances[1:], together.covariances[1:])
+    steps = [step_after([], old, old, old_labels, old, old_labels)]
+    steps.append(step_after(steps, before, after, labels, after, labels))
+    weight, bias = readout.discriminant(moved)
+    assert torch.allclose(list(field.within(steps))[1], after @ weight.T + bias)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Both cells of seed 0 as reproduce.py leaves them, and a search of the very same."""
