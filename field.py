@@ -238,6 +238,8 @@ OPTIONS: dict[str, dict[str, Callable[[Sequence[Step]], Scores]]] = {
     "prototypes": {"": ours(readout.prototypes)},
     "discriminant": {f"shrinkage={s}": ours(partial(readout.discriminant, shrinkage=s)) for s in SHRINKAGES},
     "rebalanced": {f"shrinkage={s}": ours(partial(readout.rebalanced, shrinkage=s)) for s in SHRINKAGES},
+    # Changes of our discriminant that are tried and not kept (docs/results-trials.md), without an option.
+    "unit-length": {"": unit_length},
     "within": {"": within},
 }
 

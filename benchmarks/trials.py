@@ -4,10 +4,10 @@
     python3 benchmarks/trials.py photos32-search --data-dir photos32 --trials plain,ema=0.99
 
 All steps of a protocol with LwM (``plain``), and with one change each; trainings like AdaGauss's are among them. Every
-network is read in all the ways of field.py, and in one more, unit-length. A seed from 1 on shuffles the classes of
-photos32-search here too. A cell (a trial with a seed) that is in the CSV is not run again; one that was stopped goes on
-after its last step, from --work-dir, where trials that begin alike share their first network. Delete both where a
-trial, the code or the images have changed.
+network is read in all the ways of field.py. A seed from 1 on shuffles the classes of photos32-search here too. A cell
+(a trial with a seed) that is in the CSV is not run again; one that was stopped goes on after its last step, from
+--work-dir, where trials that begin alike share their first network. Delete both where a trial, the code or the images
+have changed.
 
 The rule, set before the first run. What is compared is the average over the steps, by the discriminant (for the last
 point it had named no read-out; so amended before seeds 3 and 4 of photos32-5x4 were there, 2026-11-28).
@@ -109,7 +109,7 @@ TRIALS = {
 OPTIONS = {
     name: {"shrinkage=0.0": made["shrinkage=0.0"]} if name in ("discriminant", "rebalanced") else made
     for name, made in field.OPTIONS.items()
-} | {"unit-length": {"": field.unit_length}}
+}
 
 SEARCH = "photos32-search-fp32"  # of which photos32-5x4 takes the options
 
