@@ -199,6 +199,18 @@ def test_what_bf16_costs_where_it_is_emulated_is_as_measured():
     assert f"lwm then has {emulated} images/s, and {plain} in fp32" in text
 
 
+def test_what_a_step_costs_where_a_processor_has_amx_is_as_measured():
+    folder = ROOT / "results" / "performance"
+    bf16, fp32 = (json.loads((folder / f"resnet32-{name}-amx.json").read_text()) for name in ("bf16", "fp32"))
+    speeds = "lwm has {:.0f} images/s in bf16, and {:.0f} in fp32".format(
+        *(each["images_per_second"]["lwm"] for each in (bf16, fp32))
+    )
+    steps = "which is {:.2f} and {:.2f} fine-tuning steps".format(*(each["ratio"]["lwm"] for each in (bf16, fp32)))
+    floors = "at a floor of {:.2f} and {:.2f}".format(*(each["floor"] for each in (bf16, fp32)))
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"{speeds}, {steps} {floors}" in text
+
+
 @pytest.mark.parametrize("name", ["digits-2+2", "photos32-10+10", "photos32-5x4"])
 def test_the_readme_shows_the_main_tables(name):
     table = (ROOT / "results" / name / "table.md").read_text()
