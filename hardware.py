@@ -68,14 +68,14 @@ def has_bf16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(bf16_instructions())
+        return bool(bf16_instruction())
     return False
 
 
-def bf16_instructions() -> list[str]:
-    """Those of the processor that multiply bf16, the fastest first; older releases of torch do not tell."""
+def bf16_instruction() -> str:
+    """The fastest by which the processor multiplies bf16; empty without one, and where an older torch does not tell."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return [name for name in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(name, False)]
+    return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(name, False)), "")
 
 
 def keep_freed_memory() -> None:
@@ -131,11 +131,11 @@ def has_room_for(pixels: Tensor, device: torch.device) -> bool:
 def machine(threads: int | None = None) -> dict[str, str]:
     """Date, hardware and versions, as every committed figure has them beside it.
 
-    With the instructions by which a processor multiplies bf16: on them hang the time and the last digits.
+    With the instruction by which a processor multiplies bf16: on it hang the time and the last digits.
     """
     import torchvision
 
-    bf16 = "".join(f" with {name}" for name in bf16_instructions()[:1])
+    bf16 = f" with {name}" if (name := bf16_instruction()) else ""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     threads = threads or torch.get_num_threads()
     return {
