@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from errors import InputError, one_line_errors
-from settings import Settings, read_settings
+from lwm.runtime.errors import InputError, one_line_errors
+from lwm.runtime.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data import Images
+    from lwm.images.datasets import Images
 
 SHOWN = 8  # images in demo.png
 
@@ -34,14 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     import numpy as np
     import torch
 
-    import evaluation
-    import hardware
-    import plots
-    import progress
-    import readout
-    import report
-    from checkpoint import load, make_folder, restore_model, write_atomically
-    from data import Images
+    from lwm import classifiers, evaluation
+    from lwm.images.datasets import Images
+    from lwm.reporting import plots, report
+    from lwm.runtime import hardware, progress
+    from lwm.runtime.checkpoint import load, make_folder, restore_model, write_atomically
 
     with settings.naming("device"):
         device = hardware.pick_device(settings.device)
@@ -65,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     labelled = Images(images.pixels[judged], images.labels[judged])
     statistics = evaluation.of_statistics(student, before, after, labelled)
     heads = teacher, student
-    answering = readout.chosen(settings.readout, after, before)
+    answering = classifiers.chosen(settings.readout, after, before)
     if settings.readout == "auto":
         print(f"READOUT = {answering} (auto, of this student)")
     with settings.naming("teacher"):
-        teacher, before = readout.use(teacher, before, answering)
+        teacher, before = classifiers.use(teacher, before, answering)
     with settings.naming("student"):
-        student, after = readout.use(student, after, answering)
+        student, after = classifiers.use(student, after, answering)
     found = evaluation.compare(teacher, student, before, after, images, history=not settings.images, heads=heads)
     output = Path(settings.output_dir)
     make_folder(output)
@@ -117,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str], list[str]]:
     """The images, a caption for each, and the classes that have none; label -1 where the true class is unknown."""
-    from data import Place, find_test_images, open_source, read_own_images, test_places
+    from lwm.images.datasets import Place, find_test_images, open_source, read_own_images, test_places
 
     if settings.images:
         # "--images" is in what it raises already.
@@ -136,7 +133,7 @@ def images_to_judge(settings: Settings, after: dict) -> tuple[Images, list[str],
 
 def say(logits: Tensor, names: list[str], form: str) -> str:
     """The answer and its probability, by the form of its network's answers."""
-    from probabilities import form_of, likeliest
+    from lwm.probabilities import form_of, likeliest
 
     ((answer, probability),) = likeliest(logits.numpy(), form_of(form), names)
     return f"{answer} {100 * probability:.0f} %"

@@ -20,15 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, RunError, one_line_errors
-from probabilities import form_of
-from settings import READOUTS, OneLineParser, readout_of, require_folder
-from version import VERSION
+from lwm import __version__
+from lwm.probabilities import form_of
+from lwm.runtime.errors import InputError, RunError, one_line_errors
+from lwm.runtime.settings import READOUTS, OneLineParser, readout_of, require_folder
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
+    from lwm.models import Network
     from torch import Tensor, nn
-
-    from models import Network
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
@@ -53,12 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
         raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
 
-    import readout
-    from checkpoint import load, make_folder, restore_model, write_atomically
+    from lwm import classifiers
+    from lwm.runtime.checkpoint import load, make_folder, restore_model, write_atomically
 
     saved = load(options.checkpoint)
     network = restore_model(saved).eval()
-    network, saved = readout.use(network, saved, readout_of(options.readout))
+    network, saved = classifiers.use(network, saved, readout_of(options.readout))
     if options.maps and not network.closed_form:
         raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
     whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)
@@ -76,7 +75,7 @@ def properties(saved: dict[str, Any]) -> dict[str, str]:
     """What a reader of the file needs, as texts: predict.py reads them."""
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": __version__,
         "architecture": saved["architecture"],
         "class_names": json.dumps(saved["class_names"], ensure_ascii=False),
         "image_size": str(saved["image_size"]),
@@ -89,7 +88,7 @@ def with_normalisation(network: Network, mean: list[float], std: list[float], ma
     """A network on images (B, 3, H, W) in 0..1, or uint8; it returns logits, and with ``maps`` the answer's map too."""
     import torch
 
-    from gradcam import closed_form_map
+    from lwm.attention import closed_form_map
 
     class Whole(torch.nn.Module):
         mean: Tensor

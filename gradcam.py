@@ -20,97 +20,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, RunError, import_opencv, one_line_errors
+from lwm.runtime.errors import InputError, import_opencv, one_line_errors
 
 if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
     import numpy as np
-    from torch import Tensor, nn
-
-    from models import Network, Output
-
-
-def closed_form_map(features: Tensor, head_weight: Tensor, classes: Tensor, relu: bool = True) -> Tensor:
-    """Grad-CAM at the feature map that pooling and the linear head see.
-
-    features (B, C, h, w), head_weight (outputs, C), classes int64 (B,); returns (B, h, w), >= 0 with ``relu``.
-    """
-    # index_select, not head_weight[classes]: the backward of the latter adds in no fixed order on several threads.
-    rows = head_weight.index_select(0, classes)
-    height, width = features.shape[2:]
-    weighted = rows.unsqueeze(1).bmm(features.flatten(2)).squeeze(1) / (height * width)
-    return (weighted.relu() if relu else weighted).unflatten(1, (height, width))
-
-
-def differentiated_map(
-    logits: Tensor, features: Tensor, classes: Tensor, relu: bool = True, create_graph: bool = False
-) -> Tensor:
-    """Grad-CAM at ``features`` (B, C, h, w), from which ``logits`` (B, outputs) were computed with their graph.
-
-    classes int64 (B,); returns (B, h, w), >= 0 with ``relu``. ``create_graph`` keeps the graph of alpha, so that a
-    loss on the map reaches the parameters through A and through alpha; without it the map is detached.
-    """
-    import torch
-
-    with torch.enable_grad():
-        scores = logits.gather(1, classes.unsqueeze(1)).sum()
-    (gradients,) = torch.autograd.grad(scores, features, create_graph=create_graph, retain_graph=True)
-    maps = (gradients.mean((2, 3), keepdim=True) * features).sum(1)
-    maps = maps.relu() if relu else maps
-    return maps if create_graph else maps.detach()
-
-
-def last_map(output: Output, head_weight: Tensor | None, classes: Tensor) -> Tensor:
-    """The detached map (B, h, w) at the last feature map; ``head_weight`` is that of models.head_weight."""
-    if head_weight is None:
-        return differentiated_map(output.logits, output.features, classes)
-    return closed_form_map(output.features, head_weight, classes).detach()
-
-
-def require_closed_form(model: Network, images: Tensor) -> None:
-    """Compare the closed form with automatic differentiation, in eval mode, where the network is said to have it.
-
-    images (B, 3, H, W), normalised. Raises RunError where the two differ.
-    """
-    import torch
-
-    if not model.closed_form:
-        return
-    model.eval()
-    with torch.no_grad():
-        output = model(images)
-    classes = output.logits.argmax(1)
-    weight = model.fc.weight.detach()
-    closed = closed_form_map(output.features, weight, classes, relu=False)
-    difference = (closed - autograd_map(model, images, classes, model.last_layer, relu=False)).abs().max()
-    terms = closed_form_map(output.features.abs(), weight.abs(), classes)  # a map is a difference of such
-    if not difference <= 1e-4 * terms.max():
-        raise RunError(f"Grad-CAM in closed form differs from automatic differentiation by {difference.item():.2g}")
-
-
-def autograd_map(
-    model: nn.Module, images: Tensor, classes: Tensor, layer: str, relu: bool = True, create_graph: bool = False
-) -> Tensor:
-    """Grad-CAM at the named layer, by differentiating the logits of ``classes`` int64 (B,).
-
-    images (B, 3, H, W), normalised; returns (B, h, w). ``relu`` and ``create_graph`` are as in ``differentiated_map``.
-    The mode of the model (train or eval) is the caller's. Raises AttributeError where the model has no such layer.
-    """
-    import torch
-
-    captured: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:  # a frozen network: start the graph here
-            output = output.detach().requires_grad_()
-        captured.append(output)
-        return output.clone()  # what follows may work in place, and the captured map must stay as it is
-
-    handle = model.get_submodule(layer).register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            return differentiated_map(model(images).logits, captured[-1], classes, relu, create_graph)
-    finally:
-        handle.remove()
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:
@@ -131,7 +44,7 @@ def overlay(image: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    from settings import read_settings, require_folder
+    from lwm.runtime.settings import read_settings, require_folder
 
     settings = read_settings("gradcam", argv)
     output = Path(settings.output)
@@ -145,10 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from checkpoint import load, make_folder, restore_model, write_atomically
-    from data import to_input
-    from imagefiles import decode_image
-    from readout import use
+    from lwm.attention import autograd_map
+    from lwm.classifiers import use
+    from lwm.images.datasets import to_input
+    from lwm.images.files import decode_image
+    from lwm.runtime.checkpoint import load, make_folder, restore_model, write_atomically
 
     with settings.naming("checkpoint"):
         checkpoint = load(settings.checkpoint)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import InputError, one_line_errors, warn
-from settings import Settings, read_settings
+from lwm.runtime.errors import InputError, one_line_errors, warn
+from lwm.runtime.settings import Settings, read_settings
 
 
 @one_line_errors
@@ -23,20 +23,11 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    import checkpoint
-    import data
-    import distributed
-    import evaluation
-    import gradcam
-    import hardware
-    import losses
-    import models
-    import plots
-    import progress
-    import readout
-    import report
-    import training
-    from run import Row, describe_step, open_run
+    from lwm import attention, classifiers, evaluation, losses, models, training
+    from lwm.images import datasets
+    from lwm.reporting import plots, report
+    from lwm.runtime import checkpoint, distributed, hardware, progress
+    from lwm.runtime.run_folder import Row, describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
@@ -49,16 +40,16 @@ def main(argv: list[str] | None = None) -> None:
     check_against(before, settings)
     run = open_run(settings, "student")
 
-    here, cache = data.Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    here, cache = datasets.Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
     with settings.naming("data_dir"):
-        source = data.open_source(here, before["image_size"], settings.skip_bad_images, cache)
+        source = datasets.open_source(here, before["image_size"], settings.skip_bad_images, cache)
     source.seal(old)
     with settings.naming("new_classes"):
         source.require_known(new)
     train = source.train(new, old + new)
     source.require_test(new)
-    places = data.test_places(before["steps"], here) | {name: [here] for name in new}
-    test, gone = data.find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
+    places = datasets.test_places(before["steps"], here) | {name: [here] for name in new}
+    test, gone = datasets.find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
     if gone:
         print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
     print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")
@@ -79,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{settings.where('attention')} is {settings.attention!r}: {before['architecture']} does not end in "
                 "pooling and a linear layer, which that control needs; take grad-cam"
             )
-        gradcam.require_closed_form(teacher, data.to_input(train.pixels[:8], before["mean"], before["std"]))
+        attention.require_closed_form(teacher, datasets.to_input(train.pixels[:8], before["mean"], before["std"]))
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     head = {
         **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
@@ -99,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         return {f"test_{name}": value for name, value in columns.items()}, groups
 
     def last(model: models.Network) -> dict[str, Any]:
-        known = readout.after_step(teacher, model, before, train) if settings.statistics else None
+        known = classifiers.after_step(teacher, model, before, train) if settings.statistics else None
         if known is None:
             return {}
-        features = readout.features_of(model, test.pixels, head["mean"], head["std"])
+        features = classifiers.features_of(model, test.pixels, head["mean"], head["std"])
         found = evaluation.by_readout(model, known, features, test.labels, len(new))
-        return {"statistics": readout.packed(known), "readouts": found}
+        return {"statistics": classifiers.packed(known), "readouts": found}
 
     watch = progress.Watch(settings, run.folder, run.kind)
     log = training.fit(
@@ -124,10 +115,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     plots.curves(log, f"Student ({settings.method})", run.curves)
     saved = checkpoint.load(run.model)
-    answering = readout.chosen(settings.readout, saved, before) if saved["statistics"] else "head"
+    answering = classifiers.chosen(settings.readout, saved, before) if saved["statistics"] else "head"
     heads = teacher, student
-    teacher, before = readout.use(teacher, before, answering)
-    student, after = readout.use(student, saved, answering)
+    teacher, before = classifiers.use(teacher, before, answering)
+    student, after = classifiers.use(student, saved, answering)
     found = evaluation.compare(teacher, student, before, after, test, heads=heads)
     report.of_student(run.report, before, after, test, found)
     watch.maps(test.pixels[found.shown], found.maps)

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import InputError, one_line_errors, warn
-from imagefiles import decode_all, image_files, printable
-from probabilities import form_of, likeliest
-from settings import READOUTS, OneLineParser, readout_of
+from lwm.images.files import decode_all, image_files, printable
+from lwm.probabilities import form_of, likeliest
+from lwm.runtime.errors import InputError, one_line_errors, warn
+from lwm.runtime.settings import READOUTS, OneLineParser, readout_of
 
 BATCH = 64  # images in memory at a time
 
@@ -119,9 +119,9 @@ def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
     """Raises InputError for a file that is no checkpoint of this project."""
     import torch
 
-    from checkpoint import load, restore_model
-    from evaluation import predict
-    from readout import use
+    from lwm.classifiers import use
+    from lwm.evaluation import predict
+    from lwm.runtime.checkpoint import load, restore_model
 
     saved = load(path)
     model = restore_model(saved)

@@ -26,10 +26,8 @@ import sys
 import threading
 from pathlib import Path
 
-from errors import InputError, Interrupted, RunError, one_line_errors
-from protocols import PROTOCOLS, Protocol, class_order, groups_of, is_joint
-from settings import READOUTS, OneLineParser, load_page, require_folder
-from tables import (
+from lwm.experiments.protocols import PROTOCOLS, Protocol, class_order, groups_of, is_joint
+from lwm.experiments.tables import (
     attention_path,
     attention_table,
     beside,
@@ -47,6 +45,8 @@ from tables import (
     variants_of,
     write_rows,
 )
+from lwm.runtime.errors import InputError, Interrupted, RunError, one_line_errors
+from lwm.runtime.settings import READOUTS, OneLineParser, load_page, require_folder
 
 ROOT = Path(__file__).resolve().parent
 running: set[subprocess.Popen[str]] = set()
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def publish(path: Path, text: str) -> None:
     """Write tables, put them in the place of those before in the documents, whole or one by one, and print them."""
-    from checkpoint import write_atomically
+    from lwm.runtime.checkpoint import write_atomically
 
     before = path.read_text() if path.exists() else ""
     write_atomically(path, text.encode())
@@ -120,7 +120,7 @@ def publish(path: Path, text: str) -> None:
 
 def draw(protocol: Protocol, results: Path) -> None:
     """Accuracy and attention over the steps, and the plane of old against new accuracy."""
-    import plots
+    from lwm.reporting import plots
 
     accuracy, ablation = results / "accuracy.csv", results / "ablation.csv"
     rows, attention, names = read_rows(accuracy), read_rows(attention_path(accuracy)), protocol.methods
@@ -177,7 +177,7 @@ def run_cells(options: argparse.Namespace, protocol: Protocol, path: Path) -> No
     pool = class_order(protocol, options.data_dir)[protocol.pool]
     require_folder("--work-dir", options.work_dir)
     if "--precision bf16" in protocol.flags:  # what the scripts themselves say of it is not shown
-        from hardware import pick_device, warn_of_emulation
+        from lwm.runtime.hardware import pick_device, warn_of_emulation
 
         warn_of_emulation("bf16", pick_device("auto"))
     threads = threads_of(jobs)
@@ -268,7 +268,7 @@ def step(script: str, folder: Path, flags: list[str], threads: int, after: Path 
 
 def form_of(flags: list[str]) -> str:
     """The form that the teacher of a variant is trained with; softmax-all is softmax where no class is old."""
-    from settings import METHOD_FORMS
+    from lwm.runtime.settings import METHOD_FORMS
 
     named = dict(zip(flags[::2], flags[1::2], strict=True))
     form = METHOD_FORMS.get(named["--method"], named.get("--loss-form", "binary"))
@@ -296,8 +296,8 @@ def stop(signum: int, frame: object) -> None:
 
 def row_of(protocol: str, name: str, seed: int, step: int | None, model: Path) -> dict:
     """A row of the CSV from what a checkpoint says of its last step; ``step`` is its number, unless that counts."""
-    from checkpoint import load
-    from evaluation import forgetting
+    from lwm.evaluation import forgetting
+    from lwm.runtime.checkpoint import load
 
     saved = load(model)
     made, last = saved["steps"][-1], saved["training"]["log"][-1]

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, one_line_errors
-from settings import Settings, read_settings
+from lwm.runtime.errors import InputError, one_line_errors
+from lwm.runtime.settings import Settings, read_settings
 
 if TYPE_CHECKING:
-    from models import Network
+    from lwm.models import Network
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
@@ -31,19 +31,12 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    import checkpoint
-    import distributed
-    import evaluation
-    import hardware
-    import models
-    import plots
-    import progress
-    import readout
-    import report
-    import training
-    from data import Place, channel_statistics, find_test_images, open_source
-    from losses import first_step
-    from run import Row, describe_step, open_run
+    from lwm import classifiers, evaluation, models, training
+    from lwm.images.datasets import Place, channel_statistics, find_test_images, open_source
+    from lwm.losses import first_step
+    from lwm.reporting import plots, report
+    from lwm.runtime import checkpoint, distributed, hardware, progress
+    from lwm.runtime.run_folder import Row, describe_step, open_run
 
     settings, device = hardware.prepare(settings)
     run = open_run(settings, "teacher")
@@ -92,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     def last(model: models.Network) -> dict[str, Any]:
         if not settings.statistics:
             return {}
-        known = readout.after_first_step(model, head, train)
-        features = readout.features_of(model, test.pixels, mean, std)
+        known = classifiers.after_first_step(model, head, train)
+        features = classifiers.features_of(model, test.pixels, mean, std)
         found = evaluation.by_readout(model, known, features, test.labels, len(classes))
-        return {"statistics": readout.packed(known), "readouts": found}
+        return {"statistics": classifiers.packed(known), "readouts": found}
 
     if settings.epochs:
         watch = progress.Watch(settings, run.folder, run.kind)
@@ -123,8 +116,8 @@ def begin_with(model: Network, settings: Settings) -> None:
     """Load --weights into the model. Raises InputError where they do not fit."""
     import torchvision
 
-    import models
-    from checkpoint import load_weights
+    from lwm import models
+    from lwm.runtime.checkpoint import load_weights
 
     with settings.naming("weights"):
         if settings.weights == "imagenet":

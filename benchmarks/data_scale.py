@@ -33,7 +33,7 @@ def main() -> None:
     if options.count:
         print(json.dumps(measure(options)))
         return
-    from hardware import machine
+    from lwm.runtime.hardware import machine
 
     rows = []
     for count in options.counts.split(","):
@@ -49,12 +49,11 @@ def main() -> None:
 def measure(options) -> dict:
     import torch
 
-    import hardware
-    import models
-    import training
-    from data import Place, open_source
-    from losses import first_step
-    from run import Run
+    from lwm import models, training
+    from lwm.images.datasets import Place, open_source
+    from lwm.losses import first_step
+    from lwm.runtime import hardware
+    from lwm.runtime.run_folder import Run
 
     hardware.keep_freed_memory()
     row = {"images": 0, "px": options.image_size}

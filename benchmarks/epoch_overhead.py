@@ -21,12 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from step_cost import NEW, OLD, SETTINGS, arguments, network, report, wait
 
-import hardware
-import losses
-import models
-import training
-from data import Images
-from run import Run
+from lwm import losses, models, training
+from lwm.images.datasets import Images
+from lwm.runtime import hardware
+from lwm.runtime.run_folder import Run
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from step_cost import NEW, arguments, interleaved, step_of
 
-import hardware
-import plots
-from checkpoint import load
-from tables import read_rows
+from lwm.experiments.tables import read_rows
+from lwm.reporting import plots
+from lwm.runtime import hardware
+from lwm.runtime.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = (20, 50, 100, 200, 500, 1000)

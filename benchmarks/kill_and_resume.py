@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
+from lwm.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"teacher": "train_teacher_model.py", "student": "incremental_learning_system.py"}

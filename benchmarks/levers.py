@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from step_cost import arguments, interleaved, quartiles, report, step_of
 
-import hardware
+from lwm.runtime import hardware
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ import torch
 from epoch_overhead import bare_epoch, scripts_epoch
 from step_cost import NEW, OLD, arguments, network, report
 
-import distributed
-import hardware
+from lwm.runtime import distributed, hardware
 
 
 def main() -> None:

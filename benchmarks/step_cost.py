@@ -22,12 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import hardware
-import losses
-import models
-import training
-from gradcam import autograd_map
-from hardware import machine
+from lwm import losses, models, training
+from lwm.attention import autograd_map
+from lwm.runtime import hardware
+from lwm.runtime.hardware import machine
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
 OLD, NEW = 10, 10

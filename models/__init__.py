@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
+from lwm.models.from_torchvision import FromTorchvision
+from lwm.models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network, Output
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from errors import InputError
-from models.from_torchvision import FromTorchvision
-from models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network, Output
+from lwm.runtime.errors import InputError
 
 __all__ = [
     "Network",

@@ -13,12 +13,12 @@ import warnings
 
 import torch
 import torchvision
+from lwm.models.resnet import Network, Output
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from errors import InputError
-from models.resnet import Network, Output
+from lwm.runtime.errors import InputError
 
 # Between pooling and head these leave d y_c / d A_k as it is; dropout does so in eval mode.
 PASSING = (nn.Flatten, nn.Dropout, nn.Identity)

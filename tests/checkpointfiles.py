@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import torch
 
-import checkpoint
+from lwm.runtime import checkpoint
 
 
 def refused(path: Path) -> str:

@@ -24,17 +24,17 @@ from PIL import Image
 from tinyruns import RUN, SMALL, first
 
 import config
-import data
 import incremental_learning_system as incremental
-import models
-import plots
 import train_teacher_model as trainer
-from errors import InputError
-from protocols import METHODS, Protocol
+from lwm import models
+from lwm.experiments.protocols import METHODS, Protocol
+from lwm.images import datasets
+from lwm.reporting import plots
+from lwm.runtime.errors import InputError
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
-DIGITS = data.Place("digits", "")
+DIGITS = datasets.Place("digits", "")
 
 
 def loss_settings(**changes: Any) -> types.SimpleNamespace:
@@ -80,12 +80,12 @@ def image_folder(root: Path, train: dict[str, int], test: dict[str, int] | None 
 
 
 @functools.cache
-def digits(hold_back: float = 0.0) -> data.Source:
-    return data.open_source(DIGITS._replace(hold_back=hold_back), 32)
+def digits(hold_back: float = 0.0) -> datasets.Source:
+    return datasets.open_source(DIGITS._replace(hold_back=hold_back), 32)
 
 
-def folder_source(root: Path, size: int = 16, hold_back: float = 0.0, skip_bad_images: bool = False) -> data.Source:
-    return data.open_source(data.Place("folder", str(root), hold_back), size, skip_bad_images)
+def folder_source(root: Path, size: int = 16, hold_back: float = 0.0, skip_bad_images: bool = False) -> datasets.Source:
+    return datasets.open_source(datasets.Place("folder", str(root), hold_back), size, skip_bad_images)
 
 
 def refused(call: Callable, *arguments: Any, **named: Any) -> str:
@@ -96,7 +96,7 @@ def refused(call: Callable, *arguments: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-def contents(images: data.Images) -> list[bytes]:
+def contents(images: datasets.Images) -> list[bytes]:
     return [image.numpy().tobytes() for image in images.pixels]
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import conftest
 from conftest import page
 
-from settings import SCRIPTS, Settings, read_settings
+from lwm.runtime.settings import SCRIPTS, Settings, read_settings
 
 TRAINER, STEP, DEMO, GRADCAM = SCRIPTS
 FILES = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from otherroute import numpy_attention, numpy_map, random
 from torch import nn
 
-import models
-from gradcam import autograd_map, closed_form_map
-from losses import METHODS, attention_distillation
+from lwm import models
+from lwm.attention import autograd_map, closed_form_map
+from lwm.losses import METHODS, attention_distillation
 
 
 def lively_classes(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

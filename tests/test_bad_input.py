@@ -24,16 +24,15 @@ from conftest import image_folder, picture, write_images
 from PIL import Image
 from settingvalues import BAD_VALUES, FILES, reader_of
 
-import checkpoint
 import config
 import demo
 import gradcam
 import incremental_learning_system as step
 import reproduce
-import run
 import train_teacher_model as trainer
-from errors import one_line_errors
-from version import VERSION
+from lwm import __version__ as VERSION
+from lwm.runtime import checkpoint, run_folder
+from lwm.runtime.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {module.__name__: module.main for module in (trainer, step, demo, gradcam, reproduce)}
@@ -102,7 +101,7 @@ def surroundings(desk, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(run.Run, "writing", begun)
+    monkeypatch.setattr(run_folder.Run, "writing", begun)
     monkeypatch.setattr(reproduce, "call", begun)
 
 

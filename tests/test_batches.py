@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import batches
-import data
+from lwm.images import batches, datasets
 
 
 @given(count=st.integers(1, 300), batch_size=st.integers(1, 70), seed=st.integers(0, 99))
@@ -112,5 +111,5 @@ def test_augment_gives_the_channels_last_layout_and_leaves_its_input(layout):
     before = pixels.clone()
     out = augmented(pixels, True, 0)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert data.to_input(out, [0.5] * 3, [0.2] * 3).is_contiguous(memory_format=torch.channels_last)
+    assert datasets.to_input(out, [0.5] * 3, [0.2] * 3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(pixels, before)

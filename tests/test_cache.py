@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-import cache
-import imagefiles
-from cache import decoded
-from errors import InputError, RunError
-from imagefiles import decode_image
-from lock import held
+from lwm.images import cache, files
+from lwm.images.cache import decoded
+from lwm.images.files import decode_image
+from lwm.runtime.errors import InputError, RunError
+from lwm.runtime.lock import held
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +27,7 @@ def count_decodes(monkeypatch) -> list[Path]:
         seen.append(path)
         return decode_image(path, size)
 
-    monkeypatch.setattr(imagefiles, "decode_image", decode)
+    monkeypatch.setattr(files, "decode_image", decode)
     return seen
 
 
@@ -168,7 +167,7 @@ def test_a_build_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(imagefiles, "decode_image", interrupt)
+        patch.setattr(files, "decode_image", interrupt)
         decoded(paths, 16, tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
     assert decoded(paths, 16, tmp_path / "cache")[0].shape == (3, 3, 16, 16)
@@ -179,9 +178,10 @@ def test_a_killed_build_is_begun_anew_and_its_rest_is_gone(tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import cache, imagefiles
+from lwm.images import cache
+from lwm.images import files
 from pathlib import Path
-imagefiles.decode_image = lambda path, size: (print("decoding", flush=True), time.sleep(60))
+files.decode_image = lambda path, size: (print("decoding", flush=True), time.sleep(60))
 cache.decoded([Path(p) for p in {[str(p) for p in paths]!r}], 16, Path({str(tmp_path / "cache")!r}))
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
@@ -222,7 +222,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from lock import held
+from lwm.runtime.lock import held
 with held(Path({path!r}), "here"):
     print("held", flush=True)
     time.sleep({seconds})

@@ -14,10 +14,10 @@ import torch
 from conftest import checkpoint_of, training_of
 from torch import nn
 
-import checkpoint
-import models
 import train_teacher_model as trainer
-from errors import InputError
+from lwm import models
+from lwm.runtime import checkpoint
+from lwm.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,11 +10,11 @@ import torch
 from checkpointfiles import put, refused, write
 from conftest import checkpoint_of
 
-import checkpoint
 import incremental_learning_system as incremental
-import models
-from errors import InputError, RunError
-from run import Run
+from lwm import models
+from lwm.runtime import checkpoint
+from lwm.runtime.errors import InputError, RunError
+from lwm.runtime.run_folder import Run
 
 FIRST, STEP, TRAIN, ROW, PART = "model/conv1.weight", "steps/0/", "training/", "training/log/0/", "training/position/"
 WRONG = {  # changes of a whole checkpoint with a training state, and what is said of it

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import cifar_pixels, refused
 
-import data
-from data import Place, open_source
+from lwm.images import datasets
+from lwm.images.datasets import Place, open_source
 
 CIFAR_NAMES = {"cifar100": ["apple", "aquarium_fish", "baby", "bear", "worm"], "cifar10": ["airplane", "cat", "truck"]}
 
@@ -48,7 +48,7 @@ def test_of_several_processes_one_downloads_while_the_others_wait(tmp_path, serv
         yield
         assert (tmp_path / "data" / archive.name).exists()
 
-    monkeypatch.setattr(data, "held", held)
+    monkeypatch.setattr(datasets, "held", held)
     for _ in range(2):  # once it is there nobody waits
         open_source(Place("cifar100", str(tmp_path / "data")), 32).train(names[:1], names)
     assert asked[0] is True
@@ -87,7 +87,7 @@ def test_nothing_is_downloaded_to_a_place_that_only_a_checkpoint_names(tmp_path,
     steps = [{"classes": names, "dataset": kind, "data_dir": str(theirs), "hold_back": 0.0}]
 
     def found(here: Place) -> list[str]:
-        return data.find_test_images(data.test_places(steps, here, here_first), 32, False)[1]
+        return datasets.find_test_images(datasets.test_places(steps, here, here_first), 32, False)[1]
 
     assert found(Place("folder", str(tmp_path / "nowhere"))) == names
     assert not theirs.exists()

@@ -23,7 +23,7 @@ from settingvalues import (
 )
 
 import config
-from settings import SCRIPTS, read_settings
+from lwm.runtime.settings import SCRIPTS, read_settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import data
-from data import Place, open_source
+from lwm.images import datasets
+from lwm.images.datasets import Place, open_source
 
 
 def digit_of() -> dict[bytes, set[str]]:
-    """Which digits each image of the data set is a picture of, found without data.py's labels."""
+    """Which digits each image of the data set is a picture of, found without datasets.py's labels."""
     bunch = load_digits()
     grey = (bunch.images * (255 / 16)).round().astype(np.uint8)
     found: dict[bytes, set[str]] = {}
@@ -269,7 +269,7 @@ def test_find_test_images_takes_the_second_place_and_says_which_classes_are_gone
     second = Place("folder", str(image_folder(tmp_path / "second", {"a": 2, "b": 2, "c": 2}, {"a": 3, "b": 2, "c": 4})))
     nowhere = Place("folder", str(tmp_path / "nowhere"))
     places = {"c": [nowhere, second], "a": [first, second], "x": [first, second], "b": [first, second], "y": [nowhere]}
-    images, gone = data.find_test_images(places, 16, False)
+    images, gone = datasets.find_test_images(places, 16, False)
     assert gone == ["x", "y"]
     assert images.labels.tolist() == [0, 0, 0, 0, 1, 3, 3]
     expected = []
@@ -280,7 +280,7 @@ def test_find_test_images_takes_the_second_place_and_says_which_classes_are_gone
 
 def test_find_test_images_where_everything_is_gone(tmp_path):
     places = {"a": [Place("folder", str(tmp_path / "nowhere"))], "b": []}
-    images, gone = data.find_test_images(places, 24, False)
+    images, gone = datasets.find_test_images(places, 24, False)
     assert gone == ["a", "b"]
     assert images.pixels.shape == (0, 3, 24, 24)
     assert images.pixels.dtype == torch.uint8
@@ -296,10 +296,10 @@ def test_a_class_whose_test_images_were_deleted_counts_as_gone(tmp_path):
         Place("folder", str(root)),
         Place("folder", str(image_folder(tmp_path / "second", {"b": 2}, {"b": 3}))),
     )
-    images, gone = data.find_test_images({"a": [first], "b": [first]}, 16, False)
+    images, gone = datasets.find_test_images({"a": [first], "b": [first]}, 16, False)
     assert gone == ["b"]
     assert images.labels.tolist() == [0]
-    images, gone = data.find_test_images({"a": [first], "b": [first, second]}, 16, False)
+    images, gone = datasets.find_test_images({"a": [first], "b": [first, second]}, 16, False)
     assert gone == []
     assert images.labels.tolist() == [0, 1, 1, 1]
 
@@ -309,8 +309,8 @@ def test_a_corrupt_test_image_is_not_taken_for_a_class_that_is_gone(tmp_path, ca
     bad = root / "test" / "a" / "001.png"
     bad.write_bytes(b"nothing")
     places = {"a": [Place("folder", str(root))]}
-    assert str(bad) in refused(data.find_test_images, places, 16, False)
-    assert data.find_test_images(places, 16, True)[0].labels.tolist() == [0, 0]
+    assert str(bad) in refused(datasets.find_test_images, places, 16, False)
+    assert datasets.find_test_images(places, 16, True)[0].labels.tolist() == [0, 0]
     assert "1 of 3" in capsys.readouterr().err
 
 
@@ -318,7 +318,7 @@ def test_own_images_by_class(tmp_path):
     write_images(tmp_path / "dog", 2, seed=1)
     write_images(tmp_path / "cat", 3, seed=2, size=20)
     write_images(tmp_path / "unknown", 1, seed=3)
-    images, captions, gone = data.read_own_images(tmp_path, ["zebra", "dog", "cat"], 16, False)
+    images, captions, gone = datasets.read_own_images(tmp_path, ["zebra", "dog", "cat"], 16, False)
     assert images.labels.tolist() == [1, 1, 2, 2, 2]
     assert images.labels.dtype == torch.int64
     assert images.pixels.shape == (5, 3, 16, 16)
@@ -332,32 +332,32 @@ def test_own_images_by_class(tmp_path):
 
 def test_own_images_flat(tmp_path, capsys):
     write_images(tmp_path, 3, suffix=".bmp")
-    images, captions, gone = data.read_own_images(tmp_path, ["dog", "cat"], 24, False)
+    images, captions, gone = datasets.read_own_images(tmp_path, ["dog", "cat"], 24, False)
     assert images.labels.tolist() == [-1, -1, -1]
     assert images.pixels.shape == (3, 3, 24, 24)
     assert captions == ["000.bmp", "001.bmp", "002.bmp"]
     assert gone == ["dog", "cat"]
     (tmp_path / "001.bmp").write_bytes(b"nothing")
-    assert str(tmp_path / "001.bmp") in refused(data.read_own_images, tmp_path, ["dog"], 24, False)
-    images, captions, _ = data.read_own_images(tmp_path, ["dog"], 24, True)
+    assert str(tmp_path / "001.bmp") in refused(datasets.read_own_images, tmp_path, ["dog"], 24, False)
+    images, captions, _ = datasets.read_own_images(tmp_path, ["dog"], 24, True)
     assert captions == ["000.bmp", "002.bmp"]
     os.rename(tmp_path / "000.bmp", os.fsencode(tmp_path) + b"/\xe9.bmp")  # a name that is no text
-    assert data.read_own_images(tmp_path, ["dog"], 24, True)[1] == ["002.bmp", "?.bmp"]
+    assert datasets.read_own_images(tmp_path, ["dog"], 24, True)[1] == ["002.bmp", "?.bmp"]
     assert len(images.pixels) == len(images.labels) == 2
     assert "1 of 3" in capsys.readouterr().err
 
 
 def test_own_images_of_which_none_can_be_read(tmp_path):
     (tmp_path / "0.png").write_bytes(b"nothing")
-    assert "none of its 1 images can be read" in refused(data.read_own_images, tmp_path, ["dog"], 24, True)
+    assert "none of its 1 images can be read" in refused(datasets.read_own_images, tmp_path, ["dog"], 24, True)
 
 
 def test_own_images_that_are_not_there(tmp_path):
-    assert str(tmp_path / "none") in refused(data.read_own_images, tmp_path / "none", ["dog"], 16, False)
-    assert "dog" in refused(data.read_own_images, tmp_path, ["dog"], 16, False)
+    assert str(tmp_path / "none") in refused(datasets.read_own_images, tmp_path / "none", ["dog"], 16, False)
+    assert "dog" in refused(datasets.read_own_images, tmp_path, ["dog"], 16, False)
     write_images(tmp_path / "bird", 1)
     (tmp_path / "dog").mkdir()
-    assert "dog" in refused(data.read_own_images, tmp_path, ["dog"], 16, False)
+    assert "dog" in refused(datasets.read_own_images, tmp_path, ["dog"], 16, False)
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------
@@ -366,14 +366,14 @@ def test_own_images_that_are_not_there(tmp_path):
 @given(count=st.integers(1, 5), height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 999))
 def test_channel_statistics_against_numpy(count, height, width, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 3, height, width), dtype=np.uint8)
-    mean, std = data.channel_statistics(torch.from_numpy(pixels))
+    mean, std = datasets.channel_statistics(torch.from_numpy(pixels))
     np.testing.assert_allclose(mean, (pixels / 255).mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, np.maximum((pixels / 255).std((0, 2, 3)), 1e-3), rtol=1e-9)
     assert all(type(value) is float for value in mean + std)  # they go into the checkpoint
 
 
 def test_statistics_of_a_plain_image_can_be_divided_by():
-    mean, std = data.channel_statistics(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
+    mean, std = datasets.channel_statistics(torch.full((2, 3, 4, 4), 51, dtype=torch.uint8))
     assert mean == pytest.approx([0.2] * 3)
     assert std == [1e-3] * 3
 
@@ -381,7 +381,7 @@ def test_statistics_of_a_plain_image_can_be_divided_by():
 def test_to_input_against_numpy():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 6), dtype=np.uint8)
     mean, std = [0.1, 0.5, 0.9], [0.2, 0.3, 1.5]
-    inputs = data.to_input(torch.from_numpy(pixels), mean, std)
+    inputs = datasets.to_input(torch.from_numpy(pixels), mean, std)
     assert inputs.dtype == torch.float32
     expected = (pixels / 255 - np.array(mean).reshape(3, 1, 1)) / np.array(std).reshape(3, 1, 1)
     np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-5, atol=1e-6)

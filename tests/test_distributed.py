@@ -18,19 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import data
-import distributed
-import evaluation
 import incremental_learning_system as incremental
-import losses
-import models
 import train_teacher_model as trainer
-import training
-from data import Images
-from errors import InputError
-from lock import held
-from run import Run
+from lwm import evaluation, losses, models, training
+from lwm.images import datasets
+from lwm.images.datasets import Images
+from lwm.runtime import checkpoint, distributed
+from lwm.runtime.errors import InputError
+from lwm.runtime.lock import held
+from lwm.runtime.run_folder import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -82,7 +78,7 @@ def train(folder: Path) -> dict:
 
     def doubled(pixels: torch.Tensor, *statistics: torch.Tensor) -> torch.Tensor:
         shares.append(len(pixels))
-        return data.to_input(pixels, *statistics).double()
+        return datasets.to_input(pixels, *statistics).double()
 
     def judge(model: torch.nn.Module) -> tuple[dict, list]:
         logits = [evaluation.predict(model, photos(count).pixels, [0.5] * 3, [0.25] * 3, 2) for count in JUDGED]

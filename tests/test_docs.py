@@ -9,11 +9,11 @@ import pytest
 from documents import README, ROOT, SHOWN
 from PIL import Image
 
-import field
 import reproduce
-import settings
-from protocols import PROTOCOLS
-from tables import attention_table, fingerprint, mean_and_spread, read_rows, readouts_table
+from lwm.experiments import compare_classifiers
+from lwm.experiments.protocols import PROTOCOLS
+from lwm.experiments.tables import attention_table, fingerprint, mean_and_spread, read_rows, readouts_table
+from lwm.runtime import settings
 
 RESULTS = sorted([*ROOT.glob("results/*/accuracy.csv"), *ROOT.glob("results/*/ablation.csv")])
 
@@ -145,8 +145,8 @@ def test_the_tables_of_read_outs_are_those_of_the_csv(path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/field.csv")), ids=lambda path: path.parent.name)
 def test_the_tables_of_the_field_are_those_of_the_csv(path):
-    search = path.parent.with_name(field.SEARCH.get(path.parent.name, path.parent.name)) / path.name
-    assert path.with_suffix(".md").read_text() == field.table(path, search)
+    search = path.parent.with_name(compare_classifiers.SEARCH.get(path.parent.name, path.parent.name)) / path.name
+    assert path.with_suffix(".md").read_text() == compare_classifiers.table(path, search)
     assert f"(../results/{path.parent.name}/field.md)" in SHOWN
 
 

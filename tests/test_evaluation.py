@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix
 
-import evaluation
-from data import Images, to_input
-from gradcam import autograd_map
+from lwm import evaluation
+from lwm.attention import autograd_map
+from lwm.images.datasets import Images, to_input
 
 # Two old classes (0, 1) and two new ones (2, 3); what each image's logits answer is beside it.
 LOGITS = torch.tensor(

@@ -19,10 +19,10 @@ import demo
 import export
 import gradcam
 import incremental_learning_system
-import losses
 import predict
 import reproduce
 import train_teacher_model
+from lwm import losses
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -112,8 +112,7 @@ def test_every_code_block_can_be_executed(page, folder, monkeypatch, capsys):
 def tried(method) -> dict:
     """What a method of the reader's own says of random outputs; its gradient can be taken."""
     from conftest import loss_settings
-
-    from models import Output
+    from lwm.models import Output
 
     student = Output(torch.randn(4, 5, requires_grad=True), torch.randn(4, 8, 2, 2))
     teacher = Output(torch.randn(4, 3), torch.randn(4, 8, 2, 2))

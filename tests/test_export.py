@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import checkpoint_of, picture, randomised, write_images
 
-import checkpoint
 import export
 import predict
-from gradcam import autograd_map
-from probabilities import likeliest, probabilities_of
-from version import VERSION
+from lwm import __version__ as VERSION
+from lwm.attention import autograd_map
+from lwm.probabilities import likeliest, probabilities_of
+from lwm.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["a", "b, c", "Ärmel", "d"]

@@ -15,11 +15,10 @@ import torch
 from conftest import image_folder
 from tinyruns import HARNESS, STEPS, at_step, differences, one_line
 
-import checkpoint
-import data
-import hardware
 import train_teacher_model as trainer
-from settings import read_settings
+from lwm.images import datasets
+from lwm.runtime import checkpoint, hardware
+from lwm.runtime.settings import read_settings
 
 pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
 
@@ -29,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
 
 def test_a_run_that_another_one_overtook_is_refused(tmp_path, whole, run, monkeypatch, capsys):
     """The folder was free when this run was opened, and another one saved while this one read its images."""
-    train = data.Source.train
+    train = datasets.Source.train
 
     def while_another_saves(*arguments):
         shutil.copy(whole / "student_model.pth", tmp_path)
         return train(*arguments)
 
-    monkeypatch.setattr(data.Source, "train", while_another_saves)
+    monkeypatch.setattr(datasets.Source, "train", while_another_saves)
     assert run("student", tmp_path) == 2
     assert "written by another run in the meantime" in one_line(capsys)
     assert (tmp_path / "student_model.pth").read_bytes() == (whole / "student_model.pth").read_bytes()
@@ -227,7 +226,7 @@ def test_a_lack_of_memory_outside_the_training_is_one_line_too(tmp_path, run, mo
     def fail(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 99 bytes\nand so on")
 
-    monkeypatch.setattr(data.Source, "train", fail)
+    monkeypatch.setattr(datasets.Source, "train", fail)
     assert run("student", tmp_path / "out") == 1
     assert one_line(capsys).startswith("error: out of memory; fewer or smaller images take less (DefaultCPUAllocator")
 

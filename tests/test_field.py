@@ -14,13 +14,13 @@ from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 from torch.nn import functional as F
 
-import checkpoint
-import data
-import field
-import readout
-from field import Step
-from protocols import PROTOCOLS
-from tables import read_rows, write_rows
+from lwm import classifiers
+from lwm.experiments import compare_classifiers
+from lwm.experiments.compare_classifiers import Step
+from lwm.experiments.protocols import PROTOCOLS
+from lwm.experiments.tables import read_rows, write_rows
+from lwm.images import datasets
+from lwm.runtime import checkpoint
 
 WIDTH, COUNT = 5, 60
 
@@ -39,7 +39,7 @@ def drawn(classes: list[int], seed: int = 0, count: int = COUNT) -> tuple[torch.
 
 def step_after(steps, before, after, labels, test, test_labels) -> Step:
     """Without a head; the network of the first step is nowhere to be seen."""
-    known = readout.carried(steps[-1].known if steps else None, before, after, labels)
+    known = classifiers.carried(steps[-1].known if steps else None, before, after, labels)
     nothing = torch.full_like(after, torch.nan), torch.full_like(test, torch.nan)
     return Step(before, after, nothing[0], labels, test, nothing[1], test_labels, torch.zeros(0), known)
 
@@ -70,7 +70,7 @@ def test_sdc_undoes_a_drift_that_is_the_same_for_all_and_weighs_the_near_ones_ot
     unit = F.normalize(steps[1].after, dim=1)
     # A shift of unit vectors cannot be the same for all; one that depends on a feature shows the weights.
     moved = steps[1]._replace(after=steps[1].after + steps[1].before[:, :1].abs())
-    scores = list(field.sdc([steps[0], moved], 0.3))
+    scores = list(compare_classifiers.sdc([steps[0], moved], 0.3))
     means = torch.stack([F.normalize(steps[0].after[steps[0].labels == c], dim=1).mean(0) for c in (0, 1)])
     for label, mean in enumerate(means):
         weights = torch.tensor([float(torch.exp(-(mean - each).square().sum() / (2 * 0.3**2))) for each in unit])
@@ -86,7 +86,7 @@ def test_sdc_undoes_a_drift_that_is_the_same_for_all_and_weighs_the_near_ones_ot
 
 def test_sdc_with_a_narrow_gaussian_takes_the_nearest_image_and_does_not_divide_by_zero():
     steps = two_steps(linear)
-    scores = list(field.sdc(steps, 1e-4))[1]
+    scores = list(compare_classifiers.sdc(steps, 1e-4))[1]
     assert scores.isfinite().all()
 
 
@@ -99,7 +99,7 @@ def test_fetril_sees_real_features_where_old_classes_are_new_ones_moved():
     steps = [step_after([], linear(old), linear(old), labels, linear(old), labels)._replace(first=old, first_test=old)]
     more = step_after(steps, linear(new), linear(new), labels + 2, linear(both[0]), both[1])
     steps.append(more._replace(first=new, first_test=both[0]))
-    scores = list(field.fetril(steps, 1.0))
+    scores = list(compare_classifiers.fetril(steps, 1.0))
     order = [2, 3, 0, 1]  # the order of the training set, which a convex problem does not depend on
     features = torch.cat([both[0][both[1] == c] for c in order])
     svm = LinearSVC(C=1.0, dual=False).fit(
@@ -114,20 +114,20 @@ def test_fetril_sees_real_features_where_old_classes_are_new_ones_moved():
 
 def test_dpcr_is_ridge_regression_on_all_images_where_the_drift_is_linear():
     steps = two_steps(linear)
-    scores = list(field.dpcr(steps, 0.01))[1]
+    scores = list(compare_classifiers.dpcr(steps, 0.01))[1]
     features, labels = all_real(steps, linear)
     gram = features.T @ features
     ridge = Ridge(alpha=0.01 * float(gram.diagonal().mean()), fit_intercept=False)
     weight = torch.from_numpy(ridge.fit(features, F.one_hot(labels).double()).coef_)
     expected = steps[1].test @ F.normalize(weight, dim=1).T
     assert torch.allclose(scores, expected, atol=1e-3)
-    assert not torch.allclose(scores, list(field.dpcr(two_steps(), 0.01))[1], atol=0.1)
+    assert not torch.allclose(scores, list(compare_classifiers.dpcr(two_steps(), 0.01))[1], atol=0.1)
 
 
 def test_mahalanobis_is_the_distance_among_features_of_unit_length_in_correlations():
     steps = two_steps(linear)
     known = steps[1].known
-    scores = list(field.mahalanobis(steps, 3.0))[1]
+    scores = list(compare_classifiers.mahalanobis(steps, 3.0))[1]
     for label in range(5):
         covariance = known.covariances[known.of[label]].numpy()
         covariance = covariance + 3 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
@@ -138,7 +138,7 @@ def test_mahalanobis_is_the_distance_among_features_of_unit_length_in_correlatio
             assert float(scores[row, label]) == pytest.approx(-(distance**2))
 
 
-CELLS = field.CELLS["photos32-search"]
+CELLS = compare_classifiers.CELLS["photos32-search"]
 
 
 def test_on_unit_length_the_discriminant_is_a_linear_layer_of_features_of_any_length():
@@ -155,10 +155,10 @@ def test_on_unit_length_the_discriminant_is_a_linear_layer_of_features_of_any_le
         (features, labels), (test, test_labels) = on_a_cone(new), on_a_cone(list(range(new[-1] + 1)), seed=1)
         steps.append(step_after(steps, features, longer * features, labels, longer * test, test_labels))
     known = None
-    for step, scores in zip(steps, field.unit_length(steps), strict=True):
+    for step, scores in zip(steps, compare_classifiers.unit_length(steps), strict=True):
         before, after, test = (F.normalize(each, dim=1) for each in (step.before, step.after, step.test))
-        known = readout.carried(known, before, after, step.labels)
-        weight, bias = readout.discriminant(known)
+        known = classifiers.carried(known, before, after, step.labels)
+        weight, bias = classifiers.discriminant(known)
         exact = test @ weight.T + bias
         torch.testing.assert_close(scores / step.test.norm(dim=1, keepdim=True), exact, rtol=0.03, atol=0)
         assert torch.equal(scores.argmax(1), exact.argmax(1))
@@ -169,23 +169,23 @@ def test_within_the_classes_a_covariance_does_not_grow_by_what_tells_the_new_cla
     """The new network moves two new classes apart in a direction where the old one has nothing but their scatter."""
     old, old_labels = drawn([0], count=4000)
     new, labels = drawn([1, 2], count=4000)
-    scatter = field._from_means(new, labels)
+    scatter = compare_classifiers._from_means(new, labels)
     one = torch.ones(WIDTH, dtype=torch.float64)
     sides = torch.where(labels == 1, -3.0, 3.0).double().unsqueeze(1)
     before, after = scatter, scatter @ linear(torch.eye(WIDTH, dtype=torch.float64)) + sides * one
-    known = field.carried_within(None, old, old, old_labels)
-    moved = field.carried_within(known, before, after, labels)
+    known = compare_classifiers.carried_within(None, old, old, old_labels)
+    moved = compare_classifiers.carried_within(known, before, after, labels)
     exact = linear(linear(known.covariances[0]).T)
     assert float((moved.covariances[0] - exact).norm() / exact.norm()) < 0.01
-    together = readout.carried(known, before, after, labels)
+    together = classifiers.carried(known, before, after, labels)
     excess = together.covariances[0] - exact
     torch.testing.assert_close(excess, 9 * torch.outer(one, one), rtol=0.05, atol=0.05)
     assert torch.equal(moved.means, together.means)
     assert torch.equal(moved.covariances[1:], together.covariances[1:])
     steps = [step_after([], old, old, old_labels, old, old_labels)]
     steps.append(step_after(steps, before, after, labels, after, labels))
-    weight, bias = readout.discriminant(moved)
-    assert torch.allclose(list(field.within(steps))[1], after @ weight.T + bias)
+    weight, bias = classifiers.discriminant(moved)
+    assert torch.allclose(list(compare_classifiers.within(steps))[1], after @ weight.T + bias)
 
 
 @pytest.fixture(scope="module")
@@ -203,34 +203,34 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def compare(work, monkeypatch, tmp_path):
-    """Calls field.py on these cells; the results go to tmp_path."""
-    monkeypatch.setattr(field, "ROOT", tmp_path)
-    monkeypatch.setattr(field, "SEARCH", {"tiny": "tiny-search"})
-    monkeypatch.setitem(field.CELLS, "tiny-search", CELLS)
+    """Calls compare_classifiers.py on these cells; the results go to tmp_path."""
+    monkeypatch.setattr(compare_classifiers, "ROOT", tmp_path)
+    monkeypatch.setattr(compare_classifiers, "SEARCH", {"tiny": "tiny-search"})
+    monkeypatch.setitem(compare_classifiers.CELLS, "tiny-search", CELLS)
     monkeypatch.setitem(PROTOCOLS, "tiny", TINY)
     search = {CELLS[method]: flags for method, flags in TINY.methods.items()}
     monkeypatch.setitem(PROTOCOLS, "tiny-search", dataclasses.replace(TINY, methods={}, ablation=search))
-    return lambda *flags: field.main(["--work-dir", str(work), *flags])
+    return lambda *flags: compare_classifiers.main(["--work-dir", str(work), *flags])
 
 
 def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints_say_too(compare, work, tmp_path):
     compare("tiny-search")
     searched = read_rows(tmp_path / "results" / "tiny-search" / "field.csv")
     assert {(row["readout"], row["option"]) for row in searched} == {
-        (name, option) for name, tried in field.OPTIONS.items() for option in tried
+        (name, option) for name, tried in compare_classifiers.OPTIONS.items() for option in tried
     }
     compare("tiny")
     rows = read_rows(tmp_path / "results" / "tiny" / "field.csv")
-    assert len(rows) == 2 * len(field.OPTIONS) * 3
+    assert len(rows) == 2 * len(compare_classifiers.OPTIONS) * 3
     for method in ("lwf", "lwm"):
-        for name in field.OPTIONS:
+        for name in compare_classifiers.OPTIONS:
             own = [row for row in rows if (row["method"], row["readout"]) == (method, name)]
             (option,) = {row["option"] for row in own}
             averages = {
                 each: np.mean(
                     [float(r["accuracy"]) for r in searched if (r["method"], r["readout"], r["option"]) == each]
                 )
-                for each in {(method, name, option) for option in field.OPTIONS[name]}
+                for each in {(method, name, option) for option in compare_classifiers.OPTIONS[name]}
             }
             assert averages[method, name, option] == max(averages.values())
         for step in (1, 2):
@@ -241,14 +241,14 @@ def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints
                 (found,) = [r for r in rows if (r["method"], r["readout"], r["step"]) == (method, name, str(step))]
                 assert float(found["accuracy"]) == pytest.approx(accuracy, abs=0.01)
     options = argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None)
-    steps = field.chain(options, "lwm", 0)
+    steps = compare_classifiers.chain(options, "lwm", 0)
     (found,) = [row for row in rows if (row["method"], row["readout"], row["step"]) == ("lwm", "fetril", "2")]
-    answers = list(field.OPTIONS["fetril"][found["option"]](steps))[2].argmax(1)
+    answers = list(compare_classifiers.OPTIONS["fetril"][found["option"]](steps))[2].argmax(1)
     assert float(found["accuracy"]) == pytest.approx(100 * (answers == steps[2].test_labels).double().mean(), abs=0.01)
     text = (tmp_path / "results" / "tiny" / "field.md").read_text()
-    assert text.count("\n") == 2 + 2 * len(field.OPTIONS)
+    assert text.count("\n") == 2 + 2 * len(compare_classifiers.OPTIONS)
     (call,) = json.loads((tmp_path / "results" / "tiny" / "field_environment.json").read_text())
-    assert call["command"] == "python3 field.py tiny --seeds 0"
+    assert call["command"] == "python3 compare_classifiers.py tiny --seeds 0"
 
 
 def test_the_networks_of_one_method_may_be_there_alone(compare, work, tmp_path):
@@ -261,13 +261,13 @@ def test_the_networks_of_one_method_may_be_there_alone(compare, work, tmp_path):
 
 
 def test_a_step_has_what_the_networks_before_it_after_it_and_of_the_first_step_see(compare, work):
-    steps = field.chain(argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None), "lwm", 0)
+    steps = compare_classifiers.chain(argparse.Namespace(protocol="tiny", work_dir=str(work), data_dir=None), "lwm", 0)
     cells = work / "tiny" / "seed0"
     paths = [cells / "first-binary" / "teacher_model.pth"]
     paths += [cells / "lwm" / number / "student_model.pth" for number in ("1", "2")]
     saved = [checkpoint.load(path) for path in paths]
     networks = [checkpoint.restore_model(each) for each in saved]
-    source, names = data.open_source(data.Place("digits", ""), 8), [str(digit) for digit in range(6)]
+    source, names = datasets.open_source(datasets.Place("digits", ""), 8), [str(digit) for digit in range(6)]
     for number, step in enumerate(steps):
         train, test = (
             source.train(names[2 * number : 2 * number + 2], names),
@@ -277,8 +277,8 @@ def test_a_step_has_what_the_networks_before_it_after_it_and_of_the_first_step_s
         seen |= {"test": (number, test), "first_test": (0, test)}
         for field_name, (which, images) in seen.items():
             of = saved[0]["mean"], saved[0]["std"]
-            assert torch.equal(getattr(step, field_name), readout.features_of(networks[which], images.pixels, *of))
-        kept = readout.unpacked(saved[number])
+            assert torch.equal(getattr(step, field_name), classifiers.features_of(networks[which], images.pixels, *of))
+        kept = classifiers.unpacked(saved[number])
         assert torch.allclose(step.known.means, kept.means, atol=1e-4)
         assert torch.allclose(step.known.covariances, kept.covariances, atol=1e-4)
         assert torch.equal(step.test_labels, test.labels)
@@ -299,7 +299,7 @@ def test_what_ours_has_over_another_is_taken_in_pairs_by_seed(tmp_path):
             key = {"method": "lwm", "seed": seed, "step": step}
             values = {"discriminant": 50.0 + seed + more, "sdc": 48.0 + more}
             write_rows(path, [{**key, "readout": n, "option": "", "accuracy": v} for n, v in values.items()])
-    ours, sdc = field.table(path, path).splitlines()[2:]
+    ours, sdc = compare_classifiers.table(path, path).splitlines()[2:]
     assert ours == "| lwm | discriminant |  | 56.0 ± 1.0 | 61.0 ± 1.0 | – | – | 3 |"  # noqa: RUF001
     assert sdc == "| lwm | sdc |  | 53.0 ± 0.0 | 58.0 ± 0.0 | +3.0 (+0.5 to +5.5) | +3.0 (+0.5 to +5.5) | 3 |"
 
@@ -310,7 +310,7 @@ def test_a_seed_that_stopped_between_its_steps_is_left_out(tmp_path):
         for step in range(steps):
             key = {"method": method, "seed": seed, "step": step}
             write_rows(path, [{**key, "readout": "sdc", "option": "", "accuracy": 90.0 - 30 * step}])
-    assert field.averages(path) == {("lwm", "sdc", ""): {"0": (60.0, 30.0)}}
+    assert compare_classifiers.averages(path) == {("lwm", "sdc", ""): {"0": (60.0, 30.0)}}
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import hardware
-from errors import InputError
+from lwm.runtime import hardware
+from lwm.runtime.errors import InputError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

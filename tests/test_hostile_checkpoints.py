@@ -23,9 +23,9 @@ import pytest
 import torch
 from conftest import checkpoint_of, training_of
 
-import checkpoint
-import models
-from errors import InputError
+from lwm import models
+from lwm.runtime import checkpoint
+from lwm.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,8 +17,8 @@ import pytest
 from hostilefiles import BOMBS, COUNT, DUDS, EITHER, PROGRAMS, picture, saved, write_damaged
 from PIL import Image
 
-import imagefiles
-from errors import InputError
+from lwm.images import files
+from lwm.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,7 @@ def status(name: str) -> int:
 def judge(path: str) -> str:
     """``decoded``, ``refused``, or what is wrong."""
     try:
-        pixels = imagefiles.decode_image(path, SIZE)
+        pixels = files.decode_image(path, SIZE)
     except InputError as error:
         good = len(str(error).splitlines()) == 1 and str(error).startswith(f"{path}: ") and len(str(error)) < 500
         return "refused" if good else f"refused as {str(error)!r}"
@@ -110,7 +110,7 @@ def test_bombs_and_files_that_start_programs(tmp_path):
         (folder / name).write_bytes(make())
     with (folder / "long.webp").open("wb") as file:
         file.write(saved(picture(), "WEBP"))
-        file.truncate(imagefiles.FILE_SIZE + 1)
+        file.truncate(files.FILE_SIZE + 1)
     expected = dict.fromkeys(BOMBS | PROGRAMS, "refused") | dict.fromkeys(DUDS, "decoded") | {"long.webp": "refused"}
     said = read(folder)
     print({name: (answer, round(time, 2), round(memory / 1e6)) for name, (answer, time, memory) in said.items()})
@@ -131,8 +131,8 @@ def test_the_largest_photo_is_read_in_the_memory_that_is_said(tmp_path):
     [(answer, _, memory)] = read(folder).values()
     print(f"{memory / 1e6:.0f} MB")
     assert answer == "decoded"
-    assert 4 * 13377**2 * 0.9 < memory < imagefiles.MEMORY  # the former shows that it is measured
-    pixels = imagefiles.decode_image(folder / "x.jpg", SIZE).transpose(1, 2, 0).astype(int)
+    assert 4 * 13377**2 * 0.9 < memory < files.MEMORY  # the former shows that it is measured
+    pixels = files.decode_image(folder / "x.jpg", SIZE).transpose(1, 2, 0).astype(int)
     upright = small.transpose(Image.Transpose.ROTATE_270).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     assert np.abs(pixels - np.asarray(upright)).max() < 16
 
@@ -197,12 +197,12 @@ def test_what_is_no_image_file_is_named_in_one_line_or_counted(tmp_path, capfd, 
     saved_path, path = tmp_path / "a.png", tmp_path / "x.png"
     picture().save(saved_path)
     NO_FILES[kind](path)
-    assert imagefiles.image_files(tmp_path) == [saved_path, path]
+    assert files.image_files(tmp_path) == [saved_path, path]
     with pytest.raises(InputError) as caught:
-        imagefiles.decode_files([saved_path, path], SIZE, skip_bad_images=False)
+        files.decode_files([saved_path, path], SIZE, skip_bad_images=False)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value).splitlines()) == 1
-    kept, pixels = imagefiles.decode_files([saved_path, path], SIZE, skip_bad_images=True)
+    kept, pixels = files.decode_files([saved_path, path], SIZE, skip_bad_images=True)
     assert (kept, pixels.shape) == ([saved_path], (1, 3, SIZE, SIZE))
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["warning"]
@@ -213,11 +213,11 @@ def test_a_name_cannot_write_to_the_terminal(tmp_path):
     path = tmp_path / "a\n\x1b]0;title\x07\u202eb.png"
     path.write_bytes(b"nothing")
     with pytest.raises(InputError) as caught:
-        imagefiles.decode_image(path, SIZE)
+        files.decode_image(path, SIZE)
     assert str(caught.value).startswith(f"{tmp_path}/a??]0;title??b.png: ")
 
 
 def test_formats_that_are_never_read_are_not_listed(tmp_path):
     for suffix in (".eps", ".ps", ".EPS", ".wmf", ".emf", ".iim", ".icns", ".blp", ".png"):
         (tmp_path / f"x{suffix}").write_bytes(b"")
-    assert [path.name for path in imagefiles.image_files(tmp_path)] == ["x.png"]
+    assert [path.name for path in files.image_files(tmp_path)] == ["x.png"]

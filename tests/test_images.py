@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-import imagefiles
-from errors import InputError, import_opencv
+from lwm.images import files
+from lwm.runtime.errors import InputError, import_opencv
 
 
 def image_or_the_one_error(path: Path) -> np.ndarray | None:
     """A damaged file's pixels, or None where it was refused with its name."""
     try:
-        pixels = imagefiles.decode_image(path, 16)
+        pixels = files.decode_image(path, 16)
     except InputError as error:
         assert str(path) in str(error)
         return None
@@ -34,7 +34,7 @@ def image_or_the_one_error(path: Path) -> np.ndarray | None:
 
 def decoded(path: Path, size: int = 16) -> np.ndarray:
     """decode_image, checked for its kind, as (size, size, 3)."""
-    pixels = imagefiles.decode_image(path, size)
+    pixels = files.decode_image(path, size)
     assert pixels.dtype == np.uint8
     assert pixels.shape == (3, size, size)
     return pixels.transpose(1, 2, 0).astype(int)
@@ -117,7 +117,7 @@ def test_formats(tmp_path, suffix, by):
     Image.fromarray(image).save(tmp_path / f"x{suffix}", **({"quality": 98} if by else {}))
     close(decoded(tmp_path / f"x{suffix}"), image, by)
     shutil.copy(tmp_path / f"x{suffix}", tmp_path / f"Y{suffix.upper()}")
-    assert [path.name for path in imagefiles.image_files(tmp_path)] == [f"Y{suffix.upper()}", f"x{suffix}"]
+    assert [path.name for path in files.image_files(tmp_path)] == [f"Y{suffix.upper()}", f"x{suffix}"]
 
 
 @pytest.mark.parametrize("suffix", [".hdr", ".pic"])

@@ -11,11 +11,12 @@ import torch
 from conftest import loss_settings
 from hypothesis import given
 from hypothesis import strategies as st
+from lwm.models import Output
 from otherroute import numpy_attention, numpy_map, random
 from sklearn.metrics import log_loss
 
-from gradcam import closed_form_map
-from losses import (
+from lwm.attention import closed_form_map
+from lwm.losses import (
     METHODS,
     attention_distillation,
     classification_loss,
@@ -24,8 +25,7 @@ from losses import (
     finetune,
     first_step,
 )
-from models import Output
-from settings import Settings
+from lwm.runtime.settings import Settings
 
 
 def numpy_sigmoid(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from conftest import randomised
 from hypothesis import given
 from hypothesis import strategies as st
 
-import models
+from lwm import models
 
 ARCHITECTURES = ("resnet18", "resnet32", "resnet110")
 

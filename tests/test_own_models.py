@@ -7,19 +7,17 @@ import pytest
 import torch
 import torchvision
 from conftest import checkpoint_of, image_folder, loss_settings, randomised
+from lwm.models.from_torchvision import FromTorchvision
 
-import batches
-import checkpoint
 import demo
 import gradcam
 import incremental_learning_system as incremental
-import losses
-import models
 import train_teacher_model as trainer
-import training
-from errors import InputError, RunError, one_line_errors
-from gradcam import autograd_map, last_map, require_closed_form
-from models.from_torchvision import FromTorchvision
+from lwm import losses, models, training
+from lwm.attention import autograd_map, last_map, require_closed_form
+from lwm.images import batches
+from lwm.runtime import checkpoint
+from lwm.runtime.errors import InputError, RunError, one_line_errors
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

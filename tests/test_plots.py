@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-import plots
+from lwm.reporting import plots
 
 DOLLARS = ["US$ and A$", "a$_$"]  # the first would be set as mathematics, the second is none
 

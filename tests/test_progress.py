@@ -11,9 +11,9 @@ import pytest
 
 import demo
 import incremental_learning_system as incremental
-import progress
 import train_teacher_model as trainer
-from errors import one_line_errors
+from lwm.runtime import progress
+from lwm.runtime.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2", "--save-interval", "1"]

@@ -7,11 +7,11 @@ import pytest
 from conftest import FIVE
 
 import config
-import protocols
 import reproduce
-from protocols import PROTOCOLS, is_joint
-from run import STEP_SETTINGS
-from settings import read_settings
+from lwm.experiments import protocols
+from lwm.experiments.protocols import PROTOCOLS, is_joint
+from lwm.runtime.run_folder import STEP_SETTINGS
+from lwm.runtime.settings import read_settings
 
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():

@@ -10,15 +10,12 @@ from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
 
-import checkpoint
 import config
-import evaluation
-import models
-import readout
-import settings
-from data import Images
-from errors import InputError, RunError
-from readout import Statistics
+from lwm import classifiers, evaluation, models
+from lwm.classifiers import Statistics
+from lwm.images.datasets import Images
+from lwm.runtime import checkpoint, settings
+from lwm.runtime.errors import InputError, RunError
 
 
 def gaussians(classes: int = 3, width: int = 4, count: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +48,7 @@ def affine(width: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_means_and_covariances_are_those_of_each_class():
     features, labels = gaussians()
-    found = readout.measured(features, labels, 3)
+    found = classifiers.measured(features, labels, 3)
     assert found.of == [0, 1, 2]
     for label in range(3):
         own = features[labels == label].numpy()
@@ -60,36 +57,36 @@ def test_means_and_covariances_are_those_of_each_class():
 
 
 def test_wide_features_have_one_covariance_for_all_classes_of_a_step():
-    features, labels = gaussians(classes=2, width=readout.WIDEST + 1, count=40)
-    found = readout.measured(features, labels, 2)
-    assert found.covariances.shape == (1, readout.WIDEST + 1, readout.WIDEST + 1)
+    features, labels = gaussians(classes=2, width=classifiers.WIDEST + 1, count=40)
+    found = classifiers.measured(features, labels, 2)
+    assert found.covariances.shape == (1, classifiers.WIDEST + 1, classifiers.WIDEST + 1)
     each = [torch.from_numpy(LedoitWolf().fit(features[labels == label].numpy()).covariance_) for label in (0, 1)]
     assert torch.allclose(found.covariances[0], (each[0] + each[1]) / 2)
-    both = found.joined(readout.measured(3 * features[:40], labels[:40], 1))
+    both = found.joined(classifiers.measured(3 * features[:40], labels[:40], 1))
     assert both.of == [0, 0, 1]
     assert len(both.means) == 3
     one, other = both.covariances
-    assert torch.allclose(readout.shared_covariance(both), (2 * one + other) / 3)  # each class alike, not each step
+    assert torch.allclose(classifiers.shared_covariance(both), (2 * one + other) / 3)  # each class alike, not each step
 
 
 def test_of_two_images_only_how_much_they_vary_is_kept():
     features, labels = gaussians(classes=2, width=5, count=2)
-    found = readout.measured(features, labels, 2)
+    found = classifiers.measured(features, labels, 2)
     for label in (0, 1):
         (one, other), covariance = features[labels == label], found.covariances[label]
         assert torch.allclose(covariance, (one - other).square().mean() / 4 * torch.eye(5, dtype=torch.float64))
 
 
 def test_what_is_packed_is_unpacked_in_double_precision():
-    known = readout.measured(*gaussians(), 3)
-    packed = readout.packed(known)
+    known = classifiers.measured(*gaussians(), 3)
+    packed = classifiers.packed(known)
     assert {packed[name].dtype for name in ("means", "covariances")} == {torch.float32}
-    again = readout.unpacked({"statistics": packed})
+    again = classifiers.unpacked({"statistics": packed})
     assert again.means.dtype == torch.float64
     assert torch.allclose(again.covariances, known.covariances, rtol=1e-6)
     assert again.of == known.of
-    assert readout.packed(None) == {}
-    assert readout.unpacked({"statistics": {}}) is None
+    assert classifiers.packed(None) == {}
+    assert classifiers.unpacked({"statistics": {}}) is None
 
 
 # Transport --------------------------------------------------------------------------------------------------------
@@ -100,10 +97,10 @@ def test_an_affine_drift_is_found_and_undone():
     weight, bias = affine()
     after = features @ weight.T + bias
     old, new = labels < 3, labels >= 3
-    found = readout.fitted(features[new], after[new])
-    assert found.penalty == readout.PENALTIES[0]
+    found = classifiers.fitted(features[new], after[new])
+    assert found.penalty == classifiers.PENALTIES[0]
     known, truth = plain(features[old], labels[old]), plain(after[old], labels[old])
-    carried = readout.transported(known, found)
+    carried = classifiers.transported(known, found)
     assert torch.allclose(carried.means, truth.means, atol=0.02)
     assert torch.allclose(carried.covariances, truth.covariances, rtol=0.01, atol=0.02)
     assert (known.means - truth.means).abs().max() > 1  # they did move
@@ -114,7 +111,7 @@ def test_the_ridge_regression_is_that_of_the_closed_form_of_a_longer_system():
     """Ridge as least squares with rows sqrt(penalty) * identity below, whose targets are zero differences."""
     features, _ = gaussians(count=30)
     after = features @ affine()[0].T + 0.3 * torch.randn(len(features), 4, dtype=torch.float64)
-    weight, bias = readout._ridge(features, after, 0.1)
+    weight, bias = classifiers._ridge(features, after, 0.1)
     x, moved = features - features.mean(0), (after - features) - (after - features).mean(0)
     scale = 0.1 * x.square().sum() / 4
     longer = torch.cat([x, scale.sqrt() * torch.eye(4, dtype=torch.float64)])
@@ -125,10 +122,10 @@ def test_the_ridge_regression_is_that_of_the_closed_form_of_a_longer_system():
 
 def test_two_images_are_enough_not_to_break_it():
     features, _ = gaussians(count=1)
-    found = readout.fitted(features[:2], features[:2] + 1)
+    found = classifiers.fitted(features[:2], features[:2] + 1)
     assert torch.allclose(found.weight, torch.eye(4, dtype=torch.float64))
     assert torch.allclose(found.bias, torch.ones(4, dtype=torch.float64))
-    same = readout.fitted(features[:1].repeat(2, 1), features[:1].repeat(2, 1))  # they do not even differ
+    same = classifiers.fitted(features[:1].repeat(2, 1), features[:1].repeat(2, 1))  # they do not even differ
     assert same.weight.isfinite().all()
 
 
@@ -136,10 +133,10 @@ def test_what_is_carried_is_the_old_classes_moved_and_the_new_ones_as_the_new_ne
     features, labels = gaussians(classes=5)
     weight, bias = affine()
     old, before, after = labels < 2, features[labels >= 2], (features @ weight.T + bias)[labels >= 2]
-    known = readout.measured(features[old], labels[old], 2)
-    found = readout.carried(known, before, after, labels[labels >= 2])
-    moved = readout.transported(known, readout.fitted(before, after))
-    expected = moved.joined(readout.measured(after, labels[labels >= 2] - 2, 3))
+    known = classifiers.measured(features[old], labels[old], 2)
+    found = classifiers.carried(known, before, after, labels[labels >= 2])
+    moved = classifiers.transported(known, classifiers.fitted(before, after))
+    expected = moved.joined(classifiers.measured(after, labels[labels >= 2] - 2, 3))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     torch.testing.assert_close(found.means[2:], after.view(3, -1, 4).mean(1))  # the classes come one after another
@@ -150,7 +147,7 @@ def test_directions_that_the_images_say_nothing_of_stay_as_they_are():
     features[:, 3] = 2.5  # dead for all new images, and moved for them
     after = features.clone()
     after[:, 0] *= 3
-    found = readout.fitted(features, after)
+    found = classifiers.fitted(features, after)
     assert torch.allclose(found.weight[3], torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-6)
     assert found.weight[0, 0] == pytest.approx(3, abs=0.01)
 
@@ -158,10 +155,10 @@ def test_directions_that_the_images_say_nothing_of_stay_as_they_are():
 def test_noise_is_added_to_the_covariances_and_raises_the_penalty():
     features, labels = gaussians(count=12)
     noise = 5 * torch.randn(len(features), 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = readout.fitted(features, features + noise)
-    assert found.penalty > readout.PENALTIES[0]
-    known = readout.measured(features, labels, 3)
-    carried = readout.transported(known, found)
+    found = classifiers.fitted(features, features + noise)
+    assert found.penalty > classifiers.PENALTIES[0]
+    known = classifiers.measured(features, labels, 3)
+    carried = classifiers.transported(known, found)
     assert torch.allclose(carried.covariances, found.weight @ known.covariances @ found.weight.T + found.residual)
     assert found.residual.trace() > 50
 
@@ -171,7 +168,7 @@ def test_the_residual_is_what_is_missed_on_images_that_the_map_was_not_fitted_on
     features, _ = gaussians(classes=2, count=6)
     noise = torch.randn(12, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     after = 3 * features @ affine()[0].T + noise
-    found, missed = readout.fitted(features, after), []
+    found, missed = classifiers.fitted(features, after), []
     for fold in range(5):
         left_out = np.arange(12) % 5 == fold
         x, moved = features[~left_out], (after - features)[~left_out]
@@ -193,16 +190,16 @@ def answers(head, features):
 
 
 def test_prototypes_are_the_nearest_by_cosine():
-    known, (features, _) = readout.measured(*gaussians(), 3), gaussians(seed=9)
+    known, (features, _) = classifiers.measured(*gaussians(), 3), gaussians(seed=9)
     cosine = torch.nn.functional.cosine_similarity(features.unsqueeze(1), known.means.unsqueeze(0), dim=2)
-    assert torch.equal(answers(readout.prototypes(known), features), cosine.argmax(1))
+    assert torch.equal(answers(classifiers.prototypes(known), features), cosine.argmax(1))
 
 
 @pytest.mark.parametrize("shrinkage", [None, 3.0])
 def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance(shrinkage):
     features, labels = gaussians(count=20_000)
-    known = readout.measured(features, labels, 3)
-    weight, bias = readout.discriminant(known, shrinkage)
+    known = classifiers.measured(features, labels, 3)
+    weight, bias = classifiers.discriminant(known, shrinkage)
     shared = known.covariances.mean(0)
     shared = shared + (shrinkage or 0) * shared.trace() / len(shared) * torch.eye(len(shared), dtype=shared.dtype)
     likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in known.means]
@@ -211,14 +208,14 @@ def test_the_discriminant_is_the_likeliest_of_gaussians_with_one_covariance(shri
     assert torch.allclose(weight.sum(0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
     theirs = LinearDiscriminantAnalysis().fit(features.numpy(), labels.numpy()).predict(features.numpy())
     assert (
-        answers(readout.discriminant(known, 0.0), features).numpy() == theirs
+        answers(classifiers.discriminant(known, 0.0), features).numpy() == theirs
     ).mean() > 0.99  # which does not shrink
 
 
 @pytest.mark.parametrize("apart", [1.0, 30.0])
 def test_the_rebalanced_head_is_the_softmax_regression_on_drawn_features(apart):
     """Also of classes that lie far apart, as those of a wide network do."""
-    known, classes, count = readout.measured(*gaussians(), 3), 3, readout.DRAWN
+    known, classes, count = classifiers.measured(*gaussians(), 3), 3, classifiers.DRAWN
     known = known._replace(means=apart * known.means)
     noise = torch.randn(classes, count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     roots = torch.linalg.cholesky(known.covariances)
@@ -226,36 +223,36 @@ def test_the_rebalanced_head_is_the_softmax_regression_on_drawn_features(apart):
     labels = torch.arange(classes).repeat_interleave(count)
     # Its penalty is on weights for features that are white under the shared covariance.
     whiten = torch.linalg.inv(torch.linalg.cholesky(known.covariances.mean(0)))
-    regression = LogisticRegression(C=classes / (readout.DECAY * len(drawn)), tol=1e-8, max_iter=1000)
+    regression = LogisticRegression(C=classes / (classifiers.DECAY * len(drawn)), tol=1e-8, max_iter=1000)
     regression.fit((drawn @ whiten.T).numpy(), labels.numpy())
     features = apart * gaussians(seed=7)[0]
-    weight, bias = readout.rebalanced(known)
+    weight, bias = classifiers.rebalanced(known)
     expected = regression.predict_proba((features @ whiten.T).numpy())
     assert np.allclose((features @ weight.T + bias).softmax(1), expected, atol=2e-3)
-    assert torch.equal(weight, readout.rebalanced(known)[0])
-    assert not torch.equal(weight, readout.rebalanced(known, seed=1)[0])
+    assert torch.equal(weight, classifiers.rebalanced(known)[0])
+    assert not torch.equal(weight, classifiers.rebalanced(known, seed=1)[0])
 
 
 def test_what_wide_features_are_shrunk_by_is_their_width_s(monkeypatch):
-    known = readout.measured(*gaussians(), 3)
-    for make in (readout.discriminant, readout.rebalanced):
+    known = classifiers.measured(*gaussians(), 3)
+    for make in (classifiers.discriminant, classifiers.rebalanced):
         assert torch.equal(make(known)[0], make(known, 0.0)[0])
         with monkeypatch.context() as patch:
-            patch.setattr(readout, "WIDEST", 3)
-            assert torch.equal(make(known)[0], make(known, readout.SHRINKAGE)[0])
+            patch.setattr(classifiers, "WIDEST", 3)
+            assert torch.equal(make(known)[0], make(known, classifiers.SHRINKAGE)[0])
             assert not torch.allclose(make(known)[0], make(known, 0.0)[0], rtol=0.1)
 
 
 def test_features_that_do_not_vary_and_many_classes_are_no_error():
     flat = Statistics(torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), [0, 1])
-    for make in readout.HEADS.values():
+    for make in classifiers.HEADS.values():
         weight, bias = make(flat)
         assert weight.isfinite().all()
         assert bias.isfinite().all()
 
 
 def test_the_names_are_the_same_everywhere():
-    names = ("head", *readout.HEADS)
+    names = ("head", *classifiers.HEADS)
     assert names == settings.READOUTS
     choices = next(f for f in settings.fields(settings.Settings) if f.name == "readout").metadata["help"]
     assert choices.endswith(", ".join(("auto", *names)))
@@ -271,7 +268,7 @@ def test_the_features_are_what_the_head_sees(architecture):
     model = models.build(architecture, 3, 32)
     pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     mean, std = [0.4] * 3, [0.3] * 3
-    features = readout.features_of(model, pixels, mean, std, batch_size=2)
+    features = classifiers.features_of(model, pixels, mean, std, batch_size=2)
     assert features.dtype == torch.float64
     logits = features.float() @ model.fc.weight.T + model.fc.bias
     assert torch.allclose(logits, evaluation.predict(model, pixels, mean, std), atol=1e-5)
@@ -283,14 +280,14 @@ def test_a_network_answers_with_the_read_out_that_is_put_in():
     pixels = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
     images = Images(pixels, torch.arange(30) % 3)
     saved = checkpoint_of(model, "resnet32", "abc", 8)
-    known = readout.after_first_step(model, saved, images)
-    saved["statistics"] = readout.packed(known)
-    features = readout.features_of(model, pixels, saved["mean"], saved["std"])
+    known = classifiers.after_first_step(model, saved, images)
+    saved["statistics"] = classifiers.packed(known)
+    features = classifiers.features_of(model, pixels, saved["mean"], saved["std"])
     found = evaluation.by_readout(model, known, features, images.labels, 1)
     assert list(found) == list(settings.READOUTS)
     assert found["discriminant"]["accuracy"] > 60  # on what it was made of
     for name in settings.READOUTS:
-        own, now = readout.use(model, saved, name)
+        own, now = classifiers.use(model, saved, name)
         assert now["readout"] == name
         assert now["loss_form"] == ("binary" if name == "head" else "softmax")
         logits = evaluation.predict(own, pixels, saved["mean"], saved["std"])
@@ -304,36 +301,38 @@ def test_covariances_that_lost_digits_in_single_precision_still_make_every_head(
     generator = torch.Generator().manual_seed(0)
     lines = torch.randn(40, 128, generator=generator, dtype=torch.float64)
     means = torch.randn(40, 128, generator=generator, dtype=torch.float64)
-    packed = readout.packed(Statistics(means, lines.unsqueeze(2) * lines.unsqueeze(1), list(range(40))))
+    packed = classifiers.packed(Statistics(means, lines.unsqueeze(2) * lines.unsqueeze(1), list(range(40))))
     lost = packed["covariances"].double()
-    assert torch.linalg.cholesky_ex(readout.regular(lost)).info.any()
+    assert torch.linalg.cholesky_ex(classifiers.regular(lost)).info.any()
     checkpoint._check_statistics(packed, torch.zeros(40, 128))
-    for name in readout.HEADS:
-        assert all(part.isfinite().all() for part in readout.made(name, readout.unpacked({"statistics": packed})))
+    for name in classifiers.HEADS:
+        assert all(
+            part.isfinite().all() for part in classifiers.made(name, classifiers.unpacked({"statistics": packed}))
+        )
 
 
 def test_features_that_are_not_finite_are_said():
     model = models.build("resnet32", 2, 8)
     torch.nn.init.constant_(model.conv1.weight, torch.inf)
     with pytest.raises(RunError, match="features are not finite"):
-        readout.features_of(model, torch.ones(1, 3, 8, 8, dtype=torch.uint8), [0.5] * 3, [0.25] * 3)
+        classifiers.features_of(model, torch.ones(1, 3, 8, 8, dtype=torch.uint8), [0.5] * 3, [0.25] * 3)
 
 
 def test_statistics_that_are_none_are_said():
     model = models.build("resnet32", 2, 8)
     saved = checkpoint_of(model, "resnet32", "ab", 8, statistics={})
     with pytest.raises(InputError, match="no statistics of its classes"):
-        readout.use(model, saved, "discriminant")
+        classifiers.use(model, saved, "discriminant")
     negative = {"means": torch.zeros(2, 64), "covariances": -torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
     for name in ("discriminant", "rebalanced"):
         with pytest.raises(InputError, match="statistics are damaged"):
-            readout.use(model, saved | {"statistics": negative}, name)
+            classifiers.use(model, saved | {"statistics": negative}, name)
     with pytest.raises(InputError, match="statistics are damaged"):
-        known = readout.unpacked({"statistics": negative})
+        known = classifiers.unpacked({"statistics": negative})
         evaluation.by_readout(model, known, torch.zeros(2, 64).double(), torch.tensor([0, 1]), 1)
     huge = {"means": torch.full((2, 64), 1e30), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
     with pytest.raises(InputError, match="the head made of them is not finite"):
-        readout.use(model, saved | {"statistics": huge}, "discriminant")
+        classifiers.use(model, saved | {"statistics": huge}, "discriminant")
 
 
 def test_attention_is_that_of_the_heads_whatever_answers():
@@ -348,10 +347,10 @@ def test_attention_is_that_of_the_heads_whatever_answers():
     for model, names in ((teacher, "ab"), (student, "abcd")):
         own = checkpoint_of(model, "resnet32", names, 8)
         known = images.labels < len(names)
-        after = readout.after_first_step(model, own, Images(pixels[known], images.labels[known]))
-        saved.append(own | {"statistics": readout.packed(after)})
-    first, before = readout.use(teacher, saved[0], "discriminant")
-    second, after = readout.use(student, saved[1], "discriminant")
+        after = classifiers.after_first_step(model, own, Images(pixels[known], images.labels[known]))
+        saved.append(own | {"statistics": classifiers.packed(after)})
+    first, before = classifiers.use(teacher, saved[0], "discriminant")
+    second, after = classifiers.use(student, saved[1], "discriminant")
     found = evaluation.compare(first, second, before, after, images, heads=(teacher, student))
     assert found.distance.nan_to_num().abs().max() < 1e-5
     assert found.distance.isfinite().any()

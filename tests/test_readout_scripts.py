@@ -8,20 +8,17 @@ import pytest
 import torch
 from conftest import checkpoint_of, image_folder
 
-import checkpoint
 import config
-import data
 import demo
-import evaluation
 import export
 import gradcam
 import incremental_learning_system as incremental
-import models
 import predict
-import readout
-import settings
 import train_teacher_model as trainer
-from errors import InputError
+from lwm import classifiers, evaluation, models
+from lwm.images import datasets
+from lwm.runtime import checkpoint, settings
+from lwm.runtime.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -231,14 +228,16 @@ def test_carried_means_are_nearer_than_those_that_were_left(steps):
     root, flags = steps
     before, after = (checkpoint.load(root / f"{number}" / "student_model.pth") for number in (1, 2))
     model = checkpoint.restore_model(after)
-    images = data.open_source(data.Place("folder", flags[flags.index("--data-dir") + 1]), 8).test("abcdef", "abcdef")
+    images = datasets.open_source(datasets.Place("folder", flags[flags.index("--data-dir") + 1]), 8).test(
+        "abcdef", "abcdef"
+    )
     found = evaluation.of_statistics(model, before, after, images)
     assert found["readouts"] == after["readouts"]
     assert [len(values) for values in found["means_off"].values()] == [4, 4]
     assert sum(found["means_off"]["carried"]) < sum(found["means_off"]["left"])
-    features = readout.features_of(model, images.pixels, after["mean"], after["std"])
+    features = classifiers.features_of(model, images.pixels, after["mean"], after["std"])
     for name, saved in (("carried", after), ("left", before)):
-        known = readout.unpacked(saved)
+        known = classifiers.unpacked(saved)
         off = evaluation.covariances_off(known, features[images.labels < 4], images.labels[images.labels < 4])
         assert found["covariances_off"][name] == off[:4]
     nothing = {"readouts": {}, "means_off": {}, "covariances_off": {}}

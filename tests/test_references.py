@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import settings
+from lwm.runtime import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -22,8 +22,7 @@ from conftest import picture
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import torchfile
+from lwm.runtime import checkpoint, torchfile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -301,7 +300,8 @@ def archive_bombs(folder: Path, whole: Path) -> dict[Path, str]:
 
 READER = """
 import json, resource, sys, time
-import checkpoint, errors
+from lwm.runtime import checkpoint
+from lwm.runtime import errors
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

@@ -14,11 +14,11 @@ import torch
 from conftest import checkpoint_of, picture, randomised, step_of
 
 import demo
-import evaluation
 import incremental_learning_system as incremental
-import report
 import train_teacher_model as trainer
-from data import Images
+from lwm import evaluation
+from lwm.images.datasets import Images
+from lwm.reporting import report
 
 HOSTILE = ["<script>alert(1)</script>", "quotes \"' & co", "c", "d", "e"]
 SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]

@@ -15,16 +15,14 @@ import torch
 from conftest import FIVE, checkpoint_of, image_folder, step_of, write_images
 from PIL import Image
 
-import checkpoint
 import config
-import hardware
-import models
-import protocols
 import reproduce
-import tables
-from errors import RunError
-from protocols import JOINT, METHODS, PROTOCOLS
-from settings import READOUTS, read_settings
+from lwm import models
+from lwm.experiments import protocols, tables
+from lwm.experiments.protocols import JOINT, METHODS, PROTOCOLS
+from lwm.runtime import checkpoint, hardware
+from lwm.runtime.errors import RunError
+from lwm.runtime.settings import READOUTS, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,15 +29,14 @@ from tinyruns import (
     said_where,
 )
 
-import checkpoint
 import config
-import hardware
 import incremental_learning_system as incremental
-import plots
 import train_teacher_model as trainer
-import training
-from errors import RunError
-from run import OF_STUDENTS, STEP_SETTINGS
+from lwm import training
+from lwm.reporting import plots
+from lwm.runtime import checkpoint, hardware
+from lwm.runtime.errors import RunError
+from lwm.runtime.run_folder import OF_STUDENTS, STEP_SETTINGS
 
 draw_curves = plots.curves
 

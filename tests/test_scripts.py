@@ -13,16 +13,16 @@ import torch
 from conftest import image_folder, picture
 from PIL import Image
 
-import checkpoint
 import config
 import demo
 import gradcam
 import incremental_learning_system as incremental
-import readout
 import train_teacher_model as trainer
-from data import Place, open_source, to_input
-from evaluation import accuracies, predict, task_aware
-from imagefiles import decode_image
+from lwm import attention, classifiers
+from lwm.evaluation import accuracies, predict, task_aware
+from lwm.images.datasets import Place, open_source, to_input
+from lwm.images.files import decode_image
+from lwm.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -173,9 +173,9 @@ def test_gradcam_by_its_command_line(tmp_path, student):
     assert "the map of 2 at layer2" in made.stdout
     saved = checkpoint.load(student)
     pixels, model = decode_image(tmp_path / "cat.png", 16), checkpoint.restore_model(saved).eval()
-    model, saved = readout.use(model, saved, readout.chosen("auto", saved))
+    model, saved = classifiers.use(model, saved, classifiers.chosen("auto", saved))
     inputs = to_input(torch.from_numpy(pixels)[None], saved["mean"], saved["std"])
-    heat = gradcam.autograd_map(model, inputs, torch.tensor([2]), "layer2")[0].numpy()
+    heat = attention.autograd_map(model, inputs, torch.tensor([2]), "layer2")[0].numpy()
     with Image.open(out) as image:
         np.testing.assert_array_equal(np.array(image), gradcam.overlay(pixels.transpose(1, 2, 0), heat, heat.max()))
 

@@ -26,8 +26,8 @@ from settingvalues import (
     short,
 )
 
-from errors import InputError
-from settings import RECOMMENDED, SCRIPTS, Settings, read_settings
+from lwm.runtime.errors import InputError
+from lwm.runtime.settings import RECOMMENDED, SCRIPTS, Settings, read_settings
 
 # What is wrong is named ---------------------------------------------------------------------------------------------
 

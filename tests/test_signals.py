@@ -13,11 +13,11 @@ from collections.abc import Callable
 import pytest
 from tinyruns import HARNESS, ROOT, RUN, at_step, differences, first, interrupt, one_line, said_where
 
-import checkpoint
-import data
 import incremental_learning_system as incremental
-import training
-from run import Run
+from lwm import training
+from lwm.images import datasets
+from lwm.runtime import checkpoint
+from lwm.runtime.run_folder import Run
 
 pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
 
@@ -71,7 +71,8 @@ def test_a_second_run_is_refused_and_a_second_signal_stops_the_first_at_once(tmp
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import incremental_learning_system, losses
+import incremental_learning_system
+from lwm import losses
 def slow(*arguments):
     open({str(stepping)!r}, "w")
     time.sleep(60)
@@ -109,7 +110,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
 
 
 def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, run, monkeypatch, capsys):
-    monkeypatch.setattr(data.Source, "train", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(datasets.Source, "train", lambda *arguments: signal.raise_signal(signal.SIGINT))
     assert run("student", tmp_path / "out") == 130
     assert one_line(capsys) == "interrupted"
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,8 @@ from conftest import DIGITS, contents, digits, folder_source, image_folder, refu
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-from data import Place, open_source
+from lwm.images import datasets
+from lwm.images.datasets import Place, open_source
 
 # Digits -------------------------------------------------------------------------------------------------------------
 
@@ -65,16 +65,16 @@ def test_hash_split_is_the_same_in_any_order_and_on_any_machine(tmp_path):
         results.append(split_names(tmp_path / folder))
     assert results[0] == results[1]
     paths = [tmp_path / "a" / "train" / "cat" / name for name in names]
-    expected = data._hash_split(paths, "cat", tmp_path / "a")
+    expected = datasets._hash_split(paths, "cat", tmp_path / "a")
     for shift in range(1, 40, 7):
-        assert data._hash_split(paths[shift:] + paths[:shift], "cat", tmp_path / "a") == expected
+        assert datasets._hash_split(paths[shift:] + paths[:shift], "cat", tmp_path / "a") == expected
     # Written down, so that a change of the hash does not go unseen: it would move test images into training.
     assert sorted(results[0][1]) == ["018.png", "023.png", "026.png"]
 
 
 def test_hash_split_takes_a_name_that_is_no_text(tmp_path):
     paths = [Path(os.fsdecode(b"caf\xe9%d.jpg" % number)) for number in range(20)]
-    parts = data._hash_split(paths, "cat", tmp_path)
+    parts = datasets._hash_split(paths, "cat", tmp_path)
     assert sorted(parts["train"] + parts["test"]) == sorted(paths)
     assert parts["train"]
     assert parts["test"]
@@ -83,7 +83,7 @@ def test_hash_split_takes_a_name_that_is_no_text(tmp_path):
 def test_hash_split_keeps_about_a_fifth_for_testing(tmp_path):
     paths = [tmp_path / f"{index}.jpg" for index in range(2000)]
     for name in ("cat", "dog"):
-        parts = data._hash_split(paths, name, tmp_path)
+        parts = datasets._hash_split(paths, name, tmp_path)
         assert 0.17 < len(parts["test"]) / 2000 < 0.23  # three standard deviations
         assert len(parts["train"]) + len(parts["test"]) == 2000
 
@@ -141,7 +141,7 @@ def test_held_back_digits_are_disjoint_complete_and_all_from_train(hold_back):
 @given(count=st.integers(4, 60), hold_back=st.floats(0.02, 0.5))
 def test_the_share_held_back_is_the_share_that_was_asked_for(count, hold_back):
     listing = {"train": list(range(count)), "test": [-1, -2]}
-    source = data.Source(
+    source = datasets.Source(
         Place("test", "", hold_back),
         {"train": ["x"], "test": ["x"]},
         lambda split, name: listing[split],
@@ -179,7 +179,7 @@ def test_what_a_step_held_back_stays_held_back_where_its_images_lie_now(here_fir
         {"classes": ["a", "b"], "dataset": "folder", "data_dir": "old", "hold_back": 0.0},
         {"classes": ["c"], "dataset": "digits", "data_dir": "x", "hold_back": 0.2},
     ]
-    places = data.test_places(steps, Place("folder", "now", 0.5), here_first)
+    places = datasets.test_places(steps, Place("folder", "now", 0.5), here_first)
     expected = {
         "a": [Place("folder", "old", 0.0, download=False), Place("folder", "now", 0.0)],
         "b": [Place("folder", "old", 0.0, download=False), Place("folder", "now", 0.0)],

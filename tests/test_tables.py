@@ -11,10 +11,9 @@ import pytest
 from conftest import FIVE
 from PIL import Image
 
-import intervals
-import plots
-import tables
-from protocols import JOINT, PROTOCOLS
+from lwm.experiments import intervals, tables
+from lwm.experiments.protocols import JOINT, PROTOCOLS
+from lwm.reporting import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 

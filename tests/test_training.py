@@ -8,15 +8,13 @@ import pytest
 import torch
 from conftest import picture
 
-import hardware
-import losses
-import models
-import training
-from data import Images
-from errors import InputError, RunError
-from gradcam import autograd_map
-from run import Run
-from settings import read_settings
+from lwm import losses, models, training
+from lwm.attention import autograd_map
+from lwm.images.datasets import Images
+from lwm.runtime import hardware
+from lwm.runtime.errors import InputError, RunError
+from lwm.runtime.run_folder import Run
+from lwm.runtime.settings import read_settings
 
 CLASSES_OLD, CLASSES_NEW = 3, 2
 

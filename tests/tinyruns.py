@@ -8,8 +8,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
-import losses
+from lwm import losses
+from lwm.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "resnet32", "--image-size", "8"]

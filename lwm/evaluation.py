@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import distributed
-from data import Images, to_input
-from gradcam import last_map
-from losses import attention_distances
-from models import Network, head_weight
-from readout import HEADS, Statistics, features_of, made, unpacked
+from lwm.attention import last_map
+from lwm.classifiers import HEADS, Statistics, features_of, made, unpacked
+from lwm.images.datasets import Images, to_input
+from lwm.losses import attention_distances
+from lwm.models import Network, head_weight
+from lwm.runtime import distributed
 
 TOP = 0.2  # share of the pixels of a map
 ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-import distributed
-from errors import RunError, is_lack_of_memory
-from run import Run
+from lwm.runtime import distributed
+from lwm.runtime.errors import RunError, is_lack_of_memory
+from lwm.runtime.run_folder import Run
 
 
 class StopSignal:

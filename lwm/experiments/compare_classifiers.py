@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import evaluation
-import readout
-from data import Images
-from errors import InputError, one_line_errors
-from models import Network
+from lwm import classifiers, evaluation
+from lwm.images.datasets import Images
+from lwm.models import Network
+from lwm.runtime.errors import InputError, one_line_errors
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 # Protocol -> the one that its options are searched on, whose classes are among the hundred of those with ten a step.
 SEARCH = {
     "photos32-5x4": "photos32-search",
@@ -63,7 +62,7 @@ class Step(NamedTuple):
     first_test: Tensor  # (m, C), in the network of the first step
     test_labels: Tensor  # int64 (m,)
     logits: Tensor  # (m, N+K), of the head
-    known: readout.Statistics  # as a checkpoint keeps them
+    known: classifiers.Statistics  # as a checkpoint keeps them
 
 
 def look(
@@ -71,13 +70,15 @@ def look(
 ) -> Step:
     """The step after ``steps``: ``networks`` are those after each step, this one included."""
     before, after, first = (
-        readout.features_of(network, train.pixels, mean, std)
+        classifiers.features_of(network, train.pixels, mean, std)
         for network in (networks[-2:][0], networks[-1], networks[0])
     )
-    tested, first_tested = (readout.features_of(each, test.pixels, mean, std) for each in (networks[-1], networks[0]))
+    tested, first_tested = (
+        classifiers.features_of(each, test.pixels, mean, std) for each in (networks[-1], networks[0])
+    )
     with torch.no_grad():
         logits = networks[-1].fc(tested.float()).double()
-    known = readout.carried(steps[-1].known if steps else None, before, after, train.labels)
+    known = classifiers.carried(steps[-1].known if steps else None, before, after, train.labels)
     return Step(before, after, first, train.labels, tested, first_tested, test.labels, logits, known)
 
 
@@ -137,16 +138,16 @@ def dpcr(steps: Sequence[Step], penalty: float) -> Scores:
     """
     means, moment = steps[0].after[:0], steps[0].after.new_zeros(2 * steps[0].after.shape[1:])
     for step in steps:
-        shift = torch.linalg.solve(readout.regular(step.before.T @ step.before), step.before.T @ step.after)
+        shift = torch.linalg.solve(classifiers.regular(step.before.T @ step.before), step.before.T @ step.after)
         means = torch.cat([means @ shift, _means(step.after, step.labels)])
         moment = shift.T @ moment @ shift + step.after.T @ step.after
-        yield step.test @ F.normalize(torch.linalg.solve(readout.regular(moment, penalty), means.T), dim=0)
+        yield step.test @ F.normalize(torch.linalg.solve(classifiers.regular(moment, penalty), means.T), dim=0)
 
 
 def mahalanobis(steps: Sequence[Step], shrinkage: float) -> Scores:
     """Nearest mean by Mahalanobis' distance, as in AdaGauss's code (Rypesc et al., NeurIPS 2024).
 
-    Each class has its covariance, or above readout.WIDEST channels that of its step, to which ``shrinkage`` times its
+    Each class has its covariance, or above WIDEST channels that of its step, to which ``shrinkage`` times its
     mean variance is added in all directions, scaled to correlations; features and means have unit length. The
     statistics are ours: shrunk as Ledoit and Wolf have it, and carried by an affine map whose residual is added to the
     covariances, where AdaGauss takes in mirrored images, shrinks here alone, and trains a network as the map. FeCAM
@@ -154,7 +155,7 @@ def mahalanobis(steps: Sequence[Step], shrinkage: float) -> Scores:
     (Tukey) and shrinks twice.
     """
     for step in steps:
-        covariances = readout.regular(step.known.covariances, shrinkage)
+        covariances = classifiers.regular(step.known.covariances, shrinkage)
         spread = covariances.diagonal(dim1=1, dim2=2).sqrt()
         roots = torch.linalg.cholesky(covariances / (spread.unsqueeze(2) * spread.unsqueeze(1)))
         means, test = F.normalize(step.known.means, dim=1), F.normalize(step.test, dim=1)
@@ -167,7 +168,7 @@ def mahalanobis(steps: Sequence[Step], shrinkage: float) -> Scores:
         )
 
 
-def ours(make: Callable[[readout.Statistics], readout.Linear]) -> Callable[[Sequence[Step]], Scores]:
+def ours(make: Callable[[classifiers.Statistics], classifiers.Linear]) -> Callable[[Sequence[Step]], Scores]:
     def scores(steps: Sequence[Step]) -> Scores:
         for step in steps:
             weight, bias = make(step.known)
@@ -185,10 +186,10 @@ def unit_length(steps: Sequence[Step]) -> Scores:
     known = None
     for step in steps:
         before, after = (F.normalize(each, dim=1) for each in (step.before, step.after))
-        known = readout.carried(known, before, after, step.labels)
-        weight, bias = readout.discriminant(known)
-        moment = known.means.T @ known.means / len(known.means) + readout.shared_covariance(known)
-        one = torch.linalg.solve(readout.regular(moment), known.means.mean(0))
+        known = classifiers.carried(known, before, after, step.labels)
+        weight, bias = classifiers.discriminant(known)
+        moment = known.means.T @ known.means / len(known.means) + classifiers.shared_covariance(known)
+        one = torch.linalg.solve(classifiers.regular(moment), known.means.mean(0))
         yield step.test @ (weight + torch.outer(bias, one)).T
 
 
@@ -197,26 +198,26 @@ def within(steps: Sequence[Step]) -> Scores:
     known = None
     for step in steps:
         known = carried_within(known, step.before, step.after, step.labels)
-        weight, bias = readout.discriminant(known)
+        weight, bias = classifiers.discriminant(known)
         yield step.test @ weight.T + bias
 
 
 def carried_within(
-    known: readout.Statistics | None, before: Tensor, after: Tensor, labels: Tensor
-) -> readout.Statistics:
-    """As readout.carried, but for the covariances of the old classes.
+    known: classifiers.Statistics | None, before: Tensor, after: Tensor, labels: Tensor
+) -> classifiers.Statistics:
+    """As classifiers.carried, but for the covariances of the old classes.
 
     There one map carries means and covariances, fitted on all new images together. What the new network tells these
     classes apart by, and the old one did not, is in its residual, and so in every covariance from then on. But a
     covariance is of differences from a class's mean: here its map and its residual are fitted on those alone.
     """
-    new = readout.carried(None, before, after, labels)
+    new = classifiers.carried(None, before, after, labels)
     if known is None:
         return new
-    by = readout.fitted(before, after)
-    apart = readout.fitted(_from_means(before, labels), _from_means(after, labels))
-    covariances = readout.transported(known, apart).covariances
-    return readout.transported(known, by)._replace(covariances=covariances).joined(new)
+    by = classifiers.fitted(before, after)
+    apart = classifiers.fitted(_from_means(before, labels), _from_means(after, labels))
+    covariances = classifiers.transported(known, apart).covariances
+    return classifiers.transported(known, by)._replace(covariances=covariances).joined(new)
 
 
 def _from_means(features: Tensor, labels: Tensor) -> Tensor:
@@ -235,9 +236,9 @@ OPTIONS: dict[str, dict[str, Callable[[Sequence[Step]], Scores]]] = {
     "fetril": {f"C={c}": partial(fetril, penalty=c) for c in (0.1, 1.0, 10.0, 100.0)},
     "dpcr": {f"penalty={penalty}": partial(dpcr, penalty=penalty) for penalty in (0.001, 0.01, 0.1, 1.0)},
     "mahalanobis": {f"shrinkage={more}": partial(mahalanobis, shrinkage=more) for more in (0.3, 1.0, 3.0, 10.0)},
-    "prototypes": {"": ours(readout.prototypes)},
-    "discriminant": {f"shrinkage={s}": ours(partial(readout.discriminant, shrinkage=s)) for s in SHRINKAGES},
-    "rebalanced": {f"shrinkage={s}": ours(partial(readout.rebalanced, shrinkage=s)) for s in SHRINKAGES},
+    "prototypes": {"": ours(classifiers.prototypes)},
+    "discriminant": {f"shrinkage={s}": ours(partial(classifiers.discriminant, shrinkage=s)) for s in SHRINKAGES},
+    "rebalanced": {f"shrinkage={s}": ours(partial(classifiers.rebalanced, shrinkage=s)) for s in SHRINKAGES},
     # Changes of our discriminant that are tried and not kept (docs/results-trials.md), without an option.
     "unit-length": {"": unit_length},
     "within": {"": within},
@@ -246,7 +247,7 @@ OPTIONS: dict[str, dict[str, Callable[[Sequence[Step]], Scores]]] = {
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    from settings import OneLineParser
+    from lwm.runtime.settings import OneLineParser
 
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -269,8 +270,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> None:
     """Rows of every cell and read-out, with all options where none is ``chosen``."""
+    from lwm.experiments.tables import command_of, record_call, write_rows
     from reproduce import seeds_of
-    from tables import command_of, record_call, write_rows
 
     methods = options.methods.split(",") if options.methods else METHODS
     for name in methods:
@@ -301,9 +302,9 @@ def evaluate(options: argparse.Namespace, chosen: dict | None, path: Path) -> No
 
 def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
     """What the networks of a cell see after each of its steps."""
-    import checkpoint
-    import data
-    from protocols import PROTOCOLS, class_order, groups_of
+    from lwm.experiments.protocols import PROTOCOLS, class_order, groups_of
+    from lwm.images import datasets
+    from lwm.runtime import checkpoint
     from reproduce import MADE, form_of
 
     protocol = PROTOCOLS[options.protocol]
@@ -328,8 +329,8 @@ def chain(options: argparse.Namespace, method: str, seed: int) -> list[Step]:
         if saved["class_names"] != names:
             raise InputError(f"{path} knows other classes, or in another order: train again in an empty folder")
         if not networks:
-            place = data.Place(protocol.dataset, options.data_dir or "", saved["steps"][0]["hold_back"])
-            source = data.open_source(place, saved["image_size"])
+            place = datasets.Place(protocol.dataset, options.data_dir or "", saved["steps"][0]["hold_back"])
+            source = datasets.open_source(place, saved["image_size"])
         networks.append(checkpoint.restore_model(saved))
         train, test = source.train(group, names), source.test(names, names)
         steps.append(look(steps, networks, train, test, saved["mean"], saved["std"]))
@@ -358,7 +359,7 @@ def averages(path: Path) -> dict[tuple[str, str, str], dict[str, tuple[float, fl
 
     A seed of which not all steps are there, since something stopped between them, is left out.
     """
-    from tables import read_rows
+    from lwm.experiments.tables import read_rows
 
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in read_rows(path):  # in the order of the steps
@@ -374,7 +375,7 @@ def table(path: Path, search: Path) -> str:
 
     Ours is lwm with the one of our read-outs that is best in the CSV of the ``search``.
     """
-    from tables import NOT_THERE, heads_of, mean_and_spread, paired
+    from lwm.experiments.tables import NOT_THERE, heads_of, mean_and_spread, paired
 
     found = averages(path)
     if not found:

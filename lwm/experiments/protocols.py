@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from errors import InputError
-from settings import cifar100_classes
+from lwm.runtime.errors import InputError
+from lwm.runtime.settings import cifar100_classes
 
 
 @dataclass(frozen=True)

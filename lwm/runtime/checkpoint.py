@@ -29,11 +29,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-import models
-import torchfile
-from errors import InputError
-from kinds import UNPRINTABLE
-from torchfile import Refused
+from lwm import models
+from lwm.runtime import torchfile
+from lwm.runtime.errors import InputError
+from lwm.runtime.setting_types import UNPRINTABLE
+from lwm.runtime.torchfile import Refused
 
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 3  # 1 had no position inside an epoch, nor what the training images were; 2 had no statistics

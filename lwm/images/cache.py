@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import progress
-from errors import InputError, RunError
-from imagefiles import decode_all
-from lock import held
+from lwm.images.files import decode_all
+from lwm.runtime import progress
+from lwm.runtime.errors import InputError, RunError
+from lwm.runtime.lock import held
 
 if TYPE_CHECKING:
     from tqdm import tqdm

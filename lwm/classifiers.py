@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import ROUNDING
-from data import Images, to_input
-from errors import InputError, RunError, warn
-from models import Network, replace_head
+from lwm.images.datasets import Images, to_input
+from lwm.models import Network, replace_head
+from lwm.runtime.checkpoint import ROUNDING
+from lwm.runtime.errors import InputError, RunError, warn
 
 WIDEST = 128  # channels; above it a step has one covariance for all its classes: 512 x 512 numbers are 1 MB
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -16,11 +16,11 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
-import plots
-from checkpoint import write_atomically
-from data import Images
-from evaluation import Comparison
-from probabilities import form_of, likeliest, probabilities_of
+from lwm.evaluation import Comparison
+from lwm.images.datasets import Images
+from lwm.probabilities import form_of, likeliest, probabilities_of
+from lwm.reporting import plots
+from lwm.runtime.checkpoint import write_atomically
 
 SHOWN = 60  # images in the gallery: with their maps at 224 px they take some 3 MB
 CONFUSED = 12  # rows of what is confused most
@@ -155,7 +155,7 @@ def _shares(counts: np.ndarray) -> list[float | None]:
 
 
 def _counts(logits: Tensor, labels: Tensor, classes: int) -> np.ndarray:
-    from evaluation import confusion
+    from lwm.evaluation import confusion
 
     return confusion(logits, labels).numpy() if len(labels) else np.zeros((classes, classes), int)
 

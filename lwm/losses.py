@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradcam import closed_form_map, differentiated_map
-from models import Output
+from lwm.attention import closed_form_map, differentiated_map
+from lwm.models import Output
 
 Terms = dict[str, Tensor]
 Heads = tuple[Tensor | None, Tensor | None]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint as checkpoints
-from errors import InputError, RunError, process_number
-from lock import held
+from lwm.runtime import checkpoint as checkpoints
+from lwm.runtime.errors import InputError, RunError, process_number
+from lwm.runtime.lock import held
 
 Row = dict[str, Any]
 # Recorded for each step, and compared when a run goes on.

@@ -19,60 +19,63 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-import kinds
-import progress
-from errors import InputError
+from lwm.runtime import progress, setting_types
+from lwm.runtime.errors import InputError
 
 READOUTS = ("head", "prototypes", "discriminant", "rebalanced")  # those of readout.py, which needs torch
 
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = kinds.choice("the images", "digits", "cifar10", "cifar100", "folder")
-    data_dir: str = kinds.text("where the images lie, or are downloaded to")
-    old_classes: tuple[str, ...] = kinds.names("classes that the teacher learns")
-    new_classes: tuple[str, ...] = kinds.names("classes that the student learns on top")
-    model: str = kinds.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
-    image_size: int = kinds.number("side of the square images, px", int, 8, 1024)
-    mean: tuple[float, ...] | None = kinds.channels("mean of the channels", -1000)
-    std: tuple[float, ...] | None = kinds.channels("standard deviation of the channels", 1e-3)
-    method: str = kinds.choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
-    loss_form: str | None = kinds.choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
-    beta: float = kinds.number("weight of L_D", float, 0)
-    gamma: float = kinds.number("weight of L_AD", float, 0)
-    temperature: float = kinds.number("temperature of softmax distillation", float, 0, above=True)
-    attention: str = kinds.choice(
+    dataset: str = setting_types.choice("the images", "digits", "cifar10", "cifar100", "folder")
+    data_dir: str = setting_types.text("where the images lie, or are downloaded to")
+    old_classes: tuple[str, ...] = setting_types.names("classes that the teacher learns")
+    new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top")
+    model: str = setting_types.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
+    image_size: int = setting_types.number("side of the square images, px", int, 8, 1024)
+    mean: tuple[float, ...] | None = setting_types.channels("mean of the channels", -1000)
+    std: tuple[float, ...] | None = setting_types.channels("standard deviation of the channels", 1e-3)
+    method: str = setting_types.choice("method of the student", "finetune", "frozen", "lwf", "lwf-mc", "lwm")
+    loss_form: str | None = setting_types.choice("form of L_C and L_D", "binary", "softmax", "softmax-all")
+    beta: float = setting_types.number("weight of L_D", float, 0)
+    gamma: float = setting_types.number("weight of L_AD", float, 0)
+    temperature: float = setting_types.number("temperature of softmax distillation", float, 0, above=True)
+    attention: str = setting_types.choice(
         "what L_AD compares", "grad-cam", "signed", "through-features", "through-head", "new-class", "features"
     )
-    attention_class: str = kinds.choice("whose top old class the maps explain", "student", "teacher")
-    batch_norm: str = kinds.choice("batch-norm statistics of the student", "train", "frozen")
-    epochs: int = kinds.number("epochs", int, 0, 10_000)
-    batch_size: int = kinds.number("images in a batch", int, 2, 10**9)
-    lr: float = kinds.number("learning rate of the teacher", float, 0, above=True)
-    incremental_lr: float = kinds.number("learning rate of the student", float, 0, above=True)
-    backbone_lr: float | None = kinds.number("learning rate of everything but the head", float, 0, above=True)
-    freeze: int = kinds.number("the first so many stages of the network are not trained", int, 0)
-    balanced: bool = kinds.switch("draw the classes equally often")
-    momentum: float = kinds.number("momentum of SGD", float, 0, 0.999)
-    weight_decay: float = kinds.number("weight decay", float, 0)
-    flip: bool = kinds.switch("mirror training images at random")
-    precision: str = kinds.choice("arithmetic of the networks", "auto", "fp32", "bf16")
-    cache_dir: str = kinds.text("where the decoded images of a folder are kept; can be deleted")
-    skip_bad_images: bool = kinds.switch("skip and count images that cannot be read")
-    hold_back: float = kinds.number("share of training images to judge on instead of the test images", float, 0, 0.5)
-    seed: int = kinds.number("seed of every random choice", int, 0, 2**32 - 1)
-    device: str = kinds.device("auto, cpu, mps, cuda or cuda:N")
-    deterministic: bool = kinds.switch("deterministic algorithms on a GPU, somewhat slower")
-    statistics: bool = kinds.switch("keep mean and covariance of the classes' features, for read-outs")
-    readout: str = kinds.choice("what answers", "auto", *READOUTS)
-    save_interval: int = kinds.number("epochs between saves", int, 1)
-    save_interval_steps: int = kinds.number("steps of the optimiser between saves inside an epoch, 0 for none", int, 0)
-    resume: bool = kinds.switch("go on from the checkpoint of an earlier run")
-    overwrite: bool = kinds.switch("replace the model of an earlier run")
-    quiet: bool = kinds.switch("print nothing but warnings and errors")
-    json: bool = kinds.switch("a last line on stdout with the accuracies as one JSON object")
-    tensorboard: bool = kinds.switch("scalars, settings and maps for TensorBoard")
-    output_dir: str = kinds.text("where the outputs go")
+    attention_class: str = setting_types.choice("whose top old class the maps explain", "student", "teacher")
+    batch_norm: str = setting_types.choice("batch-norm statistics of the student", "train", "frozen")
+    epochs: int = setting_types.number("epochs", int, 0, 10_000)
+    batch_size: int = setting_types.number("images in a batch", int, 2, 10**9)
+    lr: float = setting_types.number("learning rate of the teacher", float, 0, above=True)
+    incremental_lr: float = setting_types.number("learning rate of the student", float, 0, above=True)
+    backbone_lr: float | None = setting_types.number("learning rate of everything but the head", float, 0, above=True)
+    freeze: int = setting_types.number("the first so many stages of the network are not trained", int, 0)
+    balanced: bool = setting_types.switch("draw the classes equally often")
+    momentum: float = setting_types.number("momentum of SGD", float, 0, 0.999)
+    weight_decay: float = setting_types.number("weight decay", float, 0)
+    flip: bool = setting_types.switch("mirror training images at random")
+    precision: str = setting_types.choice("arithmetic of the networks", "auto", "fp32", "bf16")
+    cache_dir: str = setting_types.text("where the decoded images of a folder are kept; can be deleted")
+    skip_bad_images: bool = setting_types.switch("skip and count images that cannot be read")
+    hold_back: float = setting_types.number(
+        "share of training images to judge on instead of the test images", float, 0, 0.5
+    )
+    seed: int = setting_types.number("seed of every random choice", int, 0, 2**32 - 1)
+    device: str = setting_types.device("auto, cpu, mps, cuda or cuda:N")
+    deterministic: bool = setting_types.switch("deterministic algorithms on a GPU, somewhat slower")
+    statistics: bool = setting_types.switch("keep mean and covariance of the classes' features, for read-outs")
+    readout: str = setting_types.choice("what answers", "auto", *READOUTS)
+    save_interval: int = setting_types.number("epochs between saves", int, 1)
+    save_interval_steps: int = setting_types.number(
+        "steps of the optimiser between saves inside an epoch, 0 for none", int, 0
+    )
+    resume: bool = setting_types.switch("go on from the checkpoint of an earlier run")
+    overwrite: bool = setting_types.switch("replace the model of an earlier run")
+    quiet: bool = setting_types.switch("print nothing but warnings and errors")
+    json: bool = setting_types.switch("a last line on stdout with the accuracies as one JSON object")
+    tensorboard: bool = setting_types.switch("scalars, settings and maps for TensorBoard")
+    output_dir: str = setting_types.text("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     # Files, of the command line alone: empty where it does not name them.
@@ -189,7 +192,7 @@ def read_settings(script: str, argv: Sequence[str] | None = None, page: ModuleTy
     values: dict[str, Any] = {name: arguments.pop(name, None) for name in required + optional}
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
-        _checked(_flag(name), kinds.check_text, value)
+        _checked(_flag(name), setting_types.check_text, value)
     if "old_classes_file" in values:
         arguments["old_classes"] = _lines_of(values["old_classes_file"], "old_classes" in arguments)
     for f in known:

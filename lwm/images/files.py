@@ -17,8 +17,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-import progress
-from errors import InputError, import_opencv, warn
+from lwm.runtime import progress
+from lwm.runtime.errors import InputError, import_opencv, warn
 
 MEMORY = 1_200_000_000  # bytes that the pixels of one image take while it is read: Pillow's limit, 179 Mpx, fits
 FILE_SIZE = 2**29  # bytes of a file; some decoders hold all of it besides

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache import decoded
-from errors import InputError, warn
-from imagefiles import decode_all, decode_files, image_files, printable
-from lock import held
+from lwm.images.cache import decoded
+from lwm.images.files import decode_all, decode_files, image_files, printable
+from lwm.runtime.errors import InputError, warn
+from lwm.runtime.lock import held
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import InputError, RunError, process_number
+from lwm.runtime.errors import InputError, RunError, process_number
 
 rank = process_number
 

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib import patheffects
 from PIL import Image
 
-from checkpoint import write_atomically
-from intervals import interval
+from lwm.experiments.intervals import interval
+from lwm.runtime.checkpoint import write_atomically
 
 
 def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:

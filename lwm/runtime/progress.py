@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from errors import InputError, process_number
+from lwm.runtime.errors import InputError, process_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ class Watch:
     def maps(self, pixels: Tensor, maps: Tensor) -> None:
         """For TensorBoard, some of the images uint8 (n, 3, H, W), each beside its m maps (n, m, h, w) on one scale."""
         if self.board and len(pixels):
-            import plots
+            from lwm.reporting import plots
 
             some = slice(None, None, -(-len(pixels) // STRIPS))
             strips = plots.strips(pixels[some].numpy(), maps[some].numpy())

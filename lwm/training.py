@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-import distributed
-import progress
-from batches import augment, batches, draw_augmentation
-from checkpoint import VERSION, checked_optimizer, checked_state
-from data import Images, to_input
-from errors import InputError, Interrupted, RunError
-from hardware import has_room_for, moved, random_state, set_random_state
-from models import Network, Output, head_weight
-from run import Row, Run
-from stopping import StopSignal, failures_named
+from lwm.images.batches import augment, batches, draw_augmentation
+from lwm.images.datasets import Images, to_input
+from lwm.models import Network, Output, head_weight
+from lwm.runtime import distributed, progress
+from lwm.runtime.checkpoint import VERSION, checked_optimizer, checked_state
+from lwm.runtime.errors import InputError, Interrupted, RunError
+from lwm.runtime.hardware import has_room_for, moved, random_state, set_random_state
+from lwm.runtime.interrupts import StopSignal, failures_named
+from lwm.runtime.run_folder import Row, Run
 
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
 

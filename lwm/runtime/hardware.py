@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import distributed
-from errors import InputError, warn
-from models import Network
+from lwm.models import Network
+from lwm.runtime import distributed
+from lwm.runtime.errors import InputError, warn
 
 
 def prepare(settings: Any) -> tuple[Any, torch.device]:

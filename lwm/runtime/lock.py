@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
-from errors import InputError, warn
+from lwm.runtime.errors import InputError, warn
 
 
 @contextlib.contextmanager

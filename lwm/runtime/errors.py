@@ -85,12 +85,12 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
 
 def _to_report() -> str:
     """What stands below the traceback of an error that nobody has foreseen."""
-    from version import VERSION
+    from lwm import __version__
 
     torch = sys.modules.get("torch")
     return (
         "\nThis is a fault of learning-without-memorizing. Please report it with all of the above, the command, and "
-        f"this: version {VERSION}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
+        f"this: version {__version__}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
         f"{platform.platform()}"
     )
 

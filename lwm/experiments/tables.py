@@ -15,12 +15,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from intervals import Interval, bootstrapped, interval
-from lock import held
-from protocols import REFERENCES, Protocol
-from settings import READOUTS
+from lwm.experiments.intervals import Interval, bootstrapped, interval
+from lwm.experiments.protocols import REFERENCES, Protocol
+from lwm.runtime.lock import held
+from lwm.runtime.settings import READOUTS
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_THERE = "–"  # noqa: RUF001
 COLUMNS = {
     "average": "average of the steps",
@@ -96,7 +96,7 @@ def command_of(script: str, options: argparse.Namespace, flags: str) -> list[str
 
 def record_call(path: Path, command: Sequence[str], threads: int) -> None:
     """Add to ``path`` by which command, on what and from which commit rows were made, unless it has this already."""
-    from hardware import machine
+    from lwm.runtime.hardware import machine
 
     commit = ""  # of an unpacked archive, or without git
     with contextlib.suppress(FileNotFoundError):
