@@ -2,130 +2,21 @@
 
 None means the recommended value for the data set; the script says which value that is when it uses it.
 """
+# ruff: noqa: SIM905
 
-# The CIFAR-100 classes in alphabetical order, as groups to choose from below.
-select_classes_2_1 = ["apple", "aquarium_fish"]
-select_classes_2_2 = ["baby", "bear"]
-select_classes_0_10 = [
-    "apple",
-    "aquarium_fish",
-    "baby",
-    "bear",
-    "beaver",
-    "bed",
-    "bee",
-    "beetle",
-    "bicycle",
-    "bottle",
-]
-select_classes_10_20 = [
-    "bowl",
-    "boy",
-    "bridge",
-    "bus",
-    "butterfly",
-    "camel",
-    "can",
-    "castle",
-    "caterpillar",
-    "cattle",
-]
-select_classes_20_30 = [
-    "chair",
-    "chimpanzee",
-    "clock",
-    "cloud",
-    "cockroach",
-    "couch",
-    "crab",
-    "crocodile",
-    "cup",
-    "dinosaur",
-]
-select_classes_30_40 = [
-    "dolphin",
-    "elephant",
-    "flatfish",
-    "forest",
-    "fox",
-    "girl",
-    "hamster",
-    "house",
-    "kangaroo",
-    "keyboard",
-]
-select_classes_40_50 = [
-    "lamp",
-    "lawn_mower",
-    "leopard",
-    "lion",
-    "lizard",
-    "lobster",
-    "man",
-    "maple_tree",
-    "motorcycle",
-    "mountain",
-]
-select_classes_50_60 = [
-    "mouse",
-    "mushroom",
-    "oak_tree",
-    "orange",
-    "orchid",
-    "otter",
-    "palm_tree",
-    "pear",
-    "pickup_truck",
-    "pine_tree",
-]
-select_classes_60_70 = [
-    "plain",
-    "plate",
-    "poppy",
-    "porcupine",
-    "possum",
-    "rabbit",
-    "raccoon",
-    "ray",
-    "road",
-    "rocket",
-]
-select_classes_70_80 = [
-    "rose",
-    "sea",
-    "seal",
-    "shark",
-    "shrew",
-    "skunk",
-    "skyscraper",
-    "snail",
-    "snake",
-    "spider",
-]
-select_classes_80_90 = [
-    "squirrel",
-    "streetcar",
-    "sunflower",
-    "sweet_pepper",
-    "table",
-    "tank",
-    "telephone",
-    "television",
-    "tiger",
-    "tractor",
-]
-select_classes_90_100 = [
-    "train",
-    "trout",
-    "tulip",
-    "turtle",
-    "wardrobe",
-    "whale",
-    "willow_tree",
-    "wolf",
-    "woman",
-    "worm",
-]
+# The classes of CIFAR-100 in alphabetical order, in groups to choose from: OLD_CLASSES = select_classes_0_10.
+select_classes_2_1 = "apple aquarium_fish".split()
+select_classes_2_2 = "baby bear".split()
+select_classes_0_10 = "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle".split()
+select_classes_10_20 = "bowl boy bridge bus butterfly camel can castle caterpillar cattle".split()
+select_classes_20_30 = "chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur".split()
+select_classes_30_40 = "dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard".split()
+select_classes_40_50 = "lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain".split()
+select_classes_50_60 = "mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree".split()
+select_classes_60_70 = "plain plate poppy porcupine possum rabbit raccoon ray road rocket".split()
+select_classes_70_80 = "rose sea seal shark shrew skunk skyscraper snail snake spider".split()
+select_classes_80_90 = "squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor".split()
+select_classes_90_100 = "train trout tulip turtle wardrobe whale willow_tree wolf woman worm".split()
 
 # What is learned. Every count follows from these two lists.
 DATASET = "digits"  # digits (embedded), cifar10, cifar100 (downloaded), or folder (DATA_DIR/{train,test}/<class>/*)
@@ -141,13 +32,11 @@ STD = None  # likewise their standard deviation
 
 # The method: L = L_C + BETA * L_D + GAMMA * L_AD.
 METHOD = "lwm"  # finetune, frozen, lwf, lwf-mc or lwm
-LOSS_FORM = None  # binary, softmax or softmax-all; None: the form that belongs to METHOD, or that of the teacher
+LOSS_FORM = None  # binary or softmax; None: the form that belongs to METHOD, or that of the teacher
 BETA = None  # weight of the logits' distillation, L_D
 GAMMA = None  # weight of the attention distillation, L_AD
 TEMPERATURE = 2.0  # of softmax distillation
-ATTENTION = "grad-cam"  # what L_AD compares; the others are controls: losses._compared says what they are
-ATTENTION_CLASS = "student"  # whose top old class the two maps explain: student (the paper) or teacher
-BATCH_NORM = "train"  # in the student's step: train, or frozen at the old running statistics
+BATCH_NORM = "train"  # while the student learns: train, or frozen at the old running statistics
 
 # The training.
 EPOCHS = None  # passes over the training images; 0 with --weights: the teacher is taken as it is
@@ -160,7 +49,7 @@ BALANCED = False  # draw the classes equally often, for folders in which they ha
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = None  # of all parameters
 FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits
-PRECISION = "fp32"  # fp32, bf16 for the networks' passes (losses stay fp32), or auto: bf16 where the hardware has it
+PRECISION = "fp32"  # fp32, bf16 for the networks' passes (losses stay fp32), or auto: bf16 if the hardware has it
 CACHE_DIR = "cache"  # where the decoded images of a folder are kept; can be deleted
 SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
@@ -168,15 +57,15 @@ SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
 DETERMINISTIC = False  # ask torch for deterministic algorithms on a GPU, somewhat slower; a CPU needs none
 
-STATISTICS = True  # keep mean and covariance of the classes' features in the checkpoint, for the read-outs
-READOUT = "auto"  # what answers: auto, head, prototypes, discriminant or rebalanced (docs/readouts.md)
+STATISTICS = True  # keep mean and covariance of the classes' features in the checkpoint, for the classifiers
+CLASSIFIER = "auto"  # what predicts: auto, head, ncm, lda or aligned (docs/classifiers.md)
 
 # The run.
 SAVE_INTERVAL = 5  # epochs between saves; the test accuracy is read at each save
 SAVE_INTERVAL_STEPS = 0  # steps of the optimiser between saves inside an epoch, for long epochs; 0: none
 RESUME = False  # go on from the checkpoint of an earlier run
 OVERWRITE = False  # replace the model of an earlier run
-QUIET = False  # print nothing but warnings and errors
-JSON = False  # a last line on stdout with the accuracies as one JSON object, for programs
+QUIET = False  # print results, warnings and errors alone
+JSON = False  # stdout has the accuracies as one JSON object, for programs; all else goes to stderr
 TENSORBOARD = False  # scalars, settings and maps for TensorBoard, in OUTPUT_DIR/tensorboard
 OUTPUT_DIR = "runs/first"  # models, logs, figures and metrics go there

@@ -18,16 +18,22 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from lwm.models import Network
+from torch import Tensor, nn
 
 from lwm import __version__
+from lwm.attention import closed_form_map
+from lwm.classifiers import NAMES, answer_with
 from lwm.probabilities import form_of
+from lwm.runtime.checkpoint import load, restore_model
 from lwm.runtime.errors import InputError, RunError, one_line_errors
-from lwm.runtime.settings import READOUTS, OneLineParser, readout_of, require_folder
-
-if TYPE_CHECKING:  # torch is imported where it is used: --help answers at once
-    from lwm.models import Network
-    from torch import Tensor, nn
+from lwm.runtime.files import make_folder, require_folder, write_atomically
+from lwm.runtime.settings import OneLineParser, read_constant
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
@@ -41,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="any checkpoint of this project")
     parser.add_argument("--output", required=True, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
-    parser.add_argument("--readout", help=f"auto, {', '.join(READOUTS)} (default: as in config.py)")
+    parser.add_argument("--classifier", help=f"auto, {', '.join(NAMES)} (default: as in config.py)")
     parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")
     parser.add_argument("--overwrite", action="store_true", help="replace an ONNX file that is there")
     options = parser.parse_args(argv)
@@ -52,70 +58,62 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
         raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
 
-    from lwm import classifiers
-    from lwm.runtime.checkpoint import load, make_folder, restore_model, write_atomically
-
-    saved = load(options.checkpoint)
-    network = restore_model(saved).eval()
-    network, saved = classifiers.use(network, saved, readout_of(options.readout))
+    checkpoint = load(options.checkpoint)
+    classifier = options.classifier or read_constant("classifier")
+    network, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
     if options.maps and not network.closed_form:
-        raise InputError(f"--maps: {saved['architecture']} has no maps in closed form, which alone can be exported")
-    whole = with_normalisation(network, saved["mean"], saved["std"], options.maps)
-    content = exported(whole, saved["image_size"], options.input, options.maps, properties(saved))
-    difference = largest_difference(whole, content, saved["image_size"], options.input)
+        architecture = checkpoint["architecture"]
+        raise InputError(f"--maps: {architecture} has no maps in closed form, and no others can be exported")
+
+    whole = WithNormalisation(network, checkpoint["mean"], checkpoint["std"], options.maps).eval()
+    content = onnx_file(whole, checkpoint["image_size"], options.input, metadata(checkpoint))
+    difference = largest_difference(whole, content, checkpoint["image_size"], options.input)
     if not difference <= LARGEST_DIFFERENCE:
-        raise RunError(f"onnxruntime answers otherwise than torch, by {difference:.2g}: nothing was written")
+        raise RunError(f"the outputs of onnxruntime and torch differ by {difference:.2g}: nothing was written")
+
     make_folder(output.parent)
     write_atomically(output, content)
     print(f"largest difference between torch and onnxruntime: {difference:.1e}")
-    print(f"{output}: {len(saved['class_names'])} classes, read-out {saved['readout']}, {len(content) / 1e6:.1f} MB")
+    classes = f"{len(checkpoint['class_names'])} classes, classifier {checkpoint['classifier']}"
+    print(f"{output}: {classes}, {len(content) / 1e6:.1f} MB")
 
 
-def properties(saved: dict[str, Any]) -> dict[str, str]:
+def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     """What a reader of the file needs, as texts: predict.py reads them."""
     return {
         "format": FORMAT,
         "version": __version__,
-        "architecture": saved["architecture"],
-        "class_names": json.dumps(saved["class_names"], ensure_ascii=False),
-        "image_size": str(saved["image_size"]),
-        "probabilities": form_of(saved["loss_form"]),
-        "readout": saved["readout"],
+        "architecture": checkpoint["architecture"],
+        "class_names": json.dumps(checkpoint["class_names"], ensure_ascii=False),
+        "image_size": str(checkpoint["image_size"]),
+        "probabilities": form_of(checkpoint["loss_form"]),
+        "classifier": checkpoint["classifier"],
     }
 
 
-def with_normalisation(network: Network, mean: list[float], std: list[float], maps: bool) -> nn.Module:
+class WithNormalisation(nn.Module):
     """A network on images (B, 3, H, W) in 0..1, or uint8; it returns logits, and with ``maps`` the answer's map too."""
-    import torch
 
-    from lwm.attention import closed_form_map
+    mean: Tensor
+    std: Tensor
 
-    class Whole(torch.nn.Module):
-        mean: Tensor
-        std: Tensor
+    def __init__(self, network: Network, mean: list[float], std: list[float], maps: bool) -> None:
+        super().__init__()
+        self.network, self.maps = network, maps
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-        def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            if image.dtype == torch.uint8:
-                image = image.float() / 255
-            logits, features = self.network((image - self.mean) / self.std)
-            if not maps:
-                return logits
-            return logits, closed_form_map(features, self.network.fc.weight, logits.argmax(1))
-
-    return Whole().eval()
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
+        output = self.network((image - self.mean) / self.std)
+        if not self.maps:
+            return output.logits
+        return output.logits, closed_form_map(output.features, output.head, output.logits.argmax(1))
 
 
-def exported(whole: nn.Module, image_size: int, kind: str, maps: bool, metadata: dict[str, str]) -> bytes:
-    """The ONNX file. Height and width are free, unless the network's graph ties them to ``image_size``."""
-    import onnx
-    import torch
-
+def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str]) -> bytes:
+    """Height and width are free, unless the network's graph ties them to ``image_size``. Raises RunError."""
     images = example(2, image_size, image_size, kind)
     for free in ((0, 2, 3), (0,)):
         dimensions = {dimension: torch.export.Dim.DYNAMIC for dimension in free}
@@ -127,7 +125,7 @@ def exported(whole: nn.Module, image_size: int, kind: str, maps: bool, metadata:
                     dynamo=True,
                     dynamic_shapes=({**dimensions},),
                     input_names=["image"],
-                    output_names=["logits", "map"] if maps else ["logits"],
+                    output_names=["logits", "map"] if whole.maps else ["logits"],
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
@@ -142,17 +140,12 @@ def exported(whole: nn.Module, image_size: int, kind: str, maps: bool, metadata:
 
 def example(count: int, height: int, width: int, kind: str) -> Tensor:
     """Random images of the input's ``kind``, always the same."""
-    import torch
-
     images = torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(height))
     return images.to(torch.uint8) if kind == "uint8" else images.float() / 255
 
 
 def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: str) -> float:
     """Between torch's outputs and onnxruntime's, relative to the largest value or 1; for several batches and sizes."""
-    import onnxruntime
-    import torch
-
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     sizes = [(1, image_size, image_size), (5, image_size, image_size)]
     if not isinstance(session.get_inputs()[0].shape[2], int):

@@ -1,8 +1,8 @@
-"""One incremental step: a model that knows the old classes learns NEW_CLASSES from their images alone.
+"""One task: a model that knows the old classes learns NEW_CLASSES from their images alone.
 
     python3 incremental_learning_system.py --teacher runs/first/teacher_model.pth
 
-The teacher may be the student of an earlier step. Architecture, class names, normalisation and image size come from
+The teacher may be the student of an earlier task. Architecture, class names, normalisation and image size come from
 its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out.
 """
 
@@ -13,168 +13,194 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lwm.runtime.errors import InputError, one_line_errors, warn
+import torch
+
+from lwm import attention, classifiers, evaluation, models
+from lwm.images.batches import to_input
+from lwm.images.datasets import Place, find_test_images, open_source, test_places
+from lwm.losses import METHODS, loss_form
+from lwm.reporting import plots, report, tensorboard
+from lwm.runtime import distributed, hardware, progress
+from lwm.runtime.checkpoint import fingerprint, load, restore_model
+from lwm.runtime.errors import InputError, log, one_line_errors
+from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
+from lwm.training import Training
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    settings = read_settings("incremental_learning_system", argv)
-
-    import torch
-
-    from lwm import attention, classifiers, evaluation, losses, models, training
-    from lwm.images import datasets
-    from lwm.reporting import plots, report
-    from lwm.runtime import checkpoint, distributed, hardware, progress
-    from lwm.runtime.run_folder import Row, describe_step, open_run
-
+    settings = read_settings("incremental_learning_system", argv, method=METHODS, classifier=classifiers.NAMES)
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
-        before = checkpoint.load(settings.teacher)
-    old, new = before["class_names"], list(settings.new_classes)
-    if settings.loss_form is None:
-        form = "binary" if before["loss_form"] == "binary" else "softmax"
-        print(f"LOSS_FORM = {form} (the teacher's)")
-        settings = dataclasses.replace(settings, loss_form=form)
-    check_against(before, settings)
-    run = open_run(settings, "student")
+        teacher_checkpoint = load(settings.teacher)
+    method, old, new = METHODS[settings.method], teacher_checkpoint["class_names"], list(settings.new_classes)
+    teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
+    form = loss_form(settings, teachers_form)
+    if method.form is None and settings.loss_form is None:
+        log.info(f"LOSS_FORM = {form} (the teacher's)")
+    settings = dataclasses.replace(settings, loss_form=form, epochs=settings.epochs if method.loss else 0)
+    check_against(teacher_checkpoint, settings)
+    run_folder = open_run_folder(settings, "student")
 
-    here, cache = datasets.Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    here, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
     with settings.naming("data_dir"):
-        source = datasets.open_source(here, before["image_size"], settings.skip_bad_images, cache)
+        source = open_source(here, size, settings.skip_bad_images, cache)
     source.seal(old)
     with settings.naming("new_classes"):
-        source.require_known(new)
+        source.require_classes(new)
     train = source.train(new, old + new)
     source.require_test(new)
-    places = datasets.test_places(before["steps"], here) | {name: [here] for name in new}
-    test, gone = datasets.find_test_images(places, before["image_size"], settings.skip_bad_images, cache)
+    places = test_places(teacher_checkpoint["tasks"], here) | {name: [here] for name in new}
+    test, gone = find_test_images(places, size, settings.skip_bad_images, cache)
     if gone:
-        print(f"no test images of {', '.join(gone)}: their accuracy is left empty")
-    print(f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones, on {device}")
+        log.info(f"no test images of {', '.join(gone)}: their accuracy is left empty")
+    counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
+    log.info(f"{counts}, on {device}")
 
     torch.manual_seed(settings.seed)
-    teacher = models.fold_batch_norm(checkpoint.restore_model(before)).requires_grad_(False)
-    student = checkpoint.restore_model(before)
+    teacher = models.fold_batch_norm(restore_model(teacher_checkpoint)).requires_grad_(False)
+    student = restore_model(teacher_checkpoint)
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":
         models.start_at_prior(student, first=len(old))
-    if settings.method == "frozen":
+    if not method.trains_backbone:
         models.freeze_backbone(student)
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
-    if settings.method == "lwm":
-        if settings.attention in losses.CLOSED_FORM and not student.closed_form:
-            raise InputError(
-                f"{settings.where('attention')} is {settings.attention!r}: {before['architecture']} does not end in "
-                "pooling and a linear layer, which that control needs; take grad-cam"
-            )
-        attention.require_closed_form(teacher, datasets.to_input(train.pixels[:8], before["mean"], before["std"]))
+    if method.asks_teacher:
+        attention.require_closed_form(teacher, to_input(train.pixels[:8], *channels))
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
-    head = {
-        **{key: before[key] for key in ("architecture", "image_size", "mean", "std")},
+    checkpoint = {
+        **{key: teacher_checkpoint[key] for key in ("architecture", "image_size", "mean", "std")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
-        "steps": [*before["steps"], describe_step(settings, new, settings.incremental_lr)],
+        "tasks": [*teacher_checkpoint["tasks"], describe_task(settings, new, settings.incremental_lr)],
     }
-    if run.resumed is None:
-        warn_of_mixed_forms(before["loss_form"], settings.loss_form)
+    sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
+    if run_folder.resumed is None:
+        warn_of_mixed_forms(teacher_checkpoint["loss_form"], settings.loss_form)
+    board = tensorboard.Board(settings, run_folder.folder, "student")
 
-    def judge(model: models.Network) -> tuple[Row, list[float | None]]:
-        logits = evaluation.predict(model, test.pixels, head["mean"], head["std"], settings.batch_size)
+    def evaluate() -> dict[str, Any]:
+        """Of the student as it is now: the log's columns, and the accuracy of each task's classes."""
+        logits = evaluation.predict(student, test.pixels, *channels, settings.batch_size)
+        checkpoint["tasks"][-1]["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, sizes)
         columns = evaluation.accuracies(logits, test.labels, len(old))
-        sizes = [len(step["classes"]) for step in head["steps"]]
         columns["task_aware"] = evaluation.task_aware(logits, test.labels, sizes)
-        groups = evaluation.group_accuracies(logits, test.labels, sizes)
-        return {f"test_{name}": value for name, value in columns.items()}, groups
+        return {f"test_{name}": value for name, value in columns.items()}
 
-    def last(model: models.Network) -> dict[str, Any]:
-        known = classifiers.after_step(teacher, model, before, train) if settings.statistics else None
-        if known is None:
-            return {}
-        features = classifiers.features_of(model, test.pixels, head["mean"], head["std"])
-        found = evaluation.by_readout(model, known, features, test.labels, len(new))
-        return {"statistics": classifiers.packed(known), "readouts": found}
+    def add_statistics() -> None:
+        """Of all classes, the old ones' with drift compensation, and what each classifier makes of them."""
+        if not settings.statistics:
+            return
+        statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train)
+        if statistics is None:
+            return
+        features = classifiers.features_of(student, test.pixels, *channels)
+        checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
+        checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, features, test.labels, len(new))
 
-    watch = progress.Watch(settings, run.folder, run.kind)
-    log = training.fit(
-        run,
-        student,
-        train,
-        losses.METHODS[settings.method],
-        settings,
-        head,
-        judge,
-        teacher if settings.method != "finetune" else None,
-        checkpoint.fingerprint(before),
-        watch,
-        last,
-    )
+    if method.loss is None:
+        begin_with_lda(student, classifiers.after_task(teacher, student, teacher_checkpoint, train), settings)
+        log_row = evaluate()
+        add_statistics()
+        with run_folder.writing():
+            run_folder.save({**checkpoint, "model": student.state_dict(), "finished": True, "training": {}})
+        distributed.leave()
+    else:
+        asked, teacher_hash = teacher if method.asks_teacher else None, fingerprint(teacher_checkpoint)
+        with Training(
+            run_folder, checkpoint, student, train, method.loss, settings, asked, len(old), teacher_hash
+        ) as training:
+            for row in training.epochs():
+                if training.is_due(row):
+                    row |= evaluate()
+                    training.save()
+                log.info(progress.line_of(row, settings.epochs, training.seconds_left))
+                board.write(row)
+            if not training.is_done:
+                add_statistics()
+                training.save(finished=True)
+        log_row = training.log[-1]
     if distributed.rank():  # of several processes the first one reports
         return
-    plots.curves(log, f"Student ({settings.method})", run.curves)
-    saved = checkpoint.load(run.model)
-    answering = classifiers.chosen(settings.readout, saved, before) if saved["statistics"] else "head"
+
+    saved = load(run_folder.model)
+    if saved["training"]:
+        plots.curves(saved["training"]["log"], f"Student ({settings.method})", run_folder.curves)
+    answering = classifiers.choose(settings.classifier, saved, teacher_checkpoint) if saved["statistics"] else "head"
     heads = teacher, student
-    teacher, before = classifiers.use(teacher, before, answering)
-    student, after = classifiers.use(student, saved, answering)
-    found = evaluation.compare(teacher, student, before, after, test, heads=heads)
-    report.of_student(run.report, before, after, test, found)
-    watch.maps(test.pixels[found.shown], found.maps)
-    row = log[-1]
+    teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, answering)
+    student, student_answering = classifiers.answer_with(student, saved, answering)
+    comparison = evaluation.compare(teacher, student, teacher_answering, student_answering, test, heads=heads)
+    report.of_student(run_folder.report, teacher_answering, student_answering, test, comparison)
+    board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
+    say = progress.results(settings)
     for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
         for group in ("old", "new"):
-            value = row[f"test_{name}_{group}"]
+            value = log_row[f"test_{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} %"
-            print(f"by the head, {group} classes, {hint}: {shown}")
-    progress.print_readouts(saved["readouts"], answering)
-    if settings.statistics and not saved["statistics"]:
-        print(
-            "the teacher has no statistics of its classes: the head alone answers (--statistics from the first step on)"
+            say(f"by the head, {group} classes, {hint}: {shown}")
+    if saved["classifiers"]:
+        say(evaluation.classifier_table(saved["classifiers"], answering))
+    elif settings.statistics:
+        log.info(
+            "the teacher has no statistics of its classes, so the head alone answers (--statistics from task 0 on)"
         )
-    if row.get("zero_maps", 0) > 0.5:
-        warn(f"{100 * row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little in this run")
-    print(f"the student is in {run.model}, what there is to see in {run.report}")
-    accuracies = {name: value for name, value in row.items() if name.startswith("test_")}
-    read = {"readout": answering, "readouts": saved["readouts"]}
-    progress.last_line(settings, {"model": str(run.model), **accuracies, **read})
+    if log_row.get("zero_maps", 0) > 0.5:
+        log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")
+    say(f"the student is in {run_folder.model}, the page in {run_folder.report}")
+    accuracies = {name: value for name, value in log_row.items() if name.startswith("test_")}
+    answers = {"classifier": answering, "classifiers": saved["classifiers"]}
+    progress.print_json(settings, {"model": str(run_folder.model), **accuracies, **answers})
 
 
-def check_against(before: dict, settings: Settings) -> None:
-    """Raises InputError where the settings contradict the teacher's checkpoint, or each other."""
-    if not settings.statistics and settings.readout not in ("auto", "head"):
+def begin_with_lda(student: models.Network, statistics: classifiers.ClassStatistics | None, settings: Settings) -> None:
+    """Give the student LDA over the statistics of all classes as its head. Raises InputError if there are none."""
+    if statistics is None:
         raise InputError(
-            f"{settings.where('readout')} is {settings.readout!r}, which needs the statistics that "
+            f"--teacher {settings.teacher}: it has no statistics of its classes, from which --method "
+            f"{settings.method} makes the head; take another method, or a teacher that was trained with --statistics"
+        )
+    models.replace_head(student, *classifiers.linear_layer("lda", statistics))
+
+
+def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> None:
+    """Raises InputError if the settings contradict the teacher's checkpoint, or each other."""
+    if not settings.statistics and settings.classifier not in ("auto", "head"):
+        raise InputError(
+            f"{settings.where('classifier')} is {settings.classifier!r}, which needs the statistics that "
             f"{settings.where('statistics')} leaves out; keep them, or take head"
         )
-    if not before["finished"]:
+    if not teacher_checkpoint["finished"]:
         raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")
-    known = {"old_classes": tuple(before["class_names"]), "model": before["architecture"]}
-    known["image_size"] = before["image_size"]
-    for name, value in known.items():
+    taught = teacher_checkpoint["class_names"]
+    own = {"old_classes": tuple(taught), "model": teacher_checkpoint["architecture"]}
+    own["image_size"] = teacher_checkpoint["image_size"]
+    for name, value in own.items():
         if name in settings.given and getattr(settings, name) != value:
             has, given = (",".join(v) if isinstance(v, tuple) else v for v in (value, getattr(settings, name)))
             flag = settings.where(name)
             raise InputError(f"{flag} contradicts the teacher, which has {has} and not {given}; leave the flag out")
-    taught = sorted(set(before["class_names"]) & set(settings.new_classes))
-    if taught:
+    twice = sorted(set(taught) & set(settings.new_classes))
+    if twice:
         raise InputError(
-            f"{settings.where('new_classes')}: new class {taught[0]!r} is one that the teacher already knows; "
+            f"{settings.where('new_classes')}: new class {twice[0]!r} is one that the teacher already knows; "
             "take it out"
         )
-    if settings.loss_form == "softmax" and len(settings.new_classes) == 1:
+    if settings.loss_form == "softmax" and len(settings.new_classes) == 1 and METHODS[settings.method].loss:
         raise InputError(
             f"{settings.where('new_classes')}: the softmax over one new class is always 1 and teaches nothing; "
             "take --method lwm with --loss-form binary"
         )
 
 
-def warn_of_mixed_forms(before: str, now: str) -> None:
-    softmax = {"softmax", "softmax-all"}
-    if before != now and not {before, now} <= softmax:
-        warn(
-            f"the teacher was trained with the {before} form and this step uses {now}: "
+def warn_of_mixed_forms(teachers: str, students: str) -> None:
+    if (teachers == "binary") != (students == "binary"):
+        log.warning(
+            f"the teacher was trained with the {teachers} form and this task uses {students}: "
             "old and new logits are on different scales; train both with one --loss-form"
         )
 

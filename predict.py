@@ -20,13 +20,13 @@ import numpy as np
 
 from lwm.images.files import decode_all, image_files, printable
 from lwm.probabilities import form_of, likeliest
-from lwm.runtime.errors import InputError, one_line_errors, warn
-from lwm.runtime.settings import READOUTS, OneLineParser, readout_of
+from lwm.runtime.errors import InputError, log, one_line_errors
+from lwm.runtime.settings import OneLineParser, read_constant
 
 BATCH = 64  # images in memory at a time
 
 
-class Classifier(NamedTuple):
+class Predictor(NamedTuple):
     """``logits`` makes float32 (n, classes) of uint8 (n, 3, size, size); ``form`` is "sigmoid" or "softmax"."""
 
     class_names: list[str]
@@ -45,49 +45,51 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top", default=3, type=int, help="so many of the likeliest classes (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     parser.add_argument("--csv", action="store_true", help="CSV on stdout, a row an image and class")
-    parser.add_argument("--readout", help=f"of a checkpoint: auto, {', '.join(READOUTS)} (default: as in config.py)")
+    parser.add_argument(
+        "--classifier", help="of a checkpoint: auto, head, ncm, lda, aligned (default: as in config.py)"
+    )
     parser.add_argument("--skip-bad-images", action="store_true", help="count images that cannot be read")
     options = parser.parse_args(argv)
     if options.top < 1 or (options.json and options.csv):
         raise InputError("--top is a number of at least 1, and --json and --csv exclude each other")
     paths = files_of(options.images)
-    if is_onnx(options.checkpoint):
-        if options.readout:
-            raise InputError("--readout: the ONNX file answers as it was exported; give the flag to export.py")
+    if Path(options.checkpoint).suffix.lower() == ".onnx":
+        if options.classifier:
+            raise InputError("--classifier: the ONNX file answers as it was exported; give the flag to export.py")
         network = open_onnx(options.checkpoint)
     else:
-        network = open_checkpoint(options.checkpoint, readout_of(options.readout))
+        network = open_checkpoint(options.checkpoint, options.classifier or read_constant("classifier"))
     rows = []
     for path, logits in answers(network, paths, options.skip_bad_images):
         best = likeliest(logits, network.form, network.class_names, options.top)
         rows.append({"image": str(path), "classes": [{"name": n, "probability": round(p, 6)} for n, p in best]})
     if not rows:
         raise InputError(f"none of the {len(paths)} images can be read")
-    write = write_json if options.json else write_csv if options.csv else write_table
-    write(rows)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif options.csv:
+        write_csv(rows)
+    else:
+        write_table(rows)
 
 
 def files_of(given: Sequence[str]) -> list[Path]:
-    """Each file, and of each folder its images, or those of its subfolders. Raises InputError where there are none."""
-    found: list[Path] = []
+    """Each file, and of each folder its images, or those of its subfolders. Raises InputError if there are none."""
+    files: list[Path] = []
     for path in map(Path, given):
         if not path.is_dir():
-            found.append(path)
+            files.append(path)
             continue
         own = image_files(path)
         for folder in [] if own else sorted(each for each in path.iterdir() if each.is_dir()):
             own += image_files(folder)
         if not own:
             raise InputError(f"{path}: there is no image in this folder nor in its subfolders")
-        found += own
-    return found
+        files += own
+    return files
 
 
-def is_onnx(path: str) -> bool:
-    return Path(path).suffix.lower() == ".onnx"
-
-
-def open_onnx(path: str) -> Classifier:
+def open_onnx(path: str) -> Predictor:
     """Raises InputError for a file that export.py did not write."""
     try:
         import onnxruntime
@@ -95,12 +97,13 @@ def open_onnx(path: str) -> Classifier:
         raise InputError("an ONNX file needs onnxruntime: pip install onnxruntime") from error
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        said = session.get_modelmeta().custom_metadata_map
+        properties = session.get_modelmeta().custom_metadata_map
     except Exception as error:  # onnxruntime has kinds of its own for each way in which a file can be wrong
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise InputError(f"--checkpoint {path}: cannot be read as ONNX ({printable(reason)})") from error
     try:
-        names, size, form = json.loads(said["class_names"]), int(said["image_size"]), said["probabilities"]
+        names, form = json.loads(properties["class_names"]), properties["probabilities"]
+        size = int(properties["image_size"])
         good = all(isinstance(name, str) for name in names) and form in ("sigmoid", "softmax")
         (image,), outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
         if not (good and 8 <= size <= 1024 and image.name == "image" and "logits" in outputs):
@@ -112,28 +115,27 @@ def open_onnx(path: str) -> Classifier:
         fed = pixels if image.type == "tensor(uint8)" else pixels.astype(np.float32) / 255
         return session.run(["logits"], {"image": fed})[0]
 
-    return Classifier(names, size, form, logits)
+    return Predictor(names, size, form, logits)
 
 
-def open_checkpoint(path: str, readout: str = "auto") -> Classifier:
+def open_checkpoint(path: str, classifier: str = "auto") -> Predictor:
     """Raises InputError for a file that is no checkpoint of this project."""
     import torch
 
-    from lwm.classifiers import use
+    from lwm.classifiers import answer_with
     from lwm.evaluation import predict
     from lwm.runtime.checkpoint import load, restore_model
 
-    saved = load(path)
-    model = restore_model(saved)
-    model, saved = use(model, saved, readout)
+    checkpoint = load(path)
+    model, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
 
     def logits(pixels: np.ndarray) -> np.ndarray:
-        return predict(model, torch.from_numpy(pixels), saved["mean"], saved["std"]).numpy()
+        return predict(model, torch.from_numpy(pixels), checkpoint["mean"], checkpoint["std"]).numpy()
 
-    return Classifier(saved["class_names"], saved["image_size"], form_of(saved["loss_form"]), logits)
+    return Predictor(checkpoint["class_names"], checkpoint["image_size"], form_of(checkpoint["loss_form"]), logits)
 
 
-def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
+def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:
     """Each file that can be read, and its logits (classes,). Raises InputError for the first that cannot."""
     bad = 0
     for first in range(0, len(paths), BATCH):
@@ -144,7 +146,7 @@ def answers(network: Classifier, paths: Sequence[Path], skip_bad_images: bool) -
         if good:
             yield from zip(good, network.logits(pixels), strict=True)
     if bad:
-        warn(f"{bad} of {len(paths)} images cannot be read and are skipped")
+        log.warning(f"{bad} of {len(paths)} images cannot be read and are skipped")
 
 
 def write_table(rows: Sequence[dict]) -> None:
@@ -152,10 +154,6 @@ def write_table(rows: Sequence[dict]) -> None:
     for row in rows:
         shown = ", ".join(f"{each['name']} {100 * each['probability']:.0f} %" for each in row["classes"])
         print(f"{printable(row['image']):<{width}}  {printable(shown)}")
-
-
-def write_json(rows: Sequence[dict]) -> None:
-    print(json.dumps(rows, indent=1))
 
 
 def write_csv(rows: Sequence[dict]) -> None:

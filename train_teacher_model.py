@@ -1,4 +1,4 @@
-"""Step 0: train a network on OLD_CLASSES and save it, with all that a later step needs, as teacher_model.pth.
+"""Task 0: train a network on OLD_CLASSES and save it, with all that a later task needs, as teacher_model.pth.
 
     python3 train_teacher_model.py
 
@@ -9,48 +9,51 @@ A network that you have already becomes a teacher as it is, or with more trainin
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lwm.runtime.errors import InputError, one_line_errors
+import torch
+import torchvision
+
+from lwm import classifiers, evaluation, models
+from lwm.images.batches import channel_statistics
+from lwm.images.datasets import Place, find_test_images, open_source
+from lwm.losses import METHODS, classify, loss_form
+from lwm.reporting import plots, report, tensorboard
+from lwm.runtime import distributed, hardware, progress
+from lwm.runtime.checkpoint import load, load_weights
+from lwm.runtime.errors import InputError, log, one_line_errors
+from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-
-if TYPE_CHECKING:
-    from lwm.models import Network
+from lwm.training import Training
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    settings = read_settings("train_teacher_model", argv)
-    if len(settings.old_classes) < 2:
-        given = ",".join(settings.old_classes)
-        raise InputError(f"{settings.where('old_classes')} is {given}: a teacher needs two classes at least")
-
-    import torch
-
-    from lwm import classifiers, evaluation, models, training
-    from lwm.images.datasets import Place, channel_statistics, find_test_images, open_source
-    from lwm.losses import first_step
-    from lwm.reporting import plots, report
-    from lwm.runtime import checkpoint, distributed, hardware, progress
-    from lwm.runtime.run_folder import Row, describe_step, open_run
-
-    settings, device = hardware.prepare(settings)
-    run = open_run(settings, "teacher")
-    if run.resumed and not settings.epochs:
+    settings = read_settings("train_teacher_model", argv, method=METHODS)
+    classes = list(settings.old_classes)
+    if len(classes) < 2:
+        raise InputError(
+            f"{settings.where('old_classes')} is {','.join(classes)}: a teacher needs two classes at least"
+        )
+    form = loss_form(settings, "softmax" if settings.weights else "binary")
+    settings, device = hardware.prepare(dataclasses.replace(settings, loss_form=form))
+    run_folder = open_run_folder(settings, "teacher")
+    if run_folder.resumed and not settings.epochs:
         raise InputError(f"{settings.where('epochs')} is 0: there is no training to resume; take --no-resume")
-    place = Place(settings.dataset, settings.data_dir, settings.hold_back)
-    cache, classes = Path(settings.cache_dir), list(settings.old_classes)
+
+    place, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
     if settings.epochs:
         with settings.naming("data_dir"):
             source = open_source(place, settings.image_size, settings.skip_bad_images, cache)
         with settings.naming("old_classes"):
-            source.require_known(classes)
+            source.require_classes(classes)
         train, test = source.train(classes, classes), source.test(classes, classes)
-        print(f"{len(train.labels)} training and {len(test.labels)} test images of {len(classes)} classes, on {device}")
+        counts = f"{len(train.labels)} training and {len(test.labels)} test images"
+        log.info(f"{counts} of {len(classes)} classes, on {device}")
     else:  # the old images may be gone
         places = {name: [place] for name in classes}
         test, _ = find_test_images(places, settings.image_size, settings.skip_bad_images, cache)
@@ -61,64 +64,68 @@ def main(argv: list[str] | None = None) -> None:
     if settings.loss_form == "binary":
         models.start_at_prior(model, first=0)
     if settings.weights:
-        begin_with(model, settings)
+        begin_with_weights(model, settings)
     with settings.naming("freeze"):
         models.freeze(model, settings.freeze)
     model = hardware.to_device(model, device)
     mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
-    mean, std = list(settings.mean or mean), list(settings.std or std)
-    head = {
+    checkpoint = {
         "architecture": settings.model,
         "class_names": classes,
         "image_size": settings.image_size,
-        "mean": mean,
-        "std": std,
+        "mean": list(settings.mean or mean),
+        "std": list(settings.std or std),
         "loss_form": settings.loss_form,
-        "steps": [describe_step(settings, classes, settings.lr, first=True)],
+        "tasks": [describe_task(settings, classes, settings.lr, first=True)],
     }
-
-    def judge(model: models.Network) -> tuple[Row, list[float | None]]:
-        logits = evaluation.predict(model, test.pixels, mean, std, settings.batch_size)
-        accuracy = evaluation.group_accuracies(logits, test.labels, [len(classes)])
-        return {"test_accuracy": accuracy[0]}, accuracy
-
-    def last(model: models.Network) -> dict[str, Any]:
-        if not settings.statistics:
-            return {}
-        known = classifiers.after_first_step(model, head, train)
-        features = classifiers.features_of(model, test.pixels, mean, std)
-        found = evaluation.by_readout(model, known, features, test.labels, len(classes))
-        return {"statistics": classifiers.packed(known), "readouts": found}
+    task, channels = checkpoint["tasks"][0], (checkpoint["mean"], checkpoint["std"])
+    board = tensorboard.Board(settings, run_folder.folder, "teacher")
 
     if settings.epochs:
-        watch = progress.Watch(settings, run.folder, run.kind)
-        log = training.fit(run, model, train, first_step, settings, head, judge, watch=watch, last=last)
+        with Training(run_folder, checkpoint, model, train, classify, settings) as training:
+            for row in training.epochs():
+                if training.is_due(row):
+                    logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
+                    task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+                    row["test_accuracy"] = task["group_accuracy"][0]
+                    training.save()
+                log.info(progress.line_of(row, settings.epochs, training.seconds_left))
+                board.write(row)
+            if not training.is_done:
+                if settings.statistics:
+                    statistics = classifiers.after_first_task(model, checkpoint, train)
+                    features = classifiers.features_of(model, test.pixels, *channels)
+                    checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
+                    checkpoint["classifiers"] = evaluation.by_classifier(
+                        model, statistics, features, test.labels, len(classes)
+                    )
+                training.save(finished=True)
     else:
-        head["steps"][0]["group_accuracy"] = judge(model)[1] if len(test.labels) else [None]
-        with run.writing():
-            run.save({**head, "model": model.state_dict(), "finished": True, "training": {}})
+        task["group_accuracy"] = [None]
+        if len(test.labels):
+            logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
+            task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        with run_folder.writing():
+            run_folder.save({**checkpoint, "model": model.state_dict(), "finished": True, "training": {}})
         distributed.leave()
     if distributed.rank():  # of several processes the first one reports
         return
-    saved = checkpoint.load(run.model)
-    explained = evaluation.explained(model, test, mean, std, settings.batch_size)
-    report.of_teacher(run.report, saved, test, explained)
+
+    saved = load(run_folder.model)
+    explained = evaluation.explain(model, test, *channels, settings.batch_size)
+    report.of_teacher(run_folder.report, saved, test, explained)
     if settings.epochs:
-        plots.curves(log, "Teacher", run.curves)
-        watch.maps(test.pixels, explained[1].unsqueeze(1))
-    (accuracy,) = saved["steps"][0]["group_accuracy"]
+        plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
+        board.maps(test.pixels, explained[1].unsqueeze(1), settings.epochs)
+    (accuracy,) = saved["tasks"][0]["group_accuracy"]
     shown = "no test images" if accuracy is None else f"test accuracy {accuracy:.1f} %"
-    print(f"{shown} over {len(classes)} classes; the model is in {run.model}, what there is to see in {run.report}")
-    progress.last_line(settings, {"model": str(run.model), "test_accuracy": accuracy})
+    say = progress.results(settings)
+    say(f"{shown} over {len(classes)} classes; the model is in {run_folder.model}, the page in {run_folder.report}")
+    progress.print_json(settings, {"model": str(run_folder.model), "test_accuracy": accuracy})
 
 
-def begin_with(model: Network, settings: Settings) -> None:
-    """Load --weights into the model. Raises InputError where they do not fit."""
-    import torchvision
-
-    from lwm import models
-    from lwm.runtime.checkpoint import load_weights
-
+def begin_with_weights(model: models.Network, settings: Settings) -> None:
+    """Load --weights into the model. Raises InputError if they do not fit."""
     with settings.naming("weights"):
         if settings.weights == "imagenet":
             try:
@@ -138,7 +145,7 @@ def begin_with(model: Network, settings: Settings) -> None:
                 f"{settings.where('old_classes')}: {wanted} classes are named, and the weights have {outputs} outputs; "
                 "name them all in their order, or train a new head with --epochs"
             )
-        print(f"the weights have {outputs} outputs: a new head for {wanted} classes takes their place")
+        log.info(f"the weights have {outputs} outputs: a new head for {wanted} classes takes their place")
 
 
 if __name__ == "__main__":

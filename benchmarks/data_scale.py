@@ -48,18 +48,21 @@ def main() -> None:
 
 def measure(options) -> dict:
     import torch
+    from epoch_overhead import OF_A_RUN, SETTINGS, epochs_of_scripts
+    from step_cost import resident
 
-    from lwm import models, training
+    from lwm import losses, models
     from lwm.images.datasets import Place, open_source
-    from lwm.losses import first_step
     from lwm.runtime import hardware
-    from lwm.runtime.run_folder import Run
+
+    def private_memory() -> float:
+        return resident("RssAnon") * 2**20 / 1e6
 
     hardware.keep_freed_memory()
     row = {"images": 0, "px": options.image_size}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        cache = Path(folder) / "cache"
-        source = open_source(Place("folder", str(options.folder)), options.image_size, cache_dir=cache)
+        place, cache = Place("folder", str(options.folder)), Path(folder) / "cache"
+        source = open_source(place, options.image_size, cache_dir=cache)
         names = source.classes["train"]
         a_class = len(source.listing("train", names[0]))
         chosen = names[: max(2, options.count // a_class)]
@@ -71,25 +74,14 @@ def measure(options) -> dict:
         row["images"] = len(train.labels)
         row["cache_mb"] = round(train.pixels.numel() / 1e6, 1)
         row["private_mb_of_the_images"] = round(private_memory() - before, 1)
-        values = {"loss_form": "binary", "batch_norm": "train", "batch_size": 128, "momentum": 0.9, "flip": True}
-        values |= {"weight_decay": 5e-4, "precision": options.precision, "seed": 0, "save_interval": 10}
-        settings = types.SimpleNamespace(**values, save_interval_steps=0, balanced=False, backbone_lr=None)
-        head = {"mean": [0.5] * 3, "std": [0.25] * 3}
-        head["steps"] = [{"epochs": 2, "learning_rate": 0.01, "group_accuracy": []}]
+        settings = types.SimpleNamespace(**SETTINGS, **OF_A_RUN, batch_size=128, precision=options.precision)
         model = hardware.to_device(models.build("resnet32", len(chosen), options.image_size), torch.device("cpu"))
-        run = Run("teacher", Path(folder), Path(folder) / "teacher_model.pth", None)
-        log = training.fit(run, model, train, first_step, settings, head, lambda model: ({}, []))
+        log = epochs_of_scripts(2, model, train, losses.classify, settings)
         row["epoch_seconds"] = [round(row["images"] / epoch["images_per_second"], 2) for epoch in log]
         first = row["decode_seconds"] + row["epoch_seconds"][0]
         row["first_epoch_with_decoding_to_second"] = round(first / row["epoch_seconds"][1], 3)
         row["private_mb_after_training"] = round(private_memory(), 1)
     return row
-
-
-def private_memory() -> float:
-    from step_cost import resident
-
-    return resident("RssAnon") * 2**20 / 1e6
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python3 benchmarks/epoch_overhead.py --model resnet32 --json epoch_overhead.json
 
-The scripts' epoch (training.fit: order, crops and flips, normalisation, terms, log, progress; without its saves and
-accuracies) and a bare loop over batches that are ready, on the device and already normalised, take turns.
+The scripts' epoch (training.Training: order, crops and flips, normalisation, terms, log, progress; without its saves
+and accuracies) and the same steps on batches that are ready, on the device and already normalised, take turns.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from step_cost import NEW, OLD, SETTINGS, arguments, network, report, wait
+from step_cost import NEW, OLD, SCHEDULE, SETTINGS, Batches, arguments, network, report, wait
 
-from lwm import losses, models, training
-from lwm.images.datasets import Images
+from lwm import losses, models
+from lwm.images.batches import Images
 from lwm.runtime import hardware
-from lwm.runtime.run_folder import Run
+from lwm.runtime.run_folder import RunFolder
+from lwm.training import Training, train_one_epoch
+
+# Of a run, beside those of a loss.
+OF_A_RUN = {"batch_norm": "train", "momentum": 0.9, "weight_decay": 5e-4, "flip": True, "seed": 0, "save_interval": 10}
+OF_A_RUN |= {"save_interval_steps": 0, "balanced": False, "backbone_lr": None}
 
 
 def main() -> None:
@@ -50,13 +55,19 @@ def scripts_epoch(options) -> float:
     generator = torch.Generator().manual_seed(0)
     count, size = options.steps * options.batch_size, options.image_size
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    head = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    head["steps"] = [{"epochs": 1, "learning_rate": 0.01, "group_accuracy": []}]
+    train = Images(pixels, torch.arange(count) % NEW + OLD)
+    (row,) = epochs_of_scripts(1, student, train, losses.lwm, settings, teacher, OLD)
+    return count / row["images_per_second"]
+
+
+def epochs_of_scripts(epochs: int, student, train: Images, loss, settings, teacher=None, old: int = 0) -> list[dict]:
+    """The log of so many epochs, in a folder that goes at once."""
+    checkpoint = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    checkpoint["tasks"] = [{"epochs": epochs, "learning_rate": 0.01, "group_accuracy": []}]
     with tempfile.TemporaryDirectory() as folder:
-        run = Run("student", Path(folder), Path(folder) / "student_model.pth", None)
-        train = Images(pixels, torch.arange(count) % NEW + OLD)
-        log = training.fit(run, student, train, losses.lwm, settings, head, lambda model: ({}, []), teacher)
-    return count / log[0]["images_per_second"]
+        run_folder = RunFolder("student", Path(folder), Path(folder) / "student_model.pth", None)
+        with Training(run_folder, checkpoint, student, train, loss, settings, teacher, old) as training:
+            return list(training.epochs())
 
 
 def bare_epoch(options) -> float:
@@ -64,25 +75,23 @@ def bare_epoch(options) -> float:
     student, teacher, settings = parts(options)
     device = hardware.pick_device(options.device)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
-    batches = [torch.randn(shape).to(device, memory_format=torch.channels_last) for _ in range(options.steps)]
     labels = torch.arange(options.batch_size, device=device) % NEW + OLD
+    inputs = [torch.randn(shape).to(device, memory_format=torch.channels_last) for _ in range(options.steps)]
+    batches = Batches((each, labels, 1.0) for each in inputs)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
     wait()
     started = time.perf_counter()
-    for inputs in batches:
-        training.optimisation_step(student, teacher, inputs, labels, losses.lwm, settings, optimizer)
+    train_one_epoch(student, teacher, batches, losses.lwm, OLD, settings, optimizer, SCHEDULE)
     wait()
     return time.perf_counter() - started
 
 
 def parts(options):
     """A student and its teacher on the device, and the settings of a step of lwm."""
-    values = SETTINGS | {"loss_form": "binary", "batch_norm": "train", "batch_size": options.batch_size}
-    values |= {"momentum": 0.9, "weight_decay": 5e-4, "flip": True, "precision": options.precision, "seed": 0}
-    values |= {"save_interval": 10, "save_interval_steps": 0, "balanced": False, "backbone_lr": None}
+    own = {"batch_size": options.batch_size, "precision": options.precision}
     student = network(options, OLD + NEW).train()
     teacher = models.fold_batch_norm(network(options, OLD)).requires_grad_(False)
-    return student, teacher, types.SimpleNamespace(**values)
+    return student, teacher, types.SimpleNamespace(**SETTINGS, **OF_A_RUN, **own)
 
 
 if __name__ == "__main__":

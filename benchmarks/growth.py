@@ -1,9 +1,9 @@
-"""How the cost of a step grows: with the number of classes, with the image size, and over ten steps in a row.
+"""How the cost of a step grows: with the number of classes, with the image size, and over ten tasks in a row.
 
     python3 benchmarks/growth.py photos32
 
-Writes results/performance/growth-{classes,size,steps}.csv and the figure docs/growth.png; ``--figure`` only draws it
-again. Classes and sizes are measured as in step_cost.py, ten steps with the scripts, an epoch each.
+Writes results/performance/growth-{classes,size,tasks}.csv and the figure docs/growth.png; ``--figure`` only draws it
+again. Classes and sizes are measured as in step_cost.py, ten tasks with the scripts, an epoch each.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from step_cost import NEW, arguments, interleaved, step_of
 
-from lwm.experiments.tables import read_rows
-from lwm.reporting import plots
+from lwm.experiments.figures import growth
+from lwm.experiments.tables import ROOT, read_rows
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = (20, 50, 100, 200, 500, 1000)
 SIZES = (32, 48, 64, 96, 128, 224)
-STEPS, A_STEP = 10, 9  # steps after the first, and classes in each: 99 of the folder's
+TASKS, A_TASK = 10, 9  # tasks after the first, and classes in each: 99 of the folder's
 RESULTS = ROOT / "results" / "performance"
 
 
@@ -41,10 +40,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with train/<class>/ and test/<class>/, of 99 classes at least")
     parser.add_argument("--figure", action="store_true", help="only draw the figure again from the CSVs")
     options = parser.parse_args()
-    parts = {"classes": by_classes, "size": by_size, "steps": by_steps}
+    parts = {"classes": by_classes, "size": by_size, "tasks": by_tasks}
     for name, rows in {} if options.figure else parts.items():
         write(RESULTS / f"growth-{name}.csv", list(rows(options.folder)))
-    plots.growth({name: read_rows(RESULTS / f"growth-{name}.csv") for name in parts}, ROOT / "docs" / "growth.png")
+    growth({name: read_rows(RESULTS / f"growth-{name}.csv") for name in parts}, ROOT / "docs" / "growth.png")
 
 
 def by_classes(folder: Path) -> Iterator[dict]:
@@ -75,39 +74,28 @@ def compared(column: str, cases: dict[int, tuple[argparse.Namespace, int]]) -> I
         yield {column: value, **row, "ratio": round(statistics.median(ratios), 3)}
 
 
-def by_steps(folder: Path) -> Iterator[dict]:
+def by_tasks(folder: Path) -> Iterator[dict]:
     names = sorted(path.name for path in (folder / "train").iterdir())
     with tempfile.TemporaryDirectory() as work:
         common = ["--dataset", "folder", "--data-dir", str(folder.resolve()), "--cache-dir", f"{work}/cache"]
         common += ["--epochs", "1", "--precision", "bf16"]
-        for step in range(STEPS + 1):
-            classes = ",".join(names[step * A_STEP : (step + 1) * A_STEP])
-            out, before = Path(work) / str(step), Path(work) / str(step - 1)
-            if step == 0:
-                script = ["train_teacher_model.py", "--model", "resnet32", "--image-size", "32"]
-                script += ["--old-classes", classes]
-                kind = "teacher"
-            else:
-                teacher = before / f"{'student' if step > 1 else 'teacher'}_model.pth"
-                script = ["incremental_learning_system.py", "--teacher", str(teacher), "--new-classes", classes]
-                kind = "student"
+        script = ["train_teacher_model.py", "--model", "resnet32", "--image-size", "32", "--old-classes"]
+        for task in range(TASKS + 1):
+            out, outputs = Path(work) / str(task), (task + 1) * A_TASK
+            classes = ",".join(names[outputs - A_TASK : outputs])
             started = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *script, *common, "--output-dir", str(out)],
-                check=True,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-            )
+            command = [sys.executable, *script, classes, *common, "--output-dir", str(out)]
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             seconds = time.perf_counter() - started
-            model = out / f"{kind}_model.pth"
-            log = load(model)["training"]["log"]
+            model = out / f"{'student' if task else 'teacher'}_model.pth"
             yield {
-                "step": step,
-                "outputs": (step + 1) * A_STEP,
-                "images_per_second": log[-1]["images_per_second"],
+                "task": task,
+                "outputs": outputs,
+                "images_per_second": load(model)["training"]["log"][-1]["images_per_second"],
                 "script_seconds": round(seconds, 1),
                 "checkpoint_kb": round(model.stat().st_size / 1e3, 1),
             }
+            script = ["incremental_learning_system.py", "--teacher", str(model), "--new-classes"]
 
 
 def write(path: Path, rows: list[dict]) -> None:

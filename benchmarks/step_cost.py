@@ -3,7 +3,7 @@
     python3 benchmarks/step_cost.py --model resnet32 --precision bf16 --json step_cost.json
 
 The floor of a method with a teacher is one forward pass in eval mode more: 1 + F_eval / (a fine-tuning step).
-"lwm-autograd" is the same loss with the maps of gradcam.autograd_map at the last layer, which passes forward anew.
+"lwm-autograd" is the same loss with the maps of attention.autograd_map at the last layer, which passes forward anew.
 """
 
 from __future__ import annotations
@@ -22,14 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from lwm import losses, models, training
+from lwm import losses, models
 from lwm.attention import autograd_map
 from lwm.runtime import hardware
 from lwm.runtime.hardware import machine
+from lwm.training import train_one_epoch
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
 OLD, NEW = 10, 10
-SETTINGS = {"beta": 1.0, "gamma": 0.1, "temperature": 2.0, "attention_class": "student", "attention": "grad-cam"}
+SETTINGS = {"loss_form": "binary", "beta": 1.0, "gamma": 0.1, "temperature": 2.0}
+SCHEDULE = types.SimpleNamespace(step=lambda: None)  # at one learning rate
+
+
+class Batches(list):
+    """Batches that are ready: normalised images, labels, and the weight 1."""
+
+    def record(self, terms: losses.Terms) -> None:
+        """The loss terms are not kept."""
 
 
 def main() -> None:
@@ -47,7 +56,7 @@ def main() -> None:
     seconds = interleaved(cases, options.repeats)
     memory = {method: memory_in_a_process_of_its_own(method) for method in METHODS}
     figures = report(options, **summary(options, seconds, memory))
-    print(table(figures))
+    print(json.dumps(figures, indent=1))
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -63,7 +72,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def report(options, **figures) -> dict:
-    """The figures with the command, the date and the machine; written to --json where that is given."""
+    """The figures with the command, the date and the machine; written to --json if that is given."""
     script = Path(sys.argv[0])
     command = f"python3 {script.parent.name}/{script.name} {' '.join(sys.argv[1:])}".strip()
     figures = {"command": command, **figures, **machine()}
@@ -111,28 +120,28 @@ def step_of(
             teacher.forward = torch.inference_mode()(teacher.forward)
     inputs = images(options).contiguous(memory_format=layout)
     labels = torch.arange(options.batch_size, device=inputs.device) % NEW + old
-    form = {"finetune": "softmax-all", "lwf": "softmax"}.get(method, "binary")
-    settings = types.SimpleNamespace(**SETTINGS, loss_form=form, precision=options.precision)
-    loss = losses.METHODS.get(method) or autograd_loss(student, teacher, inputs)
+    known = losses.METHODS.get(method) or losses.Method(autograd_loss(student, teacher, inputs))
+    form = known.form or SETTINGS["loss_form"]
+    settings = types.SimpleNamespace(**SETTINGS | {"loss_form": form}, precision=options.precision)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4, **sgd)
     if options.compile:
         student.compile()
         if teacher is not None:
             teacher.compile()
-    return lambda: training.optimisation_step(student, teacher, inputs, labels, loss, settings, optimizer)
+    batches = Batches([(inputs, labels, 1.0)])
+    return lambda: train_one_epoch(student, teacher, batches, known.loss, old, settings, optimizer, SCHEDULE)
 
 
 def autograd_loss(student, teacher, inputs: torch.Tensor) -> Callable:
     """lwm with the general form of Grad-CAM."""
 
-    def loss(student_output, teacher_output, labels, heads, settings):
-        terms = losses.lwf_mc(student_output, teacher_output, labels, heads, settings)
-        classes = student_output.logits[:, :OLD].detach().argmax(1)
+    def loss(student_output, teacher_output, labels, old, settings):
+        terms = losses.distil(student_output, teacher_output, labels, old, settings)
+        classes = student_output.logits[:, :old].detach().argmax(1)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             ours = autograd_map(student, inputs, classes, student.last_layer, create_graph=True)
             theirs = autograd_map(teacher, inputs, classes, teacher.last_layer)
-        attention, _ = losses.attention_distillation(ours.float(), theirs.float())
-        return terms | {"total": terms["total"] + settings.gamma * attention, "attention": attention}
+        return losses.with_attention(terms, ours.float(), theirs.float(), settings.gamma)
 
     return loss
 
@@ -147,8 +156,9 @@ def forward_of(options, mode: str) -> Callable[[], object]:
     inputs = images(options)
 
     def run() -> object:
-        with torch.set_grad_enabled(mode == "train"):
-            return training.forward(model, inputs, options.precision)
+        autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        with autocast, torch.set_grad_enabled(mode == "train"):
+            return model(inputs)
 
     return run
 
@@ -224,19 +234,6 @@ def summary(options, seconds: dict[str, list[float]], memory: dict[str, float]) 
 def quartiles(values: list[float]) -> tuple[float, float]:
     first, _, third = statistics.quantiles(values, n=4)
     return first, third
-
-
-def table(figures: dict) -> str:
-    lines = [f"{'':16} fine-tuning steps  (quartiles)      ms, median  minimum  images/s  memory"]
-    for name, ratio in figures["ratio"].items():
-        first, third = figures["ratio_quartiles"][name]
-        times = figures["milliseconds"][name]
-        memory = figures["memory_ratio"].get(name)
-        lines.append(
-            f"{name:16} {ratio:17.3f}  ({first:.3f}..{third:.3f})  {times['median']:12.1f} {times['minimum']:8.1f} "
-            f"{figures['images_per_second'][name]:9.1f}  {'' if memory is None else f'{memory:.2f}'}"
-        )
-    return "\n".join([*lines, f"floor of a method with a teacher: {figures['floor']:.3f}", figures["hardware"]])
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def differentiated_map(
     return maps if create_graph else maps.detach()
 
 
-def last_map(output: Output, head_weight: Tensor | None, classes: Tensor) -> Tensor:
-    """The detached map (B, h, w) at the last feature map; ``head_weight`` is that of models.head_weight."""
-    if head_weight is None:
+def last_map(output: Output, classes: Tensor) -> Tensor:
+    """The detached map (B, h, w) of ``classes`` int64 (B,) at the last feature map."""
+    if output.head is None:
         return differentiated_map(output.logits, output.features, classes)
-    return closed_form_map(output.features, head_weight, classes).detach()
+    return closed_form_map(output.features, output.head, classes).detach()
 
 
 def require_closed_form(model: Network, images: Tensor) -> None:
@@ -65,7 +65,7 @@ def require_closed_form(model: Network, images: Tensor) -> None:
     with torch.no_grad():
         output = model(images)
     classes = output.logits.argmax(1)
-    weight = model.fc.weight.detach()
+    weight = output.head
     closed = closed_form_map(output.features, weight, classes, relu=False)
     difference = (closed - autograd_map(model, images, classes, model.last_layer, relu=False)).abs().max()
     terms = closed_form_map(output.features.abs(), weight.abs(), classes)  # a map is a difference of such
@@ -95,3 +95,24 @@ def autograd_map(
             return differentiated_map(model(images).logits, captured[-1], classes, relu, create_graph)
     finally:
         handle.remove()
+
+
+def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Each map (B, ...) as a row (B, pixels) of L2 length 1, and which rows are not all zero."""
+    rows = maps.flatten(1)
+    peak = rows.detach().abs().amax(1, keepdim=True)
+    alive = peak > 0
+    # Division by the peak changes nothing after normalisation, and squares of tiny maps no longer underflow.
+    rows = rows / peak.where(alive, 1.0)
+    squares = rows.square().sum(1, keepdim=True)
+    return rows / squares.where(alive, 1.0).sqrt(), alive.squeeze(1)
+
+
+def attention_distances(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 distance (B,) of the L2-normalised maps, both (B, h, w), summed over pixels (LwM, section 3.2, eq. 4).
+
+    Also bool (B,), whether both maps have something in them: if not, the distance says nothing.
+    """
+    student, student_alive = _unit_length(student_map)
+    teacher, teacher_alive = _unit_length(teacher_map)
+    return (teacher - student).abs().sum(1), student_alive & teacher_alive

@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwm.attention import last_map
-from lwm.classifiers import HEADS, Statistics, features_of, made, unpacked
-from lwm.images.datasets import Images, to_input
-from lwm.losses import attention_distances
-from lwm.models import Network, head_weight
+from lwm.attention import attention_distances, last_map
+from lwm.classifiers import CLASSIFIERS, ClassStatistics, features_of, from_checkpoint, linear_layer
+from lwm.images.batches import Images, to_input
+from lwm.models import Network
 from lwm.runtime import distributed
 
 TOP = 0.2  # share of the pixels of a map
-ACCURACIES = ("accuracy", "accuracy_old", "accuracy_new", "task_aware_old", "task_aware_new")
 
 
 @torch.inference_mode()
@@ -44,24 +43,19 @@ def predict(
 
 @torch.no_grad()
 def maps(
-    model: Network,
-    pixels: Tensor,
-    classes: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int = 500,
+    model: Network, pixels: Tensor, classes: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> Tensor:
     """Grad-CAM (n, h, w) at the last feature map, on the CPU, of ``classes`` int64 (n,) in uint8 (n, 3, H, W)."""
     model.eval()
     device = next(model.parameters()).device
     parts = []
-    for some, explained in zip(pixels.split(batch_size), classes.split(batch_size), strict=True):
-        output = model(to_input(some.to(device), mean, std))
-        parts.append(last_map(output, head_weight(model), explained.to(device)).cpu())
+    for images, wanted in zip(pixels.split(batch_size), classes.split(batch_size), strict=True):
+        output = model(to_input(images.to(device), mean, std))
+        parts.append(last_map(output, wanted.to(device)).cpu())
     return torch.cat(parts)
 
 
-def explained(
+def explain(
     model: Network, images: Images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, classes) and maps of the true classes (n, h, w) for ``images``, of which n may be 0."""
@@ -71,80 +65,79 @@ def explained(
     return logits, maps(model, images.pixels, images.labels, mean, std, batch_size)
 
 
-def attention_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """How far two models' maps (n, h, w) of the same images are apart, NaN where one of the two is all zero.
+def attention_drift(teacher_maps: Tensor, student_maps: Tensor) -> tuple[Tensor, Tensor]:
+    """How far two models' maps (n, h, w) of the same images are apart, NaN if one of the two is all zero.
 
     The distance (n,) is that of L_AD, 0 for the same map. The overlap (n,) is the share in percent of the strongest
-    fifth of the pixels of one map that are among those of the other; where fewer are above zero, others fill it up.
+    fifth of the pixels of one map that are among those of the other; if fewer are above zero, others fill it up.
     """
-    distance, alive = attention_distances(after, before)
-    rows = [each.flatten(1) for each in (before, after)]
+    distance, alive = attention_distances(student_maps, teacher_maps)
+    rows = [each.flatten(1) for each in (teacher_maps, student_maps)]
     count = math.ceil(TOP * rows[0].shape[1])
-    chosen = [torch.zeros_like(row).scatter(1, row.topk(count).indices, 1.0) for row in rows]
-    overlap = 100 * (chosen[0] * chosen[1]).sum(1) / count
+    strongest = [torch.zeros_like(row).scatter(1, row.topk(count).indices, 1.0) for row in rows]
+    overlap = 100 * (strongest[0] * strongest[1]).sum(1) / count
     return distance.where(alive, torch.nan), overlap.where(alive, torch.nan)
+
+
+# Accuracies -------------------------------------------------------------------------------------------------------
 
 
 def _percent(correct: Tensor) -> float | None:
     return 100 * correct.double().mean().item() if len(correct) else None
 
 
+def _told(logits: Tensor, labels: Tensor, first: int, end: int) -> Tensor:
+    """For the images of the classes ``first`` to ``end`` - 1, whether the best of these classes is the true one."""
+    own = (labels >= first) & (labels < end)
+    return logits[own, first:end].argmax(1) == labels[own] - first if own.any() else own[:0]
+
+
 def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | None]:
-    """The five accuracies of ``ACCURACIES``, in percent, None where there is no image to judge by.
+    """Five accuracies in percent, None if there is no image to judge by.
 
     logits (n, N+K), labels int64 (n,); the first ``old`` = N outputs are the old classes'. ``accuracy*`` is
     class-incremental: the answer is the largest of all logits.
     """
-    correct = logits.argmax(1) == labels
-    is_old = labels < old
-    result = {
+    correct, is_old = logits.argmax(1) == labels, labels < old
+    return {
         "accuracy": _percent(correct),
         "accuracy_old": _percent(correct[is_old]),
         "accuracy_new": _percent(correct[~is_old]),
-        "task_aware_old": _percent(logits[is_old, :old].argmax(1) == labels[is_old]) if is_old.any() else None,
-        "task_aware_new": None,
+        "task_aware_old": _percent(_told(logits, labels, 0, old)),
+        "task_aware_new": _percent(_told(logits, labels, old, logits.shape[1])),
     }
-    if not is_old.all():
-        result["task_aware_new"] = _percent(logits[~is_old, old:].argmax(1) == labels[~is_old] - old)
-    return result
 
 
 def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
     """Class-incremental accuracy of each class, in percent, in the order of the outputs."""
-    correct = logits.argmax(1) == labels
-    return [_percent(correct[labels == index]) for index in range(logits.shape[1])]
+    return group_accuracies(logits, labels, [1] * logits.shape[1])
 
 
 def group_accuracies(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[float | None]:
-    """Class-incremental accuracy of each step's classes; ``sizes`` is the number of classes of each step."""
+    """Class-incremental accuracy of each task's classes; ``sizes`` is the number of classes of each task."""
     correct = logits.argmax(1) == labels
-    result, first = [], 0
-    for size in sizes:
-        result.append(_percent(correct[(labels >= first) & (labels < first + size)]))
-        first += size
-    return result
+    return [_percent(correct[(labels >= first) & (labels < end)]) for first, end in _ranges(sizes)]
 
 
 def task_aware(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> float | None:
-    """Accuracy in percent where the model is told which step each image's class came with; ``sizes`` as above."""
-    correct, first = [], 0
-    for size in sizes:
-        own = (labels >= first) & (labels < first + size)
-        correct.append(logits[own, first : first + size].argmax(1) == labels[own] - first)
-        first += size
-    return _percent(torch.cat(correct))
+    """Accuracy in percent if the model is told with which task each image's class came; ``sizes`` as above."""
+    return _percent(torch.cat([_told(logits, labels, first, end) for first, end in _ranges(sizes)]))
+
+
+def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
 
 def forgetting(earlier: Sequence[Sequence[float | None]], now: Sequence[float | None]) -> list[float | None]:
     """For each group of classes, its best earlier accuracy minus its accuracy now, in points.
 
-    ``earlier`` holds, for each earlier step, the group accuracies after it (Chaudhry et al., ECCV 2018, section 3.2).
+    ``earlier`` holds, for each earlier task, the group accuracies after it (Chaudhry et al., ECCV 2018, section 3.2).
     """
     result: list[float | None] = []
     for group, accuracy in enumerate(now):
-        known = [step[group] for step in earlier if group < len(step)]
-        before = [accuracy for accuracy in known if accuracy is not None]
-        result.append(None if accuracy is None or not before else max(before) - accuracy)
+        past = [row[group] for row in earlier if group < len(row)]
+        best = max((value for value in past if value is not None), default=None)
+        result.append(None if accuracy is None or best is None else best - accuracy)
     return result
 
 
@@ -154,25 +147,40 @@ def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def by_readout(
-    model: Network, statistics: Statistics, features: Tensor, labels: Tensor, last: int
+# Classifiers ------------------------------------------------------------------------------------------------------
+
+
+def by_classifier(
+    model: Network, statistics: ClassStatistics, features: Tensor, labels: Tensor, new: int
 ) -> dict[str, dict[str, float | None]]:
-    """For each read-out its accuracies in percent on images with ``features`` (n, C) and labels int64 (n,).
+    """For each classifier its accuracies in percent on images with ``features`` (n, C) and labels int64 (n,).
 
-    ``last`` is the number of classes of the last step, which are the new ones.
+    ``new`` is the number of classes of the last task.
     """
-    head = model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
-    found = {}
-    for name, (weight, bias) in {"head": head, **{name: made(name, statistics) for name in HEADS}}.items():
-        found[name] = accuracies(features @ weight.T + bias, labels, len(weight) - last)
-    return found
+    layers = {"head": (model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double())}
+    layers |= {name: linear_layer(name, statistics) for name in CLASSIFIERS}
+    return {
+        name: accuracies(features @ weight.T + bias, labels, len(weight) - new)
+        for name, (weight, bias) in layers.items()
+    }
 
 
-def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
+def classifier_table(accuracies_by_classifier: dict[str, dict[str, float | None]], answering: str) -> str:
+    """A line for each classifier with its accuracies in percent; the one named ``answering`` is marked."""
+    columns = {"accuracy": "all", "accuracy_old": "old", "accuracy_new": "new"}
+    lines = [f"classifier, no hint, %{''.join(f'{shown:>8}' for shown in columns.values())}"]
+    for name, row in accuracies_by_classifier.items():
+        cells = ["-" if (value := row.get(key)) is None else f"{value:.1f}" for key in columns]
+        mark = "  <- answers" if name == answering else ""
+        lines.append(f"  {name:<20}{''.join(f'{cell:>8}' for cell in cells)}{mark}")
+    return "\n".join(lines)
+
+
+def means_off(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> list[float | None]:
     """How far each class's mean is from that of its ``features`` (n, C), labels int64 (n,).
 
     In units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
-    1 / sqrt(n). None where nothing varies: of no image, of one, or of one several times.
+    1 / sqrt(n). None if nothing varies: of no image, of one, or of one several times.
     """
 
     def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +189,7 @@ def means_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[
     return _of_each_class(off, len(statistics.of), features, labels)
 
 
-def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) -> list[float | None]:
+def covariances_off(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> list[float | None]:
     """Likewise of each class's covariance: the Frobenius norm of the difference, relative to that of its images."""
 
     def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,37 +200,40 @@ def covariances_off(statistics: Statistics, features: Tensor, labels: Tensor) ->
 
 
 def _of_each_class(
-    measure: Callable[[int, Tensor], tuple[Tensor, Tensor]], classes: int, features: Tensor, labels: Tensor
+    off: Callable[[int, Tensor], tuple[Tensor, Tensor]], classes: int, features: Tensor, labels: Tensor
 ) -> list[float | None]:
-    found = []
+    result = []
     for label in range(classes):
         own = features[labels == label]
-        distance, unit = measure(label, own) if len(own) > 1 else (0.0, 0.0)
-        found.append(float(distance / unit) if unit > 1e-12 else None)
-    return found
+        distance, unit = off(label, own) if len(own) > 1 else (0.0, 0.0)
+        result.append(float(distance / unit) if unit > 1e-12 else None)
+    return result
 
 
 def of_statistics(
-    student: Network, before: dict[str, Any], after: dict[str, Any], images: Images
+    student: Network, teacher_checkpoint: dict[str, Any], student_checkpoint: dict[str, Any], images: Images
 ) -> dict[str, dict[str, Any]]:
-    """What the checkpoint ``after`` of a student can do with its statistics, on ``images`` of known classes.
+    """What a student can do with the statistics of its checkpoint, on labelled ``images`` of its classes.
 
-    "readouts" as ``by_readout``; "means_off" and "covariances_off" of the old classes as the student "carried" them,
-    and as they were "left" in ``before``, its teacher's checkpoint. All are empty without statistics or images.
+    "classifiers" as ``by_classifier``; "means_off" and "covariances_off" of the old classes as the student has them
+    "compensated", and "uncompensated" as in its teacher's checkpoint. All are empty without statistics or images.
     """
-    known, earlier, old = unpacked(after), unpacked(before), len(before["class_names"])
-    if known is None or earlier is None or not len(images.labels):
-        return {"readouts": {}, "means_off": {}, "covariances_off": {}}
-    features, is_old = features_of(student, images.pixels, after["mean"], after["std"]), images.labels < old
-    both = {"carried": Statistics(known.means[:old], known.covariances, known.of[:old]), "left": earlier}
+    statistics, uncompensated = from_checkpoint(student_checkpoint), from_checkpoint(teacher_checkpoint)
+    if statistics is None or uncompensated is None or not len(images.labels):
+        return {"classifiers": {}, "means_off": {}, "covariances_off": {}}
+    old = len(teacher_checkpoint["class_names"])
+    features = features_of(student, images.pixels, student_checkpoint["mean"], student_checkpoint["std"])
+    compensated = ClassStatistics(statistics.means[:old], statistics.covariances, statistics.of[:old])
+    both = {"compensated": compensated, "uncompensated": uncompensated}
+    is_old = images.labels < old
+
+    def off(measure: Callable[..., list[float | None]]) -> dict[str, list[float | None]]:
+        return {name: measure(each, features[is_old], images.labels[is_old]) for name, each in both.items()}
+
     return {
-        "readouts": by_readout(student, known, features, images.labels, len(known.means) - old),
-        **{
-            measure.__name__: {
-                name: measure(each, features[is_old], images.labels[is_old]) for name, each in both.items()
-            }
-            for measure in (means_off, covariances_off)
-        },
+        "classifiers": by_classifier(student, statistics, features, images.labels, len(statistics.means) - old),
+        "means_off": off(means_off),
+        "covariances_off": off(covariances_off),
     }
 
 
@@ -250,71 +261,74 @@ class Comparison:
 def compare(
     teacher: Network,
     student: Network,
-    before: dict[str, Any],
-    after: dict[str, Any],
+    teacher_checkpoint: dict[str, Any],
+    student_checkpoint: dict[str, Any],
     images: Images,
     history: bool = True,
     batch_size: int = 500,
     heads: tuple[Network, Network] | None = None,
 ) -> Comparison:
-    """Both networks with their checkpoints on ``images``, of which label -1 is of no known class.
+    """Both networks with their checkpoints, as answer_with gives them, on ``images``; label -1 is of an unknown class.
 
-    With ``history`` the forgetting counts what the tests of earlier steps recorded, as fits the same test images and
-    the head that was trained. Where the two answer by another read-out, ``heads`` are they with their heads: the maps
-    are always those of the heads, which L_AD compares, and a read-out changes with the classes that it tells apart.
+    With ``history`` the forgetting counts what the tests of earlier tasks recorded, which fits the same test images and
+    the head alone. If the two answer by another classifier, ``heads`` are they with their heads: the maps are always
+    those of the heads, which L_AD compares, and another classifier changes with the classes that it tells apart.
     """
-    history = history and after.get("readout", "head") == "head"
-    names, old = after["class_names"], len(before["class_names"])
+    history = history and student_checkpoint.get("classifier", "head") == "head"
+    checkpoints, old = (teacher_checkpoint, student_checkpoint), len(teacher_checkpoint["class_names"])
     teacher_logits, student_logits = (
-        predict(model, images.pixels, saved["mean"], saved["std"], batch_size)
-        for model, saved in ((teacher, before), (student, after))
+        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
+        for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
     )
-    judged, is_old = images.labels >= 0, (images.labels >= 0) & (images.labels < old)
-    shown = is_old.nonzero().squeeze(1)
-    labels = images.labels[shown]
-    maps_of_both = [
-        maps(model, images.pixels[shown], labels, saved["mean"], saved["std"], batch_size)
-        for model, saved in zip(heads or (teacher, student), (before, after), strict=True)
-        if len(shown)
-    ]
-    both = torch.stack(maps_of_both, dim=1) if len(shown) else torch.zeros(0, 2, 1, 1)
+    judged = images.labels >= 0
+    shown = (judged & (images.labels < old)).nonzero().squeeze(1)
+    old_labels, old_logits = images.labels[shown], teacher_logits[shown]
+    labels, logits = images.labels[judged], student_logits[judged]
+    both = torch.zeros(0, 2, 1, 1)
+    if len(shown):
+        both = torch.stack(
+            [
+                maps(model, images.pixels[shown], old_labels, checkpoint["mean"], checkpoint["std"], batch_size)
+                for model, checkpoint in zip(heads or (teacher, student), checkpoints, strict=True)
+            ],
+            dim=1,
+        )
     distance, overlap = attention_drift(both[:, 0], both[:, 1])
     metrics = {
-        "teacher": accuracies(teacher_logits[is_old], labels, old),
-        "student": accuracies(student_logits[judged], images.labels[judged], old),
-        "steps": _by_step(
-            after["steps"], teacher_logits[judged], student_logits[judged], images.labels[judged], history
-        ),
+        "teacher": accuracies(old_logits, old_labels, old),
+        "student": accuracies(logits, labels, old),
+        "tasks": _by_task(student_checkpoint["tasks"], teacher_logits[judged], logits, labels, history),
         "classes": {
-            "names": names,
-            "teacher": class_accuracies(teacher_logits[is_old], labels),
-            "student": class_accuracies(student_logits[judged], images.labels[judged]),
+            "names": student_checkpoint["class_names"],
+            "teacher": class_accuracies(old_logits, old_labels),
+            "student": class_accuracies(logits, labels),
         },
         "attention": {
-            name: [_mean_of_known(values[labels == index]) for index in range(old)]
+            name: [_mean(values[old_labels == label]) for label in range(old)]
             for name, values in (("distance", distance), ("overlap", overlap))
         },
-        "confusion": confusion(student_logits[judged], images.labels[judged]).tolist(),
+        "confusion": confusion(logits, labels).tolist(),
     }
     return Comparison(metrics, teacher_logits, student_logits, shown, both, distance, overlap)
 
 
-def _mean_of_known(values: Tensor) -> float | None:
+def _mean(values: Tensor) -> float | None:
+    """Of those that are not NaN, if any."""
     mean = values.nanmean().item()
     return None if math.isnan(mean) else mean
 
 
-def _by_step(
-    steps: list[dict[str, Any]], teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, history: bool
+def _by_task(
+    tasks: list[dict[str, Any]], teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, history: bool
 ) -> list[dict[str, Any]]:
-    """For each step's classes: the accuracy now, and what is lost of the best before, or of the teacher's."""
-    sizes = [len(step["classes"]) for step in steps]
+    """For each task's classes: the accuracy now, and what is lost of the best one earlier, or of the teacher's."""
+    sizes = [len(task["classes"]) for task in tasks]
     now = group_accuracies(student_logits, labels, sizes)
-    known = sum(sum(sizes[: number + 1]) <= teacher_logits.shape[1] for number in range(len(sizes)))
-    earlier = [group_accuracies(teacher_logits, labels, sizes[:known])]
+    of_teacher = [size for size, (_, end) in zip(sizes, _ranges(sizes), strict=True) if end <= teacher_logits.shape[1]]
+    earlier = [group_accuracies(teacher_logits, labels, of_teacher)]
     if history:
-        earlier += [step["group_accuracy"] for step in steps[:-1]]
+        earlier += [task["group_accuracy"] for task in tasks[:-1]]
     return [
-        {"classes": step["classes"], "accuracy": accuracy, "forgetting": lost}
-        for step, accuracy, lost in zip(steps, now, forgetting(earlier, now), strict=True)
+        {"classes": task["classes"], "accuracy": accuracy, "forgetting": lost}
+        for task, accuracy, lost in zip(tasks, now, forgetting(earlier, now), strict=True)
     ]

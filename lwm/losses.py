@@ -1,29 +1,29 @@
-"""The losses of Learning without Memorizing (Dhar et al., CVPR 2019) and the methods made of them.
+"""The losses of Learning without Memorizing (Dhar et al., CVPR 2019), and the methods made of them.
 
 Notation: N old classes, K new ones; the first N logits are the old classes'. B images in a batch.
-A method is a function ``loss(student, teacher, labels, heads, settings)`` that returns a dict of named scalar
+The loss of a method is a function ``loss(student, teacher, labels, old, settings)``. It returns a dict of named scalar
 terms, "total" among them: the training loop minimises that one and logs them all.
 
-    student, teacher   models.Output: logits (B, N+K) and (B, N), features (B, C, h, w); teacher None in step 0
+    student, teacher   models.Output: logits (B, N+K) and (B, N), features (B, C, h, w); teacher None if it is not asked
     labels             int64 (B,), position of the class in the student's outputs
-    heads              the two rows-by-class weights of the heads, (N+K, C) and (N, C); None for a network whose maps
-                       have no closed form: its logits bring the graph from its features with them
-    settings           anything with loss_form, beta, gamma, temperature, attention_class and attention
+    old                N; 0 in task 0
+    settings           anything with loss_form, beta, gamma and temperature
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from lwm.attention import closed_form_map, differentiated_map
+from lwm.attention import attention_distances, closed_form_map, differentiated_map
 from lwm.models import Output
+from lwm.runtime.errors import InputError
 
 Terms = dict[str, Tensor]
-Heads = tuple[Tensor | None, Tensor | None]
 
 
 def classification_loss(logits: Tensor, labels: Tensor, old: int, form: str) -> Tensor:
@@ -63,28 +63,8 @@ def distillation_softmax(student: Tensor, teacher: Tensor, temperature: float) -
     return -(targets * log_probabilities).sum(1).mean() * temperature**2
 
 
-def _unit_length(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Each map (B, ...) as a row (B, pixels) of L2 length 1, and which rows are not all zero."""
-    rows = maps.flatten(1)
-    peak = rows.detach().abs().amax(1, keepdim=True)
-    alive = peak > 0
-    # Division by the peak changes nothing after normalisation, and squares of tiny maps no longer underflow.
-    rows = rows / peak.where(alive, 1.0)
-    squares = rows.square().sum(1, keepdim=True)
-    return rows / squares.where(alive, 1.0).sqrt(), alive.squeeze(1)
-
-
-def attention_distances(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 distance (B,) of the L2-normalised maps, both (B, h, w), summed over pixels; and where both have something
-    in them, bool (B,): elsewhere the distance says nothing.
-    """
-    student, student_alive = _unit_length(student_map)
-    teacher, teacher_alive = _unit_length(teacher_map)
-    return (teacher - student).abs().sum(1), student_alive & teacher_alive
-
-
 def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """L_AD (paper, section 3.2, eq. 4): the mean over the batch of the distances of the maps.
+    """L_AD (paper, section 3.2, eq. 4): the mean over the batch of the distances of the maps (B, h, w).
 
     Returns the loss and the share of images for which either map is all zero: they contribute 0, and their gradient
     is 0.
@@ -94,97 +74,89 @@ def attention_distillation(student_map: Tensor, teacher_map: Tensor) -> tuple[Te
     return loss, 1 - alive.to(loss.dtype).mean()
 
 
-def _classify_and_distil(student: Output, teacher: Output, labels: Tensor, form: str, settings: Any) -> Terms:
-    """L_C + beta * L_D, both in one form; ``softmax-all`` takes the paper's L_D."""
-    old = teacher.logits.shape[1]
-    old_logits = student.logits[:, :old]
-    classification = classification_loss(student.logits, labels, old, form)
-    if form == "softmax":
-        distillation = distillation_softmax(old_logits, teacher.logits, settings.temperature)
+# The methods' losses ----------------------------------------------------------------------------------------------
+
+
+def classify(student: Output, teacher: Output | None, labels: Tensor, old: int, settings: Any) -> Terms:
+    """L_C alone: task 0, fine-tuning (the lower bound, over all N+K logits), and a student with a frozen backbone."""
+    classification = classification_loss(student.logits, labels, old, settings.loss_form)
+    return {"total": classification, "classification": classification}
+
+
+def distil(student: Output, teacher: Output, labels: Tensor, old: int, settings: Any) -> Terms:
+    """L_C over the new logits + beta * L_D over the old, both in one form.
+
+    In the softmax form this is Learning without Forgetting (Li and Hoiem, ECCV 2016), in the binary one LwF-MC (iCaRL,
+    CVPR 2017, section 4).
+    """
+    classification = classification_loss(student.logits, labels, old, settings.loss_form)
+    if settings.loss_form == "softmax":
+        distillation = distillation_softmax(student.logits[:, :old], teacher.logits, settings.temperature)
     else:
-        distillation = distillation_sigmoid(old_logits, teacher.logits)
+        distillation = distillation_sigmoid(student.logits[:, :old], teacher.logits)
     total = classification + settings.beta * distillation
     return {"total": total, "classification": classification, "distillation": distillation}
 
 
-def first_step(student: Output, teacher: Output | None, labels: Tensor, heads: Heads, settings: Any) -> Terms:
-    """Step 0: L_C alone, no class is old."""
-    classification = classification_loss(student.logits, labels, 0, settings.loss_form)
-    return {"total": classification, "classification": classification}
-
-
-def finetune(student: Output, teacher: Output | None, labels: Tensor, heads: Heads, settings: Any) -> Terms:
-    """The lower bound: softmax cross-entropy over all N+K logits; the teacher is not asked."""
-    classification = classification_loss(student.logits, labels, 0, "softmax-all")
-    return {"total": classification, "classification": classification}
-
-
-def lwf(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
-    """Learning without Forgetting (ECCV 2016): softmax L_C over the new logits, softmax L_D over the old."""
-    return _classify_and_distil(student, teacher, labels, "softmax", settings)
-
-
-def lwf_mc(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
-    """LwF-MC (iCaRL, CVPR 2017, section 4): binary L_C over the new logits, sigmoid L_D over the old."""
-    return _classify_and_distil(student, teacher, labels, "binary", settings)
-
-
-def lwm(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
+def lwm(student: Output, teacher: Output, labels: Tensor, old: int, settings: Any) -> Terms:
     """Learning without Memorizing (paper, eq. 5): L = L_C + beta * L_D + gamma * L_AD.
 
-    Both maps are those of one old class an image: the top one of the student, as in the paper, or of the teacher.
+    Both maps explain one old class an image: the student's top one.
     """
-    terms = _classify_and_distil(student, teacher, labels, settings.loss_form, settings)
-    attention, zero_maps = attention_distillation(*_compared(student, teacher, labels, heads, settings))
-    total = terms["total"] + settings.gamma * attention
-    return {**terms, "total": total, "attention": attention, "zero_maps": zero_maps}
-
-
-CLOSED_FORM = ("through-features", "through-head", "new-class")
-
-
-def _compared(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> tuple[Tensor, Tensor]:
-    """What L_AD compares, of student and teacher: by default the paper's maps, otherwise a control of the ablation.
-
-    ``grad-cam``: maps (B, h, w) of one old class. ``signed``: the same without the ReLU. ``through-features`` and
-    ``through-head``: the same maps, but the gradient reaches the student through A alone, or through alpha alone.
-    ``new-class``: maps of the image's own class, both by the student's head since the teacher has none for it.
-    ``features``: the feature maps (B, C, h, w) themselves. Three of them (CLOSED_FORM) need the heads' weights.
-    """
-    student_head, teacher_head = heads
-    features, what = student.features, settings.attention
-    if what == "features":
-        return features, teacher.features.detach()
-    old = teacher.logits.shape[1]
-    judge = student.logits[:, :old] if settings.attention_class == "student" else teacher.logits
-    classes, relu = judge.detach().argmax(1), what != "signed"
-    if student_head is None or teacher_head is None:
-        if what in CLOSED_FORM:
-            raise ValueError(f"attention {what!r} needs the weights of the heads")
-        ours = differentiated_map(student.logits, features, classes, relu, create_graph=True)
-        return ours, differentiated_map(teacher.logits, teacher.features, classes, relu)
-    if what == "new-class":
-        theirs = closed_form_map(teacher.features, student_head, labels).detach()
-        return closed_form_map(features, student_head, labels), theirs
-    ours = closed_form_map(
-        features.detach() if what == "through-head" else features,
-        student_head.detach() if what == "through-features" else student_head,
-        classes,
-        relu,
+    return with_attention(
+        distil(student, teacher, labels, old, settings), *compared_maps(student, teacher, old), settings.gamma
     )
-    return ours, closed_form_map(teacher.features, teacher_head, classes, relu).detach()
 
 
-def frozen(student: Output, teacher: Output, labels: Tensor, heads: Heads, settings: Any) -> Terms:
-    """A lower bound: L_C alone over the new logits, for a student whose backbone does not move."""
-    classification = classification_loss(student.logits, labels, teacher.logits.shape[1], settings.loss_form)
-    return {"total": classification, "classification": classification}
+def with_attention(terms: Terms, student_map: Tensor, teacher_map: Tensor, gamma: float) -> Terms:
+    """The terms with gamma * L_AD of the two maps (B, h, w) in the total."""
+    attention, zero_maps = attention_distillation(student_map, teacher_map)
+    return {**terms, "total": terms["total"] + gamma * attention, "attention": attention, "zero_maps": zero_maps}
 
 
-METHODS: dict[str, Callable[..., Terms]] = {
-    "finetune": finetune,
-    "frozen": frozen,
-    "lwf": lwf,
-    "lwf-mc": lwf_mc,
-    "lwm": lwm,
+def compared_maps(student: Output, teacher: Output, old: int) -> tuple[Tensor, Tensor]:
+    """Grad-CAM (B, h, w) of the student's top old class by student and teacher; the teacher's has no gradient."""
+    classes = student.logits[:, :old].detach().argmax(1)
+    if student.head is None or teacher.head is None:
+        ours = differentiated_map(student.logits, student.features, classes, create_graph=True)
+        return ours, differentiated_map(teacher.logits, teacher.features, classes)
+    ours = closed_form_map(student.features, student.head, classes)
+    return ours, closed_form_map(teacher.features, teacher.head, classes).detach()
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that is known of a method.
+
+    ``loss`` None: there is no epoch, and the head is made from the classes' statistics. ``form`` is the form of L_C and
+    L_D; None: the teacher's. A method that does not ask the teacher runs none, and one that does not train the backbone
+    trains the head alone.
+    """
+
+    loss: Callable[..., Terms] | None
+    form: str | None = None
+    asks_teacher: bool = True
+    trains_backbone: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "finetune": Method(classify, "softmax-all", asks_teacher=False),
+    "frozen": Method(classify, asks_teacher=False, trains_backbone=False),
+    "lwf": Method(distil, "softmax"),
+    "lwf-mc": Method(distil, "binary"),
+    "lwm": Method(lwm),
 }
+
+
+def loss_form(settings: Any, otherwise: str) -> str:
+    """The form of L_C and L_D: that of the method, else the one that is set, else ``otherwise``.
+
+    Raises InputError if the method has another form than the one that is set.
+    """
+    own = METHODS[settings.method].form
+    if own and settings.loss_form not in (None, own):
+        raise InputError(
+            f"{settings.where('loss_form')} is {settings.loss_form!r}, but method {settings.method} is {own}; "
+            "leave the loss form out, or take --method lwm"
+        )
+    return own or settings.loss_form or otherwise

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def form_of(loss_form: str) -> str:
-    """How the logits of a network that was trained so become probabilities."""
+    """How the logits of a network become probabilities, by the form of the loss that it was trained with."""
     return "sigmoid" if loss_form == "binary" else "softmax"
 
 

@@ -9,26 +9,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lwm.models.from_torchvision import FromTorchvision
-from lwm.models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network, Output
+from lwm.models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network
+from lwm.models.resnet import Output as Output
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from lwm.runtime.errors import InputError
-
-__all__ = [
-    "Network",
-    "Output",
-    "build",
-    "empty_state",
-    "fold_batch_norm",
-    "freeze",
-    "freeze_backbone",
-    "head_weight",
-    "load_torchvision",
-    "replace_head",
-    "start_at_prior",
-    "widen_head",
-]
 
 
 def build(architecture: str, classes: int, image_size: int) -> Network:
@@ -54,11 +40,6 @@ def empty_state(architecture: str, classes: int, image_size: int) -> Mapping[str
             return build(architecture, classes, image_size).state_dict()
     except NotImplementedError:  # not all operations are there without memory: it is given back
         return build(architecture, classes, image_size).to("meta").state_dict()
-
-
-def head_weight(model: Network) -> Tensor | None:
-    """The head's weight (classes, C) where a map follows from it in closed form, else None."""
-    return model.fc.weight if model.closed_form else None
 
 
 def fold_batch_norm(model: Network) -> Network:

@@ -33,7 +33,7 @@ class _Tracer(fx.Tracer):
 class FromTorchvision(Network):
     """``backbone`` makes features (B, C, h, w) of images (B, 3, H, W), ``neck`` a row each of them, ``fc`` the logits.
 
-    ``closed_form`` says that nothing but dropout stands between pooling and head (gradcam.closed_form_map). Where it
+    ``closed_form`` says that nothing but dropout stands between pooling and head (attention.closed_form_map). If it
     is false, the features of a frozen network take part in a graph, so that its maps can be differentiated.
     Raises InputError for a network that torchvision does not have, or that has no such three parts.
     """

@@ -29,10 +29,14 @@ IMAGENET_STEM_FROM = 64  # px; below it a 7x7 stride-2 convolution and a pooling
 
 
 class Output(NamedTuple):
-    """``logits`` (B, classes) and ``features`` (B, C, h, w), the map that pooling and the head see."""
+    """What a network makes of B images: ``logits`` (B, classes) and ``features`` (B, C, h, w), the last feature map.
+
+    ``head`` (classes, C) is the weight of the last linear layer if Grad-CAM follows from it in closed form, else None.
+    """
 
     logits: Tensor
     features: Tensor
+    head: Tensor | None
 
 
 class Network(nn.Module):
@@ -55,7 +59,7 @@ class Network(nn.Module):
         """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.fc.weight.dtype)
-            return Output(self.fc(self.pooled(features)), features)
+            return Output(self.fc(self.pooled(features)), features, self.fc.weight if self.closed_form else None)
 
 
 class ImageNetResNet(ResNet, Network):

@@ -1,15 +1,14 @@
-"""What the tests share: images, folders of them, a protocol, a CIFAR archive, settings without a command line."""
+"""What the tests share: images, folders of them, checkpoints, short runs, a CIFAR archive."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import http.server
 import io
 import pickle
+import shutil
 import signal
 import tarfile
-import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from tinyruns import RUN, SMALL, first
@@ -27,8 +27,8 @@ import config
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from lwm import models
-from lwm.experiments.protocols import METHODS, Protocol
 from lwm.images import datasets
+from lwm.images.batches import Images
 from lwm.reporting import plots
 from lwm.runtime.errors import InputError
 
@@ -39,15 +39,7 @@ DIGITS = datasets.Place("digits", "")
 
 def loss_settings(**changes: Any) -> types.SimpleNamespace:
     """The settings that a loss reads."""
-    values = {
-        "loss_form": "binary",
-        "beta": 1.0,
-        "gamma": 1.0,
-        "temperature": 2.0,
-        "attention": "grad-cam",
-        "attention_class": "student",
-    }
-    return types.SimpleNamespace(**(values | changes))
+    return types.SimpleNamespace(**({"loss_form": "binary", "beta": 1.0, "gamma": 1.0, "temperature": 2.0} | changes))
 
 
 def page(**changes: Any) -> types.SimpleNamespace:
@@ -96,12 +88,29 @@ def refused(call: Callable, *arguments: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-def contents(images: datasets.Images) -> list[bytes]:
+def contents(images: Images) -> list[bytes]:
     return [image.numpy().tobytes() for image in images.pixels]
 
 
-def step_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
-    """What a checkpoint says of a step, as far as a reader needs it."""
+# Networks and checkpoints -----------------------------------------------------------------------------------------
+
+
+def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) -> models.Network:
+    """A float64 network whose batch-norms are no longer at their plain initial values."""
+    torch.manual_seed(seed)
+    model = models.build(architecture, classes, image_size).double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.7, 1.3)
+                module.bias.uniform_(-0.2, 0.2)
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.8, 1.2)
+    return model
+
+
+def task_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """What a checkpoint says of a task, as far as a finished one needs it."""
     values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
     return {"classes": list(names), "method": "lwm"} | values | changes
 
@@ -115,92 +124,16 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
         "std": [0.25, 0.25, 0.25],
         "loss_form": "binary",
         "class_names": list(names),
-        "steps": [step_of(names)],
+        "tasks": [task_of(names)],
         "model": model.state_dict(),
         "statistics": {},
-        "readouts": {},
+        "classifiers": {},
         "finished": True,
         "training": {},
     } | changes
 
 
-def training_of(model: torch.nn.Module, epochs: int = 2, **changes: Any) -> dict[str, Any]:
-    """The training state of a run that was stopped in its second epoch; the network makes one step for it."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5 * epochs)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    optimizer.step()
-    schedule.step()
-    random = torch.Generator().manual_seed(0).get_state()
-    return {
-        "epochs": epochs,
-        "teacher": "",
-        "images": "8, abc",
-        "machine": {"device": "cpu", "threads": 2},
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "generator": random,
-        "torch_rng": random,
-        "device_rng": None,
-        "log": [{"epoch": 1, "loss": 0.5, "accuracy": 60.0, "lr": 0.1, "test_accuracy": 55.5}],
-        "position": {"batches": 3, "order": random, "learning_rate": 0.05, "seconds": 1.5, "sums": {"total": 7.0}},
-    } | changes
-
-
-@pytest.fixture
-def example() -> dict[str, Any]:
-    """A whole checkpoint of two classes."""
-    torch.manual_seed(0)
-    return checkpoint_of(models.build("resnet32", 2, 32), "resnet32", ["b", "a"])
-
-
-@pytest.fixture(scope="module")
-def unfinished() -> dict[str, Any]:
-    """That of a run that was stopped inside an epoch. Not to be changed: ``checkpointfiles.put`` makes a copy."""
-    model = models.build("resnet32", 2, 32)
-    return checkpoint_of(model, "resnet32", ["b", "a"], finished=False, training=training_of(model))
-
-
-def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) -> torch.nn.Module:
-    """A float64 network whose batch-norms and head are no longer at their plain initial values."""
-    torch.manual_seed(seed)
-    model = models.build(architecture, classes, image_size).double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.7, 1.3)
-                module.bias.uniform_(-0.2, 0.2)
-                module.running_mean.uniform_(-0.2, 0.2)
-                module.running_var.uniform_(0.8, 1.2)
-    return model
-
-
-# Protocols of the digits ------------------------------------------------------------------------------------------
-
-FIVE = Protocol("about", "digits", slice(0, 10), (2,) * 5, "--epochs 1", METHODS, order=None, shuffle=True)
-TINY = Protocol(
-    about="digits in three steps",
-    dataset="digits",
-    order=None,
-    pool=slice(0, 6),
-    groups=(2, 2, 2),
-    flags="--model resnet32 --image-size 8 --epochs 1",
-    methods={"lwf": "--method lwf", "lwm": "--method lwm"},
-)
-TINY_FORMS = {"lwf": "softmax", "lwm": "binary"}
-
-
-def run_tiny(cells: Path, method: str) -> None:
-    """Seed 0 of a method of TINY, in the folders in which reproduce.py leaves it."""
-    flags = [*TINY.flags.split(), "--dataset", "digits", "--seed", "0"]
-    form = TINY_FORMS[method]
-    model = cells / f"first-{form}" / "teacher_model.pth"
-    trainer.main([*flags, "--old-classes", "0,1", "--loss-form", form, "--output-dir", str(model.parent)])
-    for number, new in ((1, "2,3"), (2, "4,5")):
-        more = ["--method", method, "--teacher", str(model), "--new-classes", new]
-        model = cells / method / str(number) / "student_model.pth"
-        incremental.main([*flags, *more, "--output-dir", str(model.parent)])
+# Runs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -208,9 +141,6 @@ def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made, but an empty one is rendered in place of each, which is faster."""
     render = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *where, **how: render(Figure((1, 1)), *where, **how))
-
-
-# Runs that are stopped and gone on with --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -238,10 +168,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(whole: Path) -> Callable[..., int]:
-    """``run(kind, folder, *flags)`` is the script's exit code."""
+    """``run(role, folder, *flags)`` is the script's exit code."""
 
-    def start(kind: str, folder: Path, *flags: str) -> int:
-        if kind == "teacher":
+    def start(role: str, folder: Path, *flags: str) -> int:
+        if role == "teacher":
             return trainer.main([*SMALL, *RUN, "--output-dir", str(folder), *flags])
         return incremental.main(["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), *flags])
 
@@ -249,10 +179,6 @@ def run(whole: Path) -> Callable[..., int]:
 
 
 # A small archive in CIFAR's format --------------------------------------------------------------------------------
-
-
-def _pickled(content: dict[str, Any]) -> bytes:
-    return pickle.dumps(content, protocol=2)
 
 
 def cifar_pixels(kind: str, split: str, names: Sequence[str], per_class: int) -> tuple[np.ndarray, list[int]]:
@@ -263,75 +189,58 @@ def cifar_pixels(kind: str, split: str, names: Sequence[str], per_class: int) ->
 
 
 def cifar_archive(folder: Path, kind: str, names: Sequence[str], train: int, test: int) -> dict[str, Any]:
-    """Write the archive of ``kind`` (cifar10 or cifar100); returns all that torchvision's class says of it but its URL.
+    """Write the archive of ``kind`` (cifar10 or cifar100); returns what torchvision's class says of it.
 
     ``train`` and ``test`` are images a class; the layout, the keys and the pickles are those of the real archives.
     """
-    base = "cifar-100-python" if kind == "cifar100" else "cifar-10-batches-py"
-    label_key, names_key = ("fine_labels", "fine_label_names") if kind == "cifar100" else ("labels", "label_names")
-    files: dict[str, bytes] = {}
-    lists: dict[str, list[list[str]]] = {"train": [], "test": []}
+    base, meta, label_key, names_key = "cifar-100-python", "meta", "fine_labels", "fine_label_names"
+    files = {"train": ["train"], "test": ["test"]}
+    if kind == "cifar10":  # which comes in several training batches
+        base, meta, label_key, names_key = "cifar-10-batches-py", "batches.meta", "labels", "label_names"
+        files = {"train": ["data_batch_1", "data_batch_2"], "test": ["test_batch"]}
+    written = {meta: pickle.dumps({names_key: list(names)}, protocol=2)}
     for split, per_class in (("train", train), ("test", test)):
         pixels, labels = cifar_pixels(kind, split, names, per_class)
         rows = pixels.transpose(0, 3, 1, 2).reshape(len(labels), -1)
-        # CIFAR-10 comes in several training batches, CIFAR-100 in one.
-        parts = [slice(None)]
-        if kind == "cifar10" and split == "train":
-            parts = [slice(0, len(labels) // 2), slice(len(labels) // 2, None)]
-        for number, part in enumerate(parts):
-            title = split
-            if kind == "cifar10":
-                title = f"data_batch_{number + 1}" if split == "train" else "test_batch"
-            files[title] = _pickled({"data": rows[part], label_key: labels[part]})
-            lists[split].append([title, hashlib.md5(files[title]).hexdigest()])
-    meta = "meta" if kind == "cifar100" else "batches.meta"
-    files[meta] = _pickled({names_key: list(names)})
+        for title, part in zip(files[split], np.array_split(np.arange(len(labels)), len(files[split])), strict=True):
+            content = {"data": rows[part], label_key: [labels[index] for index in part]}
+            written[title] = pickle.dumps(content, protocol=2)
     archive = folder / f"{kind}-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for title, content in files.items():
+        for title, content in written.items():
             member = tarfile.TarInfo(f"{base}/{title}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    hashes = {title: hashlib.md5(content).hexdigest() for title, content in written.items()}
     return {
         "base_folder": base,
         "filename": archive.name,
         "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
-        "train_list": lists["train"],
-        "test_list": lists["test"],
-        "meta": {"filename": meta, "key": names_key, "md5": hashlib.md5(files[meta]).hexdigest()},
+        **{f"{split}_list": [[title, hashes[title]] for title in titles] for split, titles in files.items()},
+        "meta": {"filename": meta, "key": names_key, "md5": hashes[meta]},
     }
 
 
-class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def serve_cifar(tmp_path, monkeypatch):
-    """``serve_cifar(kind, names, train, test)`` makes a small archive, from which torchvision then downloads.
+def serve_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``serve_cifar(kind, names, train, test)`` makes a small archive, which torchvision then "downloads".
 
-    Returns the path of the archive that is served; a test may spoil or remove it. (torchvision asks the response for
-    its length, which that of a file: URL has not: so a server on this machine.)
+    Returns the path of the archive that is served; a test may spoil or remove it.
     """
-    from torchvision import datasets
-
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(_QuietHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def download(url: str, root: str, filename: str, md5: str) -> None:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        copy = shutil.copy(folder / filename, root)
+        if not torchvision.datasets.utils.check_integrity(copy, md5):
+            raise RuntimeError("File not found or corrupted.")
 
     def serve(kind: str, names: Sequence[str], train: int = 4, test: int = 2) -> Path:
-        attributes = cifar_archive(folder, kind, names, train, test)
-        attributes["url"] = f"http://127.0.0.1:{server.server_port}/{attributes['filename']}"
-        for name, value in attributes.items():
-            monkeypatch.setattr(datasets.CIFAR100 if kind == "cifar100" else datasets.CIFAR10, name, value)
-        return folder / attributes["filename"]
+        own = torchvision.datasets.CIFAR100 if kind == "cifar100" else torchvision.datasets.CIFAR10
+        for name, value in cifar_archive(folder, kind, names, train, test).items():
+            monkeypatch.setattr(own, name, value)
+        return folder / own.filename
 
-    yield serve
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
+    return serve

@@ -17,8 +17,9 @@ def numpy_map(features: np.ndarray, weight: np.ndarray, classes: np.ndarray) -> 
 
 
 def numpy_attention(student: np.ndarray, teacher: np.ndarray) -> float:
-    """L_AD, image by image; every map must have something in it."""
+    """L_AD, image by image; an image without anything in one of its maps counts as 0."""
     total = 0.0
     for q, p in zip(student, teacher, strict=True):
-        total += np.abs(p.ravel() / np.linalg.norm(p) - q.ravel() / np.linalg.norm(q)).sum()
+        if q.any() and p.any():
+            total += np.abs(p.ravel() / np.linalg.norm(p) - q.ravel() / np.linalg.norm(q)).sum()
     return total / len(student)

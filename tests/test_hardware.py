@@ -1,61 +1,59 @@
-"""The device: its random state, which a run saves and goes on from, and what is said of it."""
+"""The device: what it lacks, its random state, and what is asked of torch."""
+
+from __future__ import annotations
+
+import os
 
 import pytest
 import torch
+from conftest import refused
 
 from lwm.runtime import hardware
-from lwm.runtime.errors import InputError
+from lwm.runtime.settings import read_settings
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-@pytest.fixture
-def generator(monkeypatch):
-    """A CUDA device's random state, as torch gives and takes it."""
-    kept = {"state": torch.arange(16, dtype=torch.uint8)}
-
-    def put(state, device):
-        if state[0] == 255:
-            raise RuntimeError("RNG state is wrong")
-        kept["state"] = state.clone()
-
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept["state"].clone())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
-    return kept
+def prepared(*flags: str) -> object:
+    return hardware.prepare(read_settings("train_teacher_model", list(flags)))
 
 
-def test_the_random_state_of_a_device_is_put_back(generator):
+def test_what_the_device_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "An old GPU")
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
+    assert "cuda:9" in refused(prepared, "--device", "cuda:9")
+    assert "An old GPU has no bf16" in refused(prepared, "--device", "cuda:0", "--precision", "bf16")
+
+
+def test_the_random_state_of_a_device_is_put_back(monkeypatch):
+    now = torch.arange(16)  # of the device, as torch gives and takes it
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: now.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: now.copy_(state))
     saved = hardware.random_state(CUDA)
-    generator["state"] += 1
-    hardware.set_random_state(CUDA, saved)
-    assert torch.equal(generator["state"], torch.arange(16, dtype=torch.uint8))
-
-
-def test_a_state_of_another_kind_of_device_is_left_aside(generator):
-    before = generator["state"].clone()
-    for state in (None, torch.zeros(44, dtype=torch.uint8)):  # of a CPU, and of MPS
+    now += 1
+    for state in (saved, None, torch.zeros(44)):  # the last two of a CPU and of MPS: left aside
         hardware.set_random_state(CUDA, state)
-        assert torch.equal(generator["state"], before)
+        assert torch.equal(now, saved)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.zeros(2) + torch.zeros(3))
+    assert "damaged" in refused(hardware.set_random_state, CUDA, saved)
     assert hardware.random_state(CPU) is None
-    hardware.set_random_state(CPU, before)
 
 
-def test_a_damaged_state_is_said(generator):
-    with pytest.raises(InputError, match="random state of the device is damaged"):
-        hardware.set_random_state(CUDA, torch.full((16,), 255, dtype=torch.uint8))
+def test_deterministic_is_asked_of_torch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    for flags in ([], ["--deterministic"]):
+        prepared("--device", "cpu", *flags)
+        assert asked == [True] * len(flags)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "said"),
-    [
-        ({"avx512_bf16": True, "amx_bf16": True, "avx512_f": True}, "Some CPU with amx_bf16, 3 thread(s) a run"),
-        ({"avx512_bf16": True, "amx_bf16": False}, "Some CPU with avx512_bf16, 3 thread(s) a run"),
-        ({"avx512_f": True}, "Some CPU, 3 thread(s) a run"),
-    ],
-)
-def test_it_is_said_by_which_instructions_a_processor_multiplies_bf16(monkeypatch, capabilities, said):
+@pytest.mark.parametrize("fastest", ["amx_bf16", ""])
+def test_it_is_known_by_which_instruction_a_processor_multiplies_bf16(monkeypatch, fastest):
+    capabilities = {"avx512_f": True, "avx512_bf16": bool(fastest), fastest: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "processor", lambda: "Some CPU")
-    assert hardware.machine(3)["hardware"] == said
-    assert hardware.has_bf16(CPU) == ("with" in said)
+    assert hardware.bf16_instruction() == fastest
+    assert hardware.has_bf16(CPU) == bool(fastest)

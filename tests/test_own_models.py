@@ -1,13 +1,15 @@
 """Networks of torchvision and of other people: cut where Grad-CAM looks, loaded, frozen in part, taught new classes."""
 
+from __future__ import annotations
+
 import copy
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from conftest import checkpoint_of, image_folder, loss_settings, randomised
-from lwm.models.from_torchvision import FromTorchvision
 
 import demo
 import gradcam
@@ -15,11 +17,9 @@ import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from lwm import losses, models, training
 from lwm.attention import autograd_map, last_map, require_closed_form
-from lwm.images import batches
+from lwm.images.batches import batch_order
 from lwm.runtime import checkpoint
-from lwm.runtime.errors import InputError, RunError, one_line_errors
-
-pytestmark = pytest.mark.usefixtures("unrendered")
+from lwm.runtime.errors import InputError, RunError
 
 CLOSED = ["regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5", "swin_t"]
 DIFFERENTIATED = ["mobilenet_v3_small", "convnext_tiny"]
@@ -45,32 +45,23 @@ def test_it_answers_and_explains_as_torchvisions_network_does(architecture):
     ours = models.build(architecture, 3, 64)
     assert models.load_torchvision(ours, theirs.state_dict()) == 3
     assert ours.training
+    assert sum(map(torch.numel, ours.parameters())) == sum(map(torch.numel, theirs.parameters()))  # each is in it once
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         output = ours.eval()(images)
         assert torch.allclose(output.logits, theirs(images), atol=1e-5)
         assert torch.allclose(models.fold_batch_norm(ours)(images).logits, output.logits, atol=1e-3)
     assert output.features.dim() == 4
-    assert ours.closed_form == (architecture not in DIFFERENTIATED)
+    assert (output.head is not None) == ours.closed_form == (architecture not in DIFFERENTIATED)
     classes = torch.tensor([0, 2])
     expected = autograd_map(ours, images, classes, ours.last_layer)
-    assert torch.allclose(last_map(output, models.head_weight(ours), classes), expected, atol=1e-5)
+    assert torch.allclose(last_map(output, classes), expected, atol=1e-5)
     require_closed_form(ours, images)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "words"),
-    [
-        ("squeezenet1_1", "does not end in one linear layer"),
-        ("googlenet", "does not end in one linear layer"),
-        ("vgg11", "no global average pooling"),
-        ("vit_b_16", "no global average pooling"),
-        ("maxvit_t", "does not take images of 64 px"),
-        ("resnet81", "did you mean resnet18?"),
-    ],
-)
-def test_what_cannot_be_served_is_said_at_once(architecture, words, capsys):
-    with pytest.raises(InputError, match=words.replace("?", r"\?")):
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "googlenet", "vgg11", "vit_b_16", "maxvit_t", "resnet81"])
+def test_what_cannot_be_served_is_named_at_once(architecture, capsys):
+    with pytest.raises(InputError, match=architecture):
         models.build(architecture, 3, 64)
     assert capsys.readouterr().err == ""
 
@@ -78,23 +69,21 @@ def test_what_cannot_be_served_is_said_at_once(architecture, words, capsys):
 def test_a_closed_form_that_is_none_is_found_out():
     model = models.build("mobilenet_v2", 3, 32)
     model.neck = torch.nn.Sequential(model.neck, torch.nn.Softplus())
-    with pytest.raises(RunError, match="closed form differs"):
+    with pytest.raises(RunError, match="closed form"):
         require_closed_form(model, torch.randn(2, 3, 32, 32))
 
 
-@pytest.mark.parametrize("relu", ["grad-cam", "signed"])
-def test_differentiated_maps_make_the_loss_and_the_gradients_of_the_closed_form(relu):
+def test_differentiated_maps_make_the_loss_and_the_gradients_of_the_closed_form():
     student, teacher = randomised("resnet32", 5, 16), randomised("resnet32", 3, 16, seed=1).eval()
     images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.tensor([3, 4, 3, 4, 3, 4])
-    settings, gradients, totals = loss_settings(attention=relu), [], []
+    gradients, totals = [], []
     for closed in (True, False):
-        model = copy.deepcopy(student)
+        model, their_network = copy.deepcopy(student), copy.deepcopy(teacher)
+        model.closed_form = their_network.closed_form = closed
         with torch.no_grad():
             features = teacher(images).features
-        features.requires_grad_(not closed)
-        theirs = models.Output(teacher.fc(features.mean((2, 3))), features)
-        heads = (model.fc.weight, teacher.fc.weight) if closed else (None, None)
-        total = losses.lwm(model(images), theirs, labels, heads, settings)["total"]
+        theirs = their_network.classified(features.requires_grad_(not closed))
+        total = losses.lwm(model(images), theirs, labels, 3, loss_settings())["total"]
         total.backward()
         totals.append(total.item())
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -106,7 +95,7 @@ def test_the_maps_of_a_frozen_network_without_closed_form_need_no_graph_from_out
     teacher = models.build("mobilenet_v3_small", 3, 32).requires_grad_(False).eval()
     with torch.no_grad():
         output = teacher(torch.randn(2, 3, 32, 32))
-    assert last_map(output, None, torch.tensor([0, 1])).shape == output.features.shape[:1] + output.features.shape[2:]
+    assert last_map(output, torch.tensor([0, 1])).shape == output.features.shape[:1] + output.features.shape[2:]
     with torch.inference_mode():
         assert teacher(torch.randn(2, 3, 32, 32)).logits.shape == (2, 3)
 
@@ -114,43 +103,36 @@ def test_the_maps_of_a_frozen_network_without_closed_form_need_no_graph_from_out
 # Weights from elsewhere -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", ["bare", "state_dict", "model"])
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "model"])
 def test_weights_come_bare_or_wrapped_and_with_the_prefix_of_dataparallel(tmp_path, wrapped):
     network = torch.nn.DataParallel(original("resnet18"))
     state = network.state_dict()
-    torch.save(state if wrapped == "bare" else {wrapped: state, "epoch": 3}, tmp_path / "model.pth")
-    found = checkpoint.load_weights(tmp_path / "model.pth")
-    assert found.keys() == network.module.state_dict().keys()
-    assert torch.equal(found["layer3.0.conv1.weight"], network.module.layer3[0].conv1.weight)
+    torch.save({wrapped: state, "epoch": 3} if wrapped else state, tmp_path / "model.pth")
+    loaded = checkpoint.load_weights(tmp_path / "model.pth")
+    assert loaded.keys() == network.module.state_dict().keys()
+    assert torch.equal(loaded["layer3.0.conv1.weight"], network.module.layer3[0].conv1.weight)
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1, 2], {"state_dict": {}}, {"model": {"a": 1}}, {"epoch": 3}, {0: torch.zeros(1)}]
-)
+@pytest.mark.parametrize("content", [{}, [1, 2], {"state_dict": {}}, {"model": {"a": 1}}, {0: torch.zeros(1)}])
 def test_a_file_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(InputError, match=r"model\.pth: holds no state_dict"):
+    with pytest.raises(InputError, match=r"model\.pth: .*state_dict"):
         checkpoint.load_weights(tmp_path / "model.pth")
 
 
-def spoiled(change) -> dict[str, torch.Tensor]:
-    state = original("resnet18").state_dict()
-    change(state)
-    return state
-
-
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changes", "culprit"),
     [
-        (lambda state: state.pop("layer1.0.conv1.weight"), "only the network has 'layer1.0.conv1.weight'"),
-        (lambda state: state.update(extra=torch.ones(1)), "only the file has 'extra'"),
-        (lambda state: state.update({"bn1.bias": torch.ones(3)}), r"'bn1.bias' is \[3\], \[64\] is needed"),
-        (lambda state: state.update({"bn1.bias": torch.full((64,), torch.nan)}), "'bn1.bias' are not finite"),
+        ({"layer1.0.conv1.weight": None}, "'layer1.0.conv1.weight'"),
+        ({"extra": torch.ones(1)}, "'extra'"),
+        ({"bn1.bias": torch.ones(3)}, "'bn1.bias'"),
+        ({"bn1.bias": torch.full((64,), torch.nan)}, "'bn1.bias'"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(change, words):
-    with pytest.raises(InputError, match=words):
-        models.load_torchvision(models.build("resnet18", 3, 64), spoiled(change))
+def test_weights_that_do_not_fit_are_named(changes, culprit):
+    state = {name: value for name, value in (original("resnet18").state_dict() | changes).items() if value is not None}
+    with pytest.raises(InputError, match=culprit):
+        models.load_torchvision(models.build("resnet18", 3, 64), state)
 
 
 def test_old_files_do_not_count_their_batches_and_a_head_of_another_width_stays_out():
@@ -162,7 +144,7 @@ def test_old_files_do_not_count_their_batches_and_a_head_of_another_width_stays_
     assert torch.equal(model.state_dict()["backbone.features.0.0.weight"], state["features.0.0.weight"])
 
 
-# Frozen in part, and with two learning rates ----------------------------------------------------------------------
+# Frozen in part, two learning rates, unbalanced folders -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet32", "mobilenet_v2", "regnet_y_400mf", "densenet121"])
@@ -176,7 +158,7 @@ def test_stages_are_the_backbone_in_order(architecture):
     models.freeze(model, 2)
     expected = {id(p) for stage in stages[:2] for module in stage for p in module.parameters()}
     assert {id(p) for p in model.parameters() if not p.requires_grad} == expected != set()
-    with pytest.raises(InputError, match=f"has {len(stages)} stages"):
+    with pytest.raises(InputError, match=str(len(stages))):
         models.freeze(model, len(stages) + 1)
 
 
@@ -190,16 +172,13 @@ def test_the_backbone_has_its_own_learning_rate():
     assert len(training._parameters(model, None)) == len(list(model.parameters()))
 
 
-# Unbalanced folders -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("counts", [[50, 3, 7], [1, 1, 40, 2], [5, 5]])
 def test_balanced_batches_draw_the_classes_equally_often(counts):
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     generator = torch.Generator().manual_seed(0)
     seen: set[int] = set()
     for _ in range(30):
-        order = torch.cat(batches.batches(labels, 8, generator, balanced=True))
+        order = torch.cat(batch_order(labels, 8, generator, balanced=True))
         assert len(order) == len(labels)
         drawn = labels[order].bincount(minlength=len(counts))
         assert drawn.max() - drawn.min() <= 1
@@ -212,9 +191,14 @@ def test_balanced_batches_draw_the_classes_equally_often(counts):
 
 # By the scripts ---------------------------------------------------------------------------------------------------
 
+IMAGES = ["--dataset", "folder", "--data-dir", "images", "--batch-size", "6", "--output-dir", "out"]
+OWN = ["--weights", "model.pth", "--old-classes-file", "classes.txt", "--image-size", "64", "--epochs", "0", *IMAGES]
+TAUGHT = ["--teacher", "out/teacher_model.pth", "--new-classes", "d,e", "--epochs", "1", "--gamma", "1", *IMAGES]
+SHOWN = ["--teacher", "out/teacher_model.pth", "--student", "out/student_model.pth", "--output-dir", "out"]
+
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch) -> Path:
     """Images of two new classes, unbalanced, and somebody's network of three old ones, whose images are gone."""
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "images", {"d": 9, "e": 4}, {"d": 2, "e": 2})
@@ -223,41 +207,35 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-IMAGES = ["--dataset", "folder", "--data-dir", "images", "--batch-size", "6"]
-OWN = ["--weights", "model.pth", "--old-classes-file", "classes.txt", "--image-size", "64", *IMAGES]
-
-
 def test_somebodys_network_becomes_a_teacher_as_it_is_and_learns_two_classes(folder, capsys):
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0", "--mean", "0.5,0.5,0.5"]) == 0
-    assert "no test images over 3 classes" in capsys.readouterr().out
-    teacher = checkpoint.load("runs/first/teacher_model.pth")
-    state = torch.load("model.pth")
+    assert trainer.main(["--model", "resnet18", *OWN, "--mean", "0.5,0.5,0.5"]) == 0
+    teacher, state = checkpoint.load("out/teacher_model.pth"), torch.load("model.pth")
     assert all(torch.equal(teacher["model"][name], state[name]) for name in state)
     assert (teacher["class_names"], teacher["loss_form"]) == (OLD, "softmax")
-    assert teacher["mean"] == [0.5] * 3
-    assert teacher["std"] == trainer.IMAGENET[1]
-    flags = ["--teacher", "runs/first/teacher_model.pth", "--new-classes", "d,e", *IMAGES, "--epochs", "1"]
-    assert incremental.main([*flags, "--freeze", "2", "--backbone-lr", "1e-3", "--balanced", "--gamma", "1"]) == 0
-    assert "LOSS_FORM = softmax (the teacher's)" in capsys.readouterr().out
-    student = checkpoint.load("runs/first/student_model.pth")
+    assert (teacher["mean"], teacher["std"]) == ([0.5] * 3, trainer.IMAGENET[1])
+    assert incremental.main([*TAUGHT, "--freeze", "2", "--backbone-lr", "1e-3", "--balanced"]) == 0
+    student = checkpoint.load("out/student_model.pth")
     assert (student["class_names"], student["loss_form"]) == (OLD + NEW, "softmax")
     for name, tensor in student["model"].items():
         if name.startswith(("conv1", "bn1", "layer1")):  # the running statistics too
             assert torch.equal(tensor, state[name])
     assert not torch.equal(student["model"]["layer4.0.conv1.weight"], state["layer4.0.conv1.weight"])
-    step = student["steps"][-1]
-    assert (step["freeze"], step["backbone_lr"], step["balanced"]) == (2, 1e-3, True)
-    shown = ["--teacher", "runs/first/teacher_model.pth", "--student", "runs/first/student_model.pth"]
-    assert demo.main(shown) == 0
+    task = student["tasks"][-1]
+    assert (task["freeze"], task["backbone_lr"], task["balanced"]) == (2, 1e-3, True)
+    assert demo.main(SHOWN) == 0
+    before = Path("out/teacher_model.pth").read_bytes()
+    capsys.readouterr()
+    assert trainer.main(["--model", "resnet18", *OWN, "--resume"]) == 2  # there was no training
+    assert "--epochs" in capsys.readouterr().err
+    assert Path("out/teacher_model.pth").read_bytes() == before
 
 
-def test_weights_taken_as_they_are_cannot_be_resumed(folder, capsys):
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0"]) == 0
-    before = (folder / "runs/first/teacher_model.pth").read_bytes()
-    torch.save(original("resnet18", 3).state_dict() | {"fc.bias": torch.ones(3)}, "model.pth")
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0", "--resume"]) == 2
-    assert "--epochs is 0: there is no training to resume" in capsys.readouterr().err
-    assert (folder / "runs/first/teacher_model.pth").read_bytes() == before
+def test_a_network_without_closed_form_goes_all_the_way(folder):
+    torch.save(original("mobilenet_v3_small").state_dict(), "model.pth")
+    assert trainer.main(["--model", "mobilenet_v3_small", *OWN]) == 0
+    assert incremental.main(TAUGHT) == 0
+    assert checkpoint.load("out/student_model.pth")["training"]["log"][-1]["attention"] > 0
+    assert demo.main([*SHOWN, "--images", "images/train/d"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -277,76 +255,40 @@ def test_gradcam_offers_the_layers_that_make_a_map(folder, capsys, architecture,
         assert gradcam.main([*flags, "--layer", layer]) == 0
 
 
-def test_a_network_without_closed_form_goes_all_the_way(folder):
-    torch.save(original("mobilenet_v3_small").state_dict(), "model.pth")
-    assert trainer.main(["--model", "mobilenet_v3_small", *OWN, "--epochs", "0"]) == 0
-    flags = ["--teacher", "runs/first/teacher_model.pth", "--new-classes", "d,e", *IMAGES, "--epochs", "1"]
-    assert incremental.main([*flags, "--attention", "through-head"]) == 2
-    assert incremental.main([*flags, "--gamma", "1", "--lr", "0.001"]) == 0
-    saved = checkpoint.load("runs/first/student_model.pth")
-    assert saved["training"]["log"][-1]["attention"] > 0
-    flags = ["--teacher", "runs/first/teacher_model.pth", "--student", "runs/first/student_model.pth"]
-    assert demo.main([*flags, "--images", "images/train/d"]) == 0
-
-
-def test_a_head_of_another_width_is_replaced_in_training_alone(folder, capsys):
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_of_another_width_is_replaced_in_training_alone(folder, capsys, monkeypatch, own):
+    """Of somebody's weights, and of torchvision's own if they can be had."""
+    network = original("resnet18", 3 if own else 1000)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: network.state_dict())
     (folder / "classes.txt").write_text("d\ne\n")
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0"]) == 2
-    assert "2 classes are named, and the weights have 3 outputs" in capsys.readouterr().err
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "1", "--lr", "0.001"]) == 0
-    assert "a new head for 2 classes" in capsys.readouterr().out
-    saved = checkpoint.load("runs/first/teacher_model.pth")
+    flags = ["--model", "resnet18", *OWN, *([] if own else ["--weights", "imagenet"])]
+    assert trainer.main(flags) == 2
+    assert "--old-classes" in capsys.readouterr().err
+    assert trainer.main([*flags, "--epochs", "1", "--lr", "1e-5"]) == 0
+    saved = checkpoint.load("out/teacher_model.pth")
     assert saved["model"]["fc.weight"].shape == (2, 512)
-    # Trained from the weights, not from scratch.
-    assert (saved["model"]["conv1.weight"] - torch.load("model.pth")["conv1.weight"]).abs().max() < 0.01
+    assert torch.allclose(saved["model"]["conv1.weight"], network.conv1.weight, atol=1e-3)  # not trained from scratch
+    assert saved["mean"] == trainer.IMAGENET[0]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "culprit"),
     [
-        (["--weights", "nowhere.pth"], "--weights: nowhere.pth: no such file"),
-        (["--weights", "classes.txt"], "--weights: classes.txt: is a text file"),
-        (["--model", "resnet50"], "not of this architecture"),
-        (["--image-size", "32"], "'conv1.weight' is [64, 3, 7, 7], [64, 3, 3, 3] is needed"),
-        (["--model", "vit_b_16"], "--model: vit_b_16 has no global average pooling"),
-        (["--freeze", "9"], "--freeze: the network has 5 stages"),
-        (["--weights", "imagenet", "--model", "resnet32"], "torchvision has no weights for resnet32"),
-        (["--weights", "imagenet"], "cannot be downloaded"),
+        (["--weights", "nowhere.pth"], "--weights: nowhere.pth"),
+        (["--weights", "classes.txt"], "--weights: classes.txt"),
+        (["--model", "resnet50"], "--weights: "),
+        (["--image-size", "32"], "'conv1.weight'"),
+        (["--model", "vit_b_16"], "--model: vit_b_16"),
+        (["--freeze", "9"], "--freeze: "),
+        (["--weights", "imagenet", "--model", "resnet32"], "resnet32"),
+        (["--weights", "imagenet"], "--weights: "),
     ],
 )
-def test_what_does_not_fit_is_said_in_a_line_and_nothing_is_written(folder, capsys, monkeypatch, flags, words):
+def test_what_does_not_fit_is_named_and_nothing_is_written(folder, capsys, monkeypatch, flags, culprit):
     def offline(*arguments, **more):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    assert trainer.main(["--model", "resnet18", *OWN, "--epochs", "0", *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
-    assert not (folder / "runs").exists()
-
-
-def test_torchvisions_own_weights_are_taken_where_they_can_be_had(folder, capsys, monkeypatch):
-    network = original("resnet18", 1000)
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: network.state_dict())
-    (folder / "classes.txt").write_text("d\ne\n")
-    assert trainer.main(["--model", "resnet18", *OWN, "--weights", "imagenet", "--epochs", "1", "--lr", "1e-6"]) == 0
-    assert "the weights have 1000 outputs: a new head for 2 classes" in capsys.readouterr().out
-    saved = checkpoint.load("runs/first/teacher_model.pth")
-    assert torch.allclose(saved["model"]["conv1.weight"], network.conv1.weight, atol=1e-4)
-    assert saved["mean"] == trainer.IMAGENET[0]
-
-
-def test_a_reader_that_is_gone_is_no_traceback(capfd):
-    @one_line_errors
-    def main(argv=None):
-        raise BrokenPipeError
-
-    assert main([]) == 141
-    assert capfd.readouterr().err == ""
-
-
-def test_the_parts_are_in_the_graph_once():
-    model = FromTorchvision("mobilenet_v2", 3, 32)
-    assert sum(parameter.numel() for parameter in model.parameters()) == sum(
-        parameter.numel() for parameter in original("mobilenet_v2").parameters()
-    )
+    assert trainer.main(["--model", "resnet18", *OWN, *flags]) == 2
+    assert culprit in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "out").exists()

@@ -1,17 +1,23 @@
-"""The protocols: their flags, classes and orders, and what is compared with what."""
+"""The protocols: their flags, classes and orders, the controls of L_AD, and what is compared with what."""
 
 import re
-import shlex
+from types import SimpleNamespace
 
 import pytest
-from conftest import FIVE
+import torch
+from lwm.models import Output
+from studies import FIVE
 
 import config
 import reproduce
-from lwm.experiments import protocols
+from lwm import classifiers, losses
+from lwm.experiments import cells, controls, protocols
 from lwm.experiments.protocols import PROTOCOLS, is_joint
-from lwm.runtime.run_folder import STEP_SETTINGS
+from lwm.runtime.errors import RunError
+from lwm.runtime.run_folder import TASK_SETTINGS
 from lwm.runtime.settings import read_settings
+
+CHOICES = {"method": losses.METHODS | controls.METHODS, "classifier": classifiers.NAMES}
 
 
 def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
@@ -20,47 +26,37 @@ def test_a_seed_shuffles_the_pool_or_starts_later_in_it():
     orders = [protocols.groups_of(FIVE, pool, seed) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert all(sorted(sum(order, [])) == pool for order in orders)  # noqa: RUF017
-    turned = protocols.groups_of(PROTOCOLS["digits-search"], pool[4:], 2)
-    assert turned == [["8", "9"], ["4", "5"]]
+    assert protocols.groups_of(PROTOCOLS["digits-search"], pool[4:], 2) == [["8", "9"], ["4", "5"]]
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_the_flags_of_a_protocol_are_flags_of_the_scripts(name):
+def test_the_flags_of_a_protocol_are_flags_of_the_scripts_and_leave_nothing_to_the_page(name):
     protocol = PROTOCOLS[name]
     common = [*protocol.flags.split(), "--dataset", protocol.dataset]
-    for variant, text in (protocol.methods | protocol.ablation).items():
-        flags = shlex.split(text)
+    for variant, flags in (protocol.methods | protocol.ablation).items():
         if is_joint(variant):
-            read_settings("train_teacher_model", [*common, *flags])
+            read_settings("train_teacher_model", [*common, *flags.split()], **CHOICES)
             continue
-        form = reproduce.form_of(flags)
-        first = read_settings("train_teacher_model", [*common, "--loss-form", form])
-        assert first.loss_form == form
-        second = read_settings("incremental_learning_system", [*common, *flags, "--teacher", "x"])
-        assert {"softmax-all": "softmax", None: form}.get(second.loss_form, second.loss_form) == form
+        form = cells.first_form(flags)
+        first = read_settings("train_teacher_model", [*common, "--loss-form", form], **CHOICES)
+        second = read_settings("incremental_learning_system", [*common, *flags.split(), "--teacher", "x"], **CHOICES)
+        own = CHOICES["method"][second.method].form or second.loss_form or "binary"
+        assert first.loss_form == form == own.removesuffix("-all")
         assert second.precision != "auto"
-        if name != "folder":  # what stands in config.py decides nothing
+        if name != "folder":
             said = first.given | second.given | {"seed"} | {name.lower() for name in reproduce.OPEN}
-            assert said >= {*STEP_SETTINGS, "model", "image_size", "lr", "incremental_lr", "epochs"}
+            assert said >= {*TASK_SETTINGS, "model", "image_size", "lr", "incremental_lr", "epochs"}
 
 
-def test_the_pool_is_as_large_as_the_steps_take_and_each_name_is_a_folder_of_its_own():
+def test_the_pool_is_as_large_as_the_tasks_take_and_each_name_is_a_folder_of_its_own():
     for protocol in PROTOCOLS.values():
         if protocol.groups:
             assert sum(protocol.groups) <= protocol.pool.stop - protocol.pool.start
         names = [*protocol.methods, *protocol.ablation]
-        folders = {name.replace(" ", "_") for name in names}
-        assert len(folders) == len(names)
+        assert len({name.replace(" ", "_") for name in names}) == len(names)
         assert not any("," in name or "/" in name for name in names)
-
-
-def test_a_protocol_in_fp32_has_the_classes_and_the_flags_of_its_twin_but_for_the_precision():
-    twins = [name.removesuffix("-fp32") for name in PROTOCOLS if name.endswith("-fp32")]
-    assert {"photos32-search", "photos32-10x10"} < set(twins)
-    for twin, own in ((PROTOCOLS[name], PROTOCOLS[f"{name}-fp32"]) for name in twins):
-        assert (own.dataset, own.pool, own.groups, own.order) == (twin.dataset, twin.pool, twin.groups, twin.order)
-        assert twin.flags.count("--precision bf16") == 1
-        assert own.flags == twin.flags.replace("--precision bf16", "--precision fp32")
+        # What a variant is compared with is in the same table.
+        assert {protocols.REFERENCES.get(name) for name in protocol.ablation} - {None} <= set(protocol.ablation)
 
 
 def test_settings_are_searched_on_other_classes_than_those_reported():
@@ -71,31 +67,51 @@ def test_settings_are_searched_on_other_classes_than_those_reported():
                 # The protocols on all classes contain those of the search.
                 everything = 10 if data == "digits" else 100
                 assert reported.pool.stop <= searched.pool.start or reported.pool == slice(0, everything)
-                assert "--hold-back 0 " in reported.flags
+                assert reported.flags.endswith("--hold-back 0") or "--hold-back 0 " in reported.flags
         assert re.search(r"--hold-back 0\.[12]$", searched.flags)
 
 
 def test_cifar_comes_in_the_order_of_the_field():
     names = protocols.class_order(PROTOCOLS["cifar100-10x10"], None)
-    assert len(set(names)) == 100
     # iCaRL's shuffle of the class numbers with seed 1993 begins 68, 56, 78, 8, 23, 84, 90, 65, 74, 76.
-    alphabet = sorted(names)
-    assert [alphabet.index(name) for name in names[:10]] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
-
-
-def test_what_a_variant_is_compared_with_is_in_the_same_table():
-    assert protocols.REFERENCES["softmax gamma=0.3"] == "softmax gamma=0"
-    for protocol in PROTOCOLS.values():
-        compared = {protocols.REFERENCES.get(name) for name in protocol.ablation} - {None}
-        assert compared <= set(protocol.ablation)
-
-
-def test_a_grid_names_what_it_varies():
-    made = protocols.grid("lwf lwm", incremental_lr=[0.1], gamma=[0, 1])
-    assert made["lwm incremental_lr=0.1 gamma=1"] == "--method lwm --incremental-lr 0.1 --gamma 1"
-    assert len(made) == 4
+    assert [sorted(names).index(name) for name in names[:10]] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
 
 
 def test_what_a_protocol_leaves_open_is_as_config_has_it():
-    for name, value in reproduce.OPEN.items():
-        assert getattr(config, name) == value
+    assert {name: getattr(config, name) for name in reproduce.OPEN} == reproduce.OPEN
+
+
+def outputs(seed: int, classes: int) -> Output:
+    torch.manual_seed(seed)
+    features = torch.rand(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(classes, 3, dtype=torch.float64, requires_grad=True)
+    return Output(features.mean((2, 3)) @ head.T, features, head)
+
+
+def test_each_control_has_what_lwm_has_but_for_what_it_changes():
+    student, teacher, labels = outputs(0, 5), outputs(1, 3), torch.tensor([3, 4, 3, 4])
+    settings = SimpleNamespace(loss_form="binary", beta=1.0, gamma=0.5, temperature=2.0)
+    lwm = losses.lwm(student, teacher, labels, 3, settings)
+    reached = {}
+    for name, method in controls.METHODS.items():
+        terms = method.loss(student, teacher, labels, 3, settings)
+        assert terms["total"] == lwm["total"] + 0.5 * (terms["attention"] - lwm["attention"])
+        gradients = torch.autograd.grad(terms["attention"], [student.features, student.head], allow_unused=True)
+        reached[name] = tuple(gradient is not None for gradient in gradients)
+        same = name in ("lwm-through-features", "lwm-through-head")
+        assert bool(terms["attention"] == lwm["attention"]) is same, name
+    both, features, head = (True, True), (True, False), (False, True)
+    assert reached == dict.fromkeys(controls.METHODS, both) | {
+        "lwm-through-features": features,
+        "lwm-features": features,
+        "lwm-through-head": head,
+    }
+    assert {flags.split()[1] for flags in protocols.CONTROLS.values()} == set(controls.METHODS)
+
+
+def test_a_control_is_run_by_the_script_itself(tmp_path):
+    flags = ["--method", "lwm-signed", "--teacher", str(tmp_path / "nothing.pth"), "--output-dir", str(tmp_path)]
+    with pytest.raises(RunError, match=r"nothing\.pth: no such file"):
+        cells.call("incremental_learning_system.py", flags, 1)
+    with pytest.raises(RunError, match="lwm-signed"):  # without the module there is no such method
+        cells.call("incremental_learning_system.py", ["--method=lwm-signed", *flags[2:]], 1)

@@ -11,17 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_of, picture, randomised, step_of
+from conftest import checkpoint_of, picture, randomised, task_of
 
-import demo
-import incremental_learning_system as incremental
-import train_teacher_model as trainer
 from lwm import evaluation
-from lwm.images.datasets import Images
+from lwm.images.batches import Images
 from lwm.reporting import report
 
 HOSTILE = ["<script>alert(1)</script>", "quotes \"' & co", "c", "d", "e"]
-SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]
 
 
 class Page(html.parser.HTMLParser):
@@ -44,64 +40,45 @@ class Page(html.parser.HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def images(count: int, classes: int, size: int) -> Images:
-    pixels = torch.from_numpy(np.stack([picture(seed, size, size).transpose(2, 0, 1) for seed in range(count)]))
-    return Images(pixels, torch.arange(count) % classes)
-
-
-def pair(names: list[str], old: int, size: int = 16):
-    """A teacher and a student with their checkpoints."""
-    models = [randomised("resnet32", count, size, seed=count).float() for count in (old, len(names))]
-    with torch.no_grad():
-        for model in models:  # so that no map is all zero
-            model.fc.weight.abs_()
-    steps = [step_of(names[:old]), step_of(names[old:], group_accuracy=[40.0, 50.0], method="lwm")]
-    before = checkpoint_of(models[0], "resnet32", names[:old], size, steps=steps[:1])
-    after = checkpoint_of(models[1], "resnet32", names, size, steps=steps)
-    return models, *(saved | {"readout": "head"} for saved in (before, after))
+def pixels_of(count: int, size: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([picture(seed, size, size).transpose(2, 0, 1) for seed in range(count)]))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> types.SimpleNamespace:
-    """The page of a student whose classes have hostile names."""
+    """The page of a student whose classes, three old and two new, have hostile names."""
     path = tmp_path_factory.mktemp("made") / "page.html"
-    (teacher, student), before, after = pair(HOSTILE, 3)
-    test = images(40, 5, 16)
-    found = evaluation.compare(teacher, student, before, after, test)
+    networks = [randomised("resnet32", count, 16, seed=count).float() for count in (3, 5)]
+    with torch.no_grad():
+        for network in networks:  # so that no map is all zero
+            network.fc.weight.abs_()
+    tasks = [task_of(HOSTILE[:3]), task_of(HOSTILE[3:], group_accuracy=[40.0, 50.0], method="lwm")]
+    before, after = (
+        checkpoint_of(network, "resnet32", HOSTILE[:count], 16, tasks=tasks[: count - 2], classifier="head")
+        for network, count in zip(networks, (3, 5), strict=True)
+    )
+    test = Images(pixels_of(40, 16), torch.arange(40) % 5)
+    found = evaluation.compare(*networks, before, after, test)
     report.of_student(path, before, after, test, found)
-    return types.SimpleNamespace(path=path, page=Page(path), found=found, test=test)
+    return types.SimpleNamespace(path=path, page=Page(path), metrics=found.metrics, labels=test.labels)
 
 
 def test_the_numbers_are_those_of_the_metrics(made):
-    metrics = made.found.metrics
+    metrics = made.metrics
     cells = re.findall(r"<td>([^<]*)</td>", made.page.source)
-    for value in (
-        metrics["student"]["accuracy"],
-        metrics["student"]["accuracy_old"],
-        metrics["teacher"]["accuracy_old"],
-    ):
-        assert f"{value:.1f}" in cells
+    told = (metrics["student"]["accuracy"], metrics["student"]["accuracy_old"], metrics["teacher"]["accuracy_old"])
+    assert {f"{value:.1f}" for value in told} <= set(cells)
     row = re.search(r'<th scope="row">c</th>(.*)</tr>', made.page.source)[1]
-    shown = re.findall(r"<td>([^<]*)</td>", row)
     before, now = metrics["classes"]["teacher"][2], metrics["classes"]["student"][2]
     distance, overlap = (metrics["attention"][name][2] for name in ("distance", "overlap"))
-    assert shown == [
-        "0",
-        *(f"{value:.1f}" for value in (before, now, before - now)),
-        f"{distance:.2f}",
-        f"{overlap:.1f}",
-    ]
-
-
-def test_what_is_confused_most_comes_first():
-    counts = np.array([[5, 5, 0], [0, 10, 0], [8, 1, 1]])
-    assert report._confused(counts, ["a", "b", "c"]) == [("c", "a", 8, 10), ("a", "b", 5, 10), ("c", "b", 1, 10)]
+    expected = ["0", *(f"{value:.1f}" for value in (before, now, before - now)), f"{distance:.2f}", f"{overlap:.1f}"]
+    assert re.findall(r"<td>([^<]*)</td>", row) == expected
 
 
 def test_names_of_strangers_are_text(made):
     assert "<script>alert" not in made.page.source
     assert HOSTILE[0] in made.page.text
-    assert any(each["alt"] == f"A test image of {HOSTILE[1]}" for each in made.page.all("img"))
+    assert any(HOSTILE[1] in each["alt"] for each in made.page.all("img"))
     (policy,) = (each["content"] for each in made.page.all("meta") if "http-equiv" in each)
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
     assert "unsafe" not in policy
@@ -112,49 +89,28 @@ def test_it_is_accessible_and_needs_no_network(made):
     assert page.all("html")[0]["lang"] == "en"
     assert all(each.get("alt") for each in page.all("img"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert all(next_ - level <= 1 for level, next_ in itertools.pairwise(levels))
     assert all("scope" in each for each in page.all("th"))
-    for name in ("src", "href"):
-        targets = [each[name] for _, each in page.tags if name in each]
-        assert all(target.startswith("data:") for target in targets)
+    targets = [each[name] for _, each in page.tags for name in ("src", "href") if name in each]
+    assert all(target.startswith("data:") for target in targets)
 
 
 def test_the_gallery_takes_the_most_urgent_of_each_class_in_turn(monkeypatch):
     monkeypatch.setattr(report, "SHOWN", 4)
     labels = torch.tensor([0, 0, 0, 0, 1, 2])
-    urgency = torch.tensor([5.0, 9.0, 8.0, 7.0, 1.0, 2.0])
-    assert report.in_turn(labels, urgency) == [1, 2, 5, 4]
+    assert report.in_turn(labels, torch.tensor([5.0, 9.0, 8.0, 7.0, 1.0, 2.0])) == [1, 2, 5, 4]
 
 
 def test_a_hundred_classes_at_224_px_stay_under_5_mb(tmp_path):
     names = [f"class {number}" for number in range(100)]
-    noise = torch.randint(0, 256, (150, 3, 224, 224), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    test = Images(torch.from_numpy(np.stack([picture(i, 224, 224).transpose(2, 0, 1) for i in range(150)])), None)
-    test = Images((0.9 * test.pixels + 0.1 * noise).to(torch.uint8), torch.arange(150) % 90)
+    noise = torch.randint(0, 256, (150, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    pixels = (0.9 * pixels_of(150, 224) + 0.1 * noise).to(torch.uint8)
     saved = checkpoint_of(randomised("resnet32", 100, 224).float(), "resnet32", names, 224)
     explained = torch.randn(150, 100), torch.rand(150, 7, 7)
-    report.of_teacher(tmp_path / "page.html", saved, test, explained)
+    report.of_teacher(tmp_path / "page.html", saved, Images(pixels, torch.arange(150) % 90), explained)
     assert (tmp_path / "page.html").stat().st_size < 5_000_000
-    assert len([each for each in Page(tmp_path / "page.html").all("li")]) == report.SHOWN
-
-
-def test_the_scripts_write_their_pages(tmp_path):
-    flags = ["--output-dir", str(tmp_path)]
-    assert trainer.main([*SMALL, *flags]) == 0
-    assert incremental.main(["--teacher", str(tmp_path / "teacher_model.pth"), "--epochs", "2", *flags]) == 0
-    both = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
-    assert demo.main([*both, *flags]) == 0
-    pages = {kind: Page(tmp_path / f"{kind}_report.html") for kind in ("teacher", "student", "demo")}
-    assert "Teacher of 2 classes" in pages["teacher"].text
-    student = json.loads((tmp_path / "metrics.json").read_text())["student"]
-    for kind in ("student", "demo"):
-        assert f"{student['accuracy_old']:.1f} % of the old classes' test images" in " ".join(pages[kind].text.split())
-    for page in pages.values():
-        alts = [each["alt"] for each in page.all("img")]
-        assert sum("loss" in alt for alt in alts) == 1
-        assert len(page.all("li")) == report.SHOWN
+    assert len(Page(tmp_path / "page.html").all("li")) == report.SHOWN
 
 
 # In a browser -----------------------------------------------------------------------------------------------------
@@ -178,8 +134,7 @@ def browser():
     opened.quit()
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
 def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, browser, width, scheme):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -197,20 +152,14 @@ def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, brows
     page = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (page == "rgb(255, 255, 255)") == (scheme == "light")
 
-    def shown() -> list[str]:
+    def shown(choice: str) -> list[str]:
         return browser.execute_script(
+            "const select = document.querySelector('#class'); select.value = arguments[0];"
+            "select.dispatchEvent(new Event('change'));"
             "const cards = [...document.querySelectorAll('.card')];"
-            "return cards.filter((card) => card.offsetHeight > 0).map((card) => card.dataset.label)"
+            "return cards.filter((card) => card.offsetHeight > 0).map((card) => card.dataset.label)",
+            choice,
         )
 
-    old = int((made.test.labels < 3).sum())
-    assert len(shown()) == old
-    choose = "const s = document.querySelector('#class'); s.value = arguments[0]; s.dispatchEvent(new Event('change'))"
-    browser.execute_script(choose, "1")
-    assert set(shown()) == {"1"}
-    assert (
-        browser.execute_script("return document.querySelector('output').textContent")
-        == f"{len(shown())} of {old} images"
-    )
-    browser.execute_script(choose, "")
-    assert len(shown()) == old
+    assert set(shown("1")) == {"1"}
+    assert len(shown("")) == int((made.labels < 3).sum())

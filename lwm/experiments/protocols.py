@@ -1,33 +1,36 @@
-"""The protocols that reproduce.py runs: which classes, in which steps, and with which settings.
+"""The protocols that reproduce.py runs: which classes, in which tasks, and with which settings.
 
-From the literature are the binary form, the cold start in 10 steps of 10 classes and ResNet-32 for 32 px (iCaRL,
-Rebuffi et al., CVPR 2017), 50 classes before the first of 5 steps (Hou et al., CVPR 2019), and T = 2 of LwF (Li and
-Hoiem, ECCV 2016); the epochs, the rates and the protocols on digits and on 20 classes are ours, for two CPU cores.
+From the literature are the binary form, the cold start in 10 tasks of 10 classes and ResNet-32 for 32 px (iCaRL,
+Rebuffi et al., CVPR 2017), 50 classes before 5 tasks of 10 (Hou et al., CVPR 2019), and T = 2 of LwF (Li and Hoiem,
+ECCV 2016). The epochs, the rates and the protocols on digits and on 20 classes are ours, for two CPU cores.
 
 A protocol takes a part of an order of classes, its pool. Digits stand in the order of their value, the photos and
-CIFAR-100 in the field's shuffle of the sorted names (seed 1993, that of iCaRL), your own classes by name. Where it says
-so, a seed from 1 on shuffles the pool once more: then the order of the classes differs between seeds, as
+CIFAR-100 in the field's shuffle of the sorted names (seed 1993, that of iCaRL), your own classes by name. If it says
+so, a seed from 1 on shuffles the pool once more. Then the order of the classes differs between seeds, as
 initialisation, batches and crops always do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from lwm import losses
 from lwm.runtime.errors import InputError
 from lwm.runtime.settings import cifar100_classes
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """``groups`` is the number of classes of each step; with ``rotation`` seed s starts s * rotation classes later."""
+    """``groups`` is the number of classes of each task; with ``rotation`` seed s starts s * rotation classes later."""
 
     about: str
     dataset: str
     pool: slice
     groups: tuple[int, ...]
-    flags: str  # of both training scripts, in every step
+    flags: str  # of both training scripts, in every task
     methods: dict[str, str]  # name -> flags of the incremental script: accuracy.csv
     ablation: dict[str, str] = field(default_factory=dict)  # likewise: ablation.csv
     order: int | None = 1993  # seed of the shuffle of the sorted names, None for none
@@ -37,15 +40,12 @@ class Protocol:
 
 # Trained on all classes at once by the first script: the upper bound. Its flags are that script's.
 JOINT = "joint"
+# Decay would shrink the old rows of the head, which nothing teaches if only the head is trained.
 METHODS = {
-    "finetune": "--method finetune",
-    "frozen": "--method frozen --weight-decay 0",  # decay would shrink the old rows of the head, which nothing teaches
-    "lwf": "--method lwf",
-    "lwf-mc": "--method lwf-mc",
-    "lwm": "--method lwm",
-    JOINT: "--loss-form softmax",
-}
-# What photos32-search chose: the highest average over the steps, on other classes. Elsewhere all take the flags.
+    name: f"--method {name}" + ("" if method.trains_backbone else " --weight-decay 0")
+    for name, method in losses.METHODS.items()
+} | {JOINT: "--loss-form softmax"}
+# What photos32-search chose: the highest average over the tasks, on other classes. Elsewhere all take the flags.
 PHOTO_METHODS = METHODS | {
     "frozen": f"{METHODS['frozen']} --incremental-lr 0.3",
     "lwf": f"{METHODS['lwf']} --beta 3",
@@ -54,8 +54,7 @@ PHOTO_METHODS = METHODS | {
 # What digits-search-3x2 chose, likewise. The others take DIGITS, which is what it chose for each of them.
 DIGITS_METHODS = METHODS | {"frozen": f"{METHODS['frozen']} --incremental-lr 0.1"}
 # Said even where it is the default of config.py, which users edit.
-SAME = "--momentum 0.9 --temperature 2 --attention grad-cam --attention-class student --batch-norm train --freeze 0"
-SAME += " --no-balanced --hold-back 0"
+SAME = "--momentum 0.9 --temperature 2 --batch-norm train --freeze 0 --no-balanced --hold-back 0"
 DIGITS = f"{SAME} --model resnet18 --image-size 32 --epochs 10 --batch-size 64 --lr 0.03 --incremental-lr 0.0125"
 DIGITS += " --weight-decay 0 --no-flip --beta 1 --gamma 0.1 --precision fp32"
 PHOTOS = f"{SAME} --model resnet32 --image-size 32 --epochs 20 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
@@ -104,13 +103,13 @@ BETAS = {
     for method in ("lwf-mc", "lwf")
     for beta in (0, 0.3, 1, 3, 10)
 }
+# Methods of controls.py: what in L_AD does it.
 CONTROLS = {
-    f"attention={value}": f"--method lwm --attention {value}"
-    for value in ("signed", "through-features", "through-head", "new-class", "features")
+    f"lwm {name}": f"--method lwm-{name}"
+    for name in ("signed", "through-features", "through-head", "new-class", "features", "teacher-class")
 }
 # The L1 distance of unit vectors grows with the root of their length, and the features have 64 times that of a map.
-CONTROLS["attention=features at 0.0125"] = "--method lwm --attention features --gamma 0.0125"
-CONTROLS["attention_class=teacher"] = "--method lwm --attention-class teacher"
+CONTROLS["lwm features gamma=0.0125"] = "--method lwm-features --gamma 0.0125"
 # With frozen batch-norm the loss is nan in the first epoch at the protocol's own rate, 0.1, and in one seed of three
 # at 0.03.
 BATCH_NORM = {
@@ -151,7 +150,7 @@ PROTOCOLS = {
         rotation=2,
     ),
     "digits-search-3x2": Protocol(
-        about="scikit-learn digits 4 to 9, ResNet-18: 3 steps of 2, from 4 on (seed 0), from 6 on (seed 1) or "
+        about="scikit-learn digits 4 to 9, ResNet-18: 3 tasks of 2, from 4 on (seed 0), from 6 on (seed 1) or "
         "from 8 on (seed 2), judged on a fifth of the training images, held back",
         dataset="digits",
         order=None,
@@ -187,7 +186,7 @@ PROTOCOLS = {
         for precision in ("fp32", "bf16")
     },
     "digits-5x2": Protocol(
-        about="scikit-learn digits, ResNet-18: 5 steps of 2, judged on the test images",
+        about="scikit-learn digits, ResNet-18: 5 tasks of 2, judged on the test images",
         dataset="digits",
         order=None,
         pool=slice(0, 10),
@@ -198,7 +197,7 @@ PROTOCOLS = {
         shuffle=True,
     ),
     "photos32-5x4": Protocol(
-        about="mini-ImageNet at 32 px, ResNet-32: classes 1-20 of the order in 5 steps of 4, judged on the test images",
+        about="mini-ImageNet at 32 px, ResNet-32: classes 1-20 of the order in 5 tasks of 4, judged on the test images",
         dataset="folder",
         pool=slice(0, 20),
         groups=(4,) * 5,
@@ -210,7 +209,7 @@ PROTOCOLS = {
     ),
     **{
         f"{data}-{name}": Protocol(
-            about=f"{words}, ResNet-32: {steps}, judged on the test images",
+            about=f"{words}, ResNet-32: {tasks}, judged on the test images",
             dataset=dataset,
             pool=slice(0, 100),
             groups=groups,
@@ -222,9 +221,9 @@ PROTOCOLS = {
             ("photos32", "folder", "mini-ImageNet at 32 px"),
             ("cifar100", "cifar100", "CIFAR-100"),
         )
-        for name, steps, groups in (
-            ("10x10", "10 steps of 10", (10,) * 10),
-            ("50+5x10", "50 classes, then 5 steps of 10", (50, *(10,) * 5)),
+        for name, tasks, groups in (
+            ("10x10", "10 tasks of 10", (10,) * 10),
+            ("50+5x10", "50 classes, then 5 tasks of 10", (50, *(10,) * 5)),
         )
     },
     "folder": Protocol(
@@ -248,7 +247,7 @@ PROTOCOLS = {
         | grid("lwm", incremental_lr=[0.1], gamma=[0, 0.1]),
     ),
     "photos32-search": Protocol(
-        about="mini-ImageNet at 32 px, ResNet-32: classes 81-100 of the order in 5 steps of 4, judged on a tenth of "
+        about="mini-ImageNet at 32 px, ResNet-32: classes 81-100 of the order in 5 tasks of 4, judged on a tenth of "
         "the training images, held back",
         dataset="folder",
         pool=slice(80, 100),
@@ -260,14 +259,19 @@ PROTOCOLS = {
         | grid("lwf lwf-mc lwm", incremental_lr=[0.1, 0.03], beta=[1, 3]),
     ),
 }
-# For processors that have no bf16 and would take ten times as long.
-PROTOCOLS |= {
-    f"{name}-fp32": replace(
-        PROTOCOLS[name],
-        about=f"{PROTOCOLS[name].about}, in fp32",
-        flags=PROTOCOLS[name].flags.replace("--precision bf16", "--precision fp32"),
-    )
-    for name in ("photos32-search", "photos32-10x10")
+
+# Protocol -> the one that the options of compare_classifiers.py are searched on. Those with all hundred classes contain
+# the classes of the search.
+SEARCH = {
+    "photos32-5x4": "photos32-search",
+    "photos32-10x10": "photos32-search",
+    "photos32-50+5x10": "photos32-search",
+    "digits-5x2": "digits-search-3x2",
+}
+# The cells of a search that were trained as the methods of its protocols are.
+SEARCHED = {
+    "photos32-search": {"lwf": "lwf incremental_lr=0.1 beta=3", "lwm": "lwm incremental_lr=0.1 beta=1"},
+    "digits-search-3x2": {"lwf": "lwf incremental_lr=0.0125 beta=1", "lwm": "lwm incremental_lr=0.0125 beta=1"},
 }
 
 
@@ -286,15 +290,11 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
             raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
     if protocol.order is None:
         return names
-    import numpy as np
-
     return [names[index] for index in np.random.RandomState(protocol.order).permutation(len(names))]
 
 
 def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:
-    """The classes of each step."""
-    import numpy as np
-
+    """The classes of each task."""
     if protocol.shuffle and seed:
         pool = [pool[index] for index in np.random.RandomState(seed).permutation(len(pool))]
     start, groups = seed * protocol.rotation, []

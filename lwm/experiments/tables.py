@@ -1,40 +1,45 @@
-"""The CSVs of results/, and the tables made of them: means with their spread, and differences in pairs by seed."""
+"""The CSVs of results/ and the tables made of them: means with their spread, and differences in pairs by seed."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import re
 import shlex
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lwm.experiments.intervals import Interval, bootstrapped, interval
-from lwm.experiments.protocols import REFERENCES, Protocol
-from lwm.runtime.lock import held
-from lwm.runtime.settings import READOUTS
+import pandas as pd
+from filelock import FileLock
+
+from lwm.experiments.intervals import interval
+from lwm.runtime.errors import InputError
+from lwm.runtime.files import make_folder, write_atomically
+from lwm.runtime.hardware import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_THERE = "–"  # noqa: RUF001
-COLUMNS = {
-    "average": "average of the steps",
+KEY = ["method", "seed", "task"]
+TEXT = ("protocol", "method", "class", "classifier", "option", "loss_form", "batch_norm", "precision")
+MEASURES = {
+    "average": "average incremental",
     "accuracy": "all",
     "accuracy_old": "old",
     "accuracy_new": "new",
     "task_aware": "task-aware",
     "forgetting": "forgetting",
 }
+CLASSIFIERS = {"head": "accuracy", "ncm": "ncm", "lda": "lda", "aligned": "aligned"}  # name -> column
+# A table of results/ in a document, between two markers.
+BLOCK = re.compile(r"(<!-- (results/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def heads_of(*heads: str) -> list[str]:
-    """The first two lines of a table in Markdown."""
-    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+# Files ------------------------------------------------------------------------------------------------------------
 
 
 def beside(path: Path, name: str) -> Path:
@@ -42,50 +47,37 @@ def beside(path: Path, name: str) -> Path:
     return path.with_name(name if path.stem == "accuracy" else f"{path.stem}_{name}")
 
 
-def table_path(path: Path) -> Path:
-    return beside(path, "table.md")
-
-
-def attention_path(path: Path) -> Path:
-    return beside(path, "attention.csv")
-
-
-def variants_of(protocol: Protocol, path: Path) -> dict[str, str]:
-    return protocol.ablation if path.stem == "ablation" else protocol.methods
-
-
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> pd.DataFrame:
+    """The rows of a CSV, NaN for an empty cell; without the file there are none."""
     if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return pd.DataFrame()
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Put the rows of one method, seed and step in their place, replacing earlier ones of that step."""
-    key = ("method", "seed", "step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with held(path.with_suffix(".lock"), str(path), wait=True):
-        others = [row for row in read_rows(path) if any(row[name] != str(rows[0][name]) for name in key)]
-        _write(path, others, rows)
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put the rows of one method, seed and task in their place, replacing earlier ones. Numbers there stay as typed."""
+    new = pd.DataFrame([{name: _typed(value) for name, value in row.items()} for row in rows])
+    make_folder(path.parent)
+    with _held(path):
+        if path.exists():
+            there = pd.read_csv(path, dtype=str, keep_default_na=False)
+            new = pd.concat([there[(there[KEY] != new.loc[0, KEY]).any(axis=1)], new])
+        new = new.sort_values(KEY, key=lambda column: column if column.name == "method" else column.astype(int))
+        write_atomically(path, new.to_csv(index=False, lineterminator="\n").encode())
 
 
-def _write(path: Path, others: list[dict], rows: list[dict]) -> None:
-    rounded = [
-        {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows
-    ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted([*others, *rounded], key=lambda r: (r["method"], int(r["seed"]), int(r["step"]))))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    temporary.replace(path)
+def _typed(value: object) -> str:
+    return "" if value is None else str(round(value, 4) if isinstance(value, float) else value)
+
+
+def _held(path: Path) -> FileLock:
+    """Of several processes one at a time changes what lies beside ``path``."""
+    return FileLock(path.with_name(".lock"))
 
 
 def command_of(script: str, options: argparse.Namespace, flags: str) -> list[str]:
     """The call of a script for a protocol with those of ``flags`` that are set; a folder goes by its name alone."""
-    words = [script, options.protocol]
+    words = [*script.split(), options.protocol]
     for name in flags.split():
         value = getattr(options, name)
         if value:
@@ -96,258 +88,244 @@ def command_of(script: str, options: argparse.Namespace, flags: str) -> list[str
 
 def record_call(path: Path, command: Sequence[str], threads: int) -> None:
     """Add to ``path`` by which command, on what and from which commit rows were made, unless it has this already."""
-    from lwm.runtime.hardware import machine
-
     commit = ""  # of an unpacked archive, or without git
     with contextlib.suppress(FileNotFoundError):
-        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = said.stdout.strip()
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip()
     this = {"command": f"python3 {shlex.join(command)}", "commit": commit, **machine(threads)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with held(path.with_suffix(".lock"), str(path), wait=True):
+    make_folder(path.parent)
+    with _held(path):
         calls = recorded_calls(path)
         if this not in calls:
-            path.write_text(json.dumps([*calls, this], indent=1) + "\n")
+            write_atomically(path, (json.dumps([*calls, this], indent=1) + "\n").encode())
 
 
-def recorded_calls(path: Path) -> list[dict]:
+def recorded_calls(path: Path) -> list[dict[str, str]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def table_of(protocol: Protocol, path: Path) -> str:
-    """Mean and standard deviation over the seeds, in percent, after the last step; a line a method."""
-    rows = read_rows(path)
-    columns = [name for name in COLUMNS if name != "average" or len(protocol.groups) > 2]
-    heads = ["method", *(COLUMNS[name] for name in columns), "seeds"]
-    lines = [f"{protocol.about}.", "", *heads_of(*heads)]
-    for name in variants_of(protocol, path):
-        values = per_seed(rows, name, len(protocol.groups) - 1)
-        if values:
-            cells = [mean_and_spread([row[column] for row in values]) for column in columns]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(values)} |")
-    return "\n".join([*lines, *_differences(protocol, path, rows, columns)]) + "\n"
-
-
-def _differences(protocol: Protocol, path: Path, rows: list[dict], columns: list[str]) -> list[str]:
-    """Lines for what is compared with something else on the same seeds, three at least."""
-    lines = []
-    for name in variants_of(protocol, path):
-        ones, others = (
-            {row["seed"]: row for row in per_seed(rows, each, len(protocol.groups) - 1)}
-            for each in (name, REFERENCES.get(name))
-        )
-        seeds = [seed for seed in ones if seed in others]
-        if len(seeds) >= 3:
-            pairs = [[(ones[seed][column], others[seed][column]) for seed in seeds] for column in columns]
-            cells = [paired(each) for each in pairs]
-            lines.append(f"| {name} − {REFERENCES[name]} | {' | '.join(cells)} | {len(seeds)} |")  # noqa: RUF001
-            cells = [paired(each, bootstrapped).partition(" ")[2] or NOT_THERE for each in pairs]
-            lines.append(f"| by bootstrap | {' | '.join(cells)} | |")
-    if lines:
-        heads = ["difference", *(COLUMNS[name] for name in columns), "seeds"]
-        return [
-            "",
-            "In pairs by seed, with the 95 % interval of the mean by Student's t; below it by bootstrap, too narrow "
-            "for few seeds:",
-            "",
-            *heads_of(*heads),
-            *lines,
-        ]
-    return []
-
-
-def paired(pairs: Sequence[tuple[float | None, float | None]], within: Interval = interval) -> str:
-    """Mean of the differences with its 95 % interval."""
-    differences = [one - other for one, other in pairs if one is not None and other is not None]
-    if len(differences) < len(pairs):
-        return NOT_THERE
-    low, high = within(differences)
-    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def per_seed(rows: list[dict], name: str | None, last: int) -> list[dict]:
-    """For each seed that has finished: its last row in numbers, None where a cell is empty, with the average accuracy
-    over all steps, the first one included.
-    """
-    found = []
-    for seed in dict.fromkeys(row["seed"] for row in rows if row["method"] == name):
-        own = {int(row["step"]): row for row in rows if (row["method"], row["seed"]) == (name, seed)}
-        if last in own:
-            numbers = {key: float(own[last][key]) if own[last][key] else None for key in COLUMNS if key != "average"}
-            steps = [float(row["accuracy"]) for row in own.values()]
-            found.append({"seed": seed, "average": statistics.mean(steps) if len(own) == last + 1 else None, **numbers})
-    return found
-
-
-def _of_seeds(rows: list[dict], name: str, column: str) -> list[list[dict]]:
-    """For each seed the rows of a method that have something in ``column``."""
-    seeds: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["method"] == name and row.get(column):
-            seeds.setdefault(row["seed"], []).append(row)
-    return list(seeds.values())
-
-
-def seed_means(rows: list[dict], name: str, column: str) -> list[float]:
-    """For each seed the mean of ``column`` over the rows of a method that have something there."""
-    return [statistics.mean(float(row[column]) for row in own) for own in _of_seeds(rows, name, column)]
-
-
-def by_step(rows: list[dict], name: str, column: str) -> dict[int, list[float]]:
-    """Step -> the values of the seeds; of rows for classes, the mean over a seed's classes is its value."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for row in rows:
-        if row["method"] == name and row[column]:
-            found.setdefault(int(row["step"]), {}).setdefault(row["seed"], []).append(float(row[column]))
-    return {step: [statistics.mean(values) for values in seeds.values()] for step, seeds in sorted(found.items())}
-
-
-def points_of(protocol: Protocol, path: Path) -> dict[str, list[tuple[str, list[float], list[float]]]]:
-    """Curve -> points (label, accuracies of the old classes, of the new ones), after the last step, over the seeds.
-
-    Variants that differ in gamma, beta or learning rate alone are the points of one curve, each method of the protocol
-    is one of its own. All points of a curve are of the same seeds, those that all of them have, which its name says; a
-    curve without one is left out.
-    """
-    rows, last = read_rows(path), len(protocol.groups) - 1
-    found: dict[str, dict[str, dict[str, dict]]] = {}  # curve -> weight -> seed -> row
-    for name in variants_of(protocol, path):
-        values = per_seed(rows, name, last)
-        varied = re.fullmatch(r"([\w-]+) (gamma|beta|lr)=(\S+)", name)
-        if values and values[0]["accuracy_old"] is not None and (varied or name in protocol.methods):
-            form = "lwm, " if varied and varied[2] == "gamma" else ""
-            key, weight = (f"{form}{varied[1]}, by {varied[2]}", varied[3]) if varied else (name, "")
-            found.setdefault(key, {})[weight] = {row["seed"]: row for row in values}
-    curves = {}
-    for key, points in found.items():
-        common = [seed for seed in next(iter(points.values())) if all(seed in each for each in points.values())]
-        if common:
-            curves[f"{key}, seeds {','.join(common)}"] = [
-                (weight, [each[s]["accuracy_old"] for s in common], [each[s]["accuracy_new"] for s in common])
-                for weight, each in points.items()
-            ]
-    return curves
-
-
 def fingerprint(*paths: Path) -> str:
-    """SHA-256 of CSVs, where they exist: a figure carries that of what it was drawn from."""
+    """SHA-256 of the CSVs that exist: a figure carries that of what it was drawn from."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
 
 
-def mean_and_spread(values: Sequence[float | None], digits: int = 1) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+def publish(tables: Mapping[Path, str]) -> None:
+    """Write tables, put them between their markers in README and docs, and print them."""
+    for path, text in tables.items():
+        write_atomically(path, text.encode())
+    for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        text = document.read_text() if document.exists() else ""
+        if filled(text) != text:
+            write_atomically(document, filled(text).encode())
+    for text in tables.values():  # last: who reads it may have closed the pipe
+        print(text)
+
+
+def filled(document: str) -> str:
+    """A document with each of its marked tables as the file under results/ has it."""
+
+    def block(found: re.Match[str]) -> str:
+        path = ROOT / found[2]
+        if not path.exists():
+            raise InputError(
+                f"a document shows {found[2]}, which is not there; run its protocol, or take the marker out"
+            )
+        return f"{found[1]}\n{path.read_text()}\n{found[3]}"
+
+    return BLOCK.sub(block, document)
+
+
+# Cells of a table -------------------------------------------------------------------------------------------------
+
+
+def markdown(lines: Sequence[Mapping[str, object]]) -> str:
+    """A table; its columns are the keys of the first line."""
+    rows = [list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    text = "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    return text.replace(f"| {' | '.join(['---'] * len(lines[0]))} |", "|---" * len(lines[0]) + "|")
+
+
+def mean_and_spread(values: Iterable[float], digits: int = 1) -> str:
+    """Mean and standard deviation over the seeds, if every seed has a value."""
+    values = [float(value) for value in values]
+    if not values or any(value != value for value in values):
         return NOT_THERE
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-# Read-outs --------------------------------------------------------------------------------------------------------
+def paired(ours: pd.Series, others: pd.Series, digits: int = 1) -> str:
+    """Mean of the differences by seed with its 95 % interval; both have the seeds as index."""
+    return mean_and_interval([float(ours[seed]) - float(others[seed]) for seed in ours.index], digits)
 
 
-def readouts_table(protocol: Protocol, path: Path) -> str:
-    """Accuracy over all classes with each read-out, and what it has over the head in pairs by seed; "" without any."""
-    rows, last = read_rows(path), len(protocol.groups) - 1
-    measures = {"average of the steps": slice(None)} if last > 1 else {}
-    measures["after the last step"] = slice(-1, None)
+def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
+    if any(value != value for value in values):
+        return NOT_THERE
+    low, high = interval(values)
+    return f"{statistics.mean(values):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def by_seed(rows: pd.DataFrame, column: str, seeds: Iterable[int] | None = None) -> pd.Series:
+    """For each seed the mean of ``column`` over the rows that have something there."""
+    means = rows.dropna(subset=[column]).groupby("seed")[column].agg(statistics.mean)
+    return means if seeds is None else means.reindex(list(seeds))
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def finished(rows: pd.DataFrame, method: str, tasks: int) -> pd.DataFrame:
+    """MEASURES after the last task, a line for each seed that has finished; NaN for what is not there."""
+    own = rows[rows["method"] == method]
+    last = own[own["task"] == tasks - 1].set_index("seed")
+    whole = own.groupby("seed").filter(lambda seed: len(seed) == tasks)
+    return last.assign(average=by_seed(whole, "accuracy", last.index))[list(MEASURES)].astype(float)
+
+
+def methods_tables(rows: pd.DataFrame, methods: Iterable[str], tasks: int, references: Mapping[str, str]) -> str:
+    """Accuracies in percent after the last task; below, what ``references`` compares, in pairs by seed."""
+    measures = {column: name for column, name in MEASURES.items() if column != "average" or tasks > 2}
+    lines, differences = [], []
+    for method in methods:
+        ours = finished(rows, method, tasks)
+        if ours.empty:
+            continue
+        cells = {name: mean_and_spread(ours[column]) for column, name in measures.items()}
+        lines.append({"method": method, **cells, "seeds": len(ours)})
+        others = finished(rows, references.get(method, ""), tasks)
+        ours = ours[ours.index.isin(others.index)]
+        if len(ours) >= 3:
+            cells = {name: paired(ours[column], others[column]) for column, name in measures.items()}
+            name = f"{method} − {references[method]}"  # noqa: RUF001
+            differences.append({"difference": name, **cells, "seeds": len(ours)})
+    return "\n".join(markdown(table) for table in (lines, differences) if table)
+
+
+def classifiers_tables(rows: pd.DataFrame, classes: pd.DataFrame, methods: Sequence[str], tasks: int) -> str:
+    """Accuracy over all classes with each classifier, and its gain over the head in pairs by seed; "" without any.
+
+    Below, from the rows of ``classes``: how far off means and covariances of old classes are, over all tasks, with
+    drift compensation and without.
+    """
     lines = []
-    for name in variants_of(protocol, path):
-        whole = [own for own in _of_seeds(rows, name, READOUTS[-1]) if len(own) == last + 1]
-        for readout in READOUTS if whole else ():
-            cells = []
-            for steps in measures.values():
-                ours, heads = (_means(whole, steps, column) for column in (readout, "head"))
-                cells.append(mean_and_spread(ours))
-                compared = readout != "head" and len(whole) > 2
-                cells.append(paired(list(zip(ours, heads, strict=True))) if compared else NOT_THERE)
-            lines.append(f"| {name} | {readout} | {' | '.join(cells)} | {len(whole)} |")
-    if not lines:
-        return ""
-    columns = ["method", "read-out", *(name for each in measures for name in (each, "over the head")), "seeds"]
-    lines = [*heads_of(*columns), *lines, *_statistics_off(protocol, path)]
-    return "\n".join(lines) + "\n"
+    for method in methods if "aligned" in rows else ():
+        own = rows[(rows["method"] == method) & rows["aligned"].notna()]
+        own = own.groupby("seed").filter(lambda seed: len(seed) == tasks)
+        parts = {"average incremental": own} if tasks > 2 else {}
+        parts["all, last task"] = own[own["task"] == tasks - 1]
+        for name, column in CLASSIFIERS.items() if len(own) else ():
+            line: dict[str, object] = {"method": method, "classifier": name}
+            for measure, part in parts.items():
+                ours, heads = by_seed(part, column), by_seed(part, "accuracy")
+                compared = name != "head" and len(ours) > 2
+                line[measure] = mean_and_spread(ours)
+                line[f"over the head, {measure.split(',')[0]}"] = paired(ours, heads) if compared else NOT_THERE
+            lines.append(line | {"seeds": own["seed"].nunique()})
+    off = [_statistics_off(classes, methods, measure) for measure in ("mean", "covariance")]
+    return "\n".join(markdown(table) for table in (lines, *off) if lines and table)
 
 
-def _statistics_off(protocol: Protocol, path: Path) -> list[str]:
-    """Lines on how far means and covariances of old classes are off, over all steps, as evaluation.py measures it."""
-    rows = read_rows(attention_path(path))
+def _statistics_off(classes: pd.DataFrame, methods: Sequence[str], measure: str) -> list[dict[str, object]]:
     lines = []
-    for measure in ("mean", "covariance"):
-        columns = [f"{measure}_off_{name}" for name in ("carried", "left")]
-        found = []
-        for name in variants_of(protocol, path):
-            carried, left = (seed_means(rows, name, column) for column in columns)
-            if carried:
-                found.append(
-                    f"| {name} | {mean_and_spread(carried, 2)} | {mean_and_spread(left, 2)} | {len(carried)} |"
-                )
-        if found:
-            heads = f"| method | {measure}s of old classes are off, carried along | left as they were | seeds |"
-            lines += ["", heads, "|---|---|---|---|", *found]
+    for method in methods if f"{measure}_off_compensated" in classes else ():
+        own = classes[classes["method"] == method]
+        seeds = {how: by_seed(own, f"{measure}_off_{how}") for how in ("compensated", "uncompensated")}
+        if len(seeds["compensated"]):
+            cells = {f"{measure}s off, {how}": mean_and_spread(values, 2) for how, values in seeds.items()}
+            lines.append({"method": method, **cells, "seeds": len(seeds["compensated"])})
     return lines
 
 
-def _means(seeds: list[list[dict]], steps: slice, readout: str) -> list[float]:
-    column = "accuracy" if readout == "head" else readout
-    return [statistics.mean(float(row[column]) for row in own[steps]) for own in seeds]
+def attention_table(classes: pd.DataFrame, methods: Iterable[str]) -> str:
+    """How far the maps of the old classes move, and whether the classes whose maps move are those forgotten.
 
-
-# Attention --------------------------------------------------------------------------------------------------------
-
-
-def attention_table(protocol: Protocol, path: Path) -> str:
-    """How far the maps of the old classes move in a step, and whether the classes whose maps move are those forgotten.
-
-    Mean and standard deviation over the seeds of the mean over all steps and old classes; a class without a map on any
+    Mean and standard deviation over the seeds of the mean over all tasks and old classes; a class without a map on any
     image, the teacher's or the student's, has no distance and no overlap. Spearman's correlation is that of the
-    distance and the accuracy lost, with the 95 % interval of its mean over the seeds: within a seed over all its steps
-    and classes, and once more where a class is ranked among those alone that came together with it, in one step.
+    distance and the accuracy lost, with the 95 % interval of its mean over the seeds: within a seed over all its tasks
+    and classes, and once more if a class is ranked among those alone that came together with it, in one task.
     """
-    rows = read_rows(attention_path(path))
-    heads = ["method", "distance of L_AD", "overlap of the top fifth, %", "no map left, % of the classes"]
-    heads += ["accuracy lost, points", "Spearman", "of classes of one age", "seeds"]
-    lines = heads_of(*heads)
-    for name in variants_of(protocol, path):
-        seeds = _of_seeds(rows, name, "accuracy_before")
-        if seeds:
-            silent = [100 * statistics.mean(not row["distance"] for row in own) for own in seeds]
-            cells = [_spread_of_means(seeds, 0, 3), _spread_of_means(seeds, 1), mean_and_spread(silent)]
-            cells.append(_spread_of_means(seeds, 2))
-            cells += [_correlation(seeds, together) for together in (False, True)]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for method in methods:
+        own = with_loss(classes[classes["method"] == method])
+        if own.empty:
+            continue
+        seeds = own["seed"].unique()
+        silent = own.assign(silent=100.0 * own["distance"].isna())
+        lines.append(
+            {
+                "method": method,
+                "distance of L_AD": mean_and_spread(by_seed(own, "distance", seeds), 3),
+                "overlap of the top fifth, %": mean_and_spread(by_seed(own, "overlap", seeds)),
+                "no map left, % of the classes": mean_and_spread(by_seed(silent, "silent")),
+                "accuracy lost, points": mean_and_spread(by_seed(own, "lost")),
+                "Spearman": _correlation(own, together=False),
+                "of classes of one age": _correlation(own, together=True),
+                "seeds": len(seeds),
+            }
+        )
+    return markdown(lines)
 
 
-def moved(row: dict) -> tuple[float | None, float | None, float]:
-    """Distance, overlap and accuracy lost of a class in a step."""
-    distance, overlap = (float(row[column]) if row[column] else None for column in ("distance", "overlap"))
-    return distance, overlap, float(row["accuracy_before"]) - float(row["accuracy"])
+def with_loss(classes: pd.DataFrame) -> pd.DataFrame:
+    return classes.assign(lost=classes["accuracy_teacher"] - classes["accuracy"])
 
 
-def _spread_of_means(seeds: list[list[dict]], column: int, digits: int = 1) -> str:
-    known = [[value for row in own if (value := moved(row)[column]) is not None] for own in seeds]
-    return mean_and_spread([statistics.mean(values) if values else None for values in known], digits)
-
-
-def _correlation(seeds: list[list[dict]], together: bool) -> str:
-    """Of distance and accuracy lost by rank, among all classes and steps of a seed or among classes of one age."""
-    import numpy as np
-    from scipy.stats import rankdata
-
+def _correlation(own: pd.DataFrame, together: bool) -> str:
+    """Of distance and accuracy lost by rank, among all classes and tasks of a seed or among classes of one age."""
+    own = own.assign(since=own.groupby(["seed", "class"])["task"].transform("min"))
+    seen = own.dropna(subset=["distance"])
+    blocks = seen.groupby(["seed", "task", "since"] if together else ["seed"])[["distance", "lost"]]
+    centred = blocks.rank() - (blocks.transform("size").to_numpy()[:, None] + 1) / 2
     found = []
-    for own in seeds:
-        since: dict[str, str] = {}  # class -> the first step that finds it old; rows are in the order of the steps
-        blocks: dict[tuple, list[tuple]] = {}
-        for row in own:
-            age = (row["step"], since.setdefault(row["class"], row["step"])) if together else ()
-            if row["distance"]:
-                blocks.setdefault(age, []).append(moved(row)[::2])
-        ranks = [rankdata(block, axis=0) - (len(block) + 1) / 2 for block in blocks.values()]
-        distance, lost = np.concatenate(ranks).T if ranks else np.zeros((2, 1))
+    for seed in own["seed"].unique():
+        distance, lost = centred[seen["seed"] == seed].to_numpy().T
         if not distance.any() or not lost.any():
             return NOT_THERE
-        found.append(float(distance @ lost / np.linalg.norm(distance) / np.linalg.norm(lost)))
-    if len(found) < 3:
-        return f"{statistics.mean(found):+.2f}"
-    low, high = interval(found)
-    return f"{statistics.mean(found):+.2f} ({low:+.2f} to {high:+.2f})"
+        found.append(float(distance @ lost / (distance @ distance) ** 0.5 / (lost @ lost) ** 0.5))
+    return mean_and_interval(found, 2) if len(found) > 2 else f"{statistics.mean(found):+.2f}"
+
+
+# Classifiers of the field ----------------------------------------------------------------------------------------
+
+
+def averages(path: Path) -> pd.DataFrame:
+    """Accuracy over all classes: "average" over the tasks and after the "last", a row by (method, classifier, option,
+    seed). A seed of which not all tasks are there, since something stopped between them, is left out.
+    """
+    rows = read_rows(path)
+    if rows.empty:
+        return rows
+    key = ["method", "classifier", "option", "seed"]
+    seeds = rows.fillna({"option": ""}).groupby(key, sort=False)["accuracy"]
+    made = seeds.agg(average=statistics.mean, last="last", tasks="size")
+    return made[made["tasks"] == made["tasks"].max()]
+
+
+def ranked(seeds: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(method, classifier, option) of ``averages``, that with the highest average incremental accuracy first."""
+    if seeds.empty:
+        return []
+    means = seeds.groupby(level=[0, 1, 2], sort=False)["average"].agg(statistics.mean)
+    return list(means.sort_values(ascending=False, kind="stable").index)
+
+
+def comparison_table(path: Path, search: Path) -> str:
+    """Accuracy over all classes by method and classifier, and what ours has over each in pairs by seed.
+
+    Ours is lwm with the one of our classifiers that is best in the CSV of the ``search``.
+    """
+    found, lines = ranked(averages(search)), []
+    ours = next((key for key in found if key[0] == "lwm" and key[1] in ("ncm", "lda", "aligned")), None)
+    groups = averages(path).groupby(level=[0, 1, 2], sort=False)
+    cells = {key: seeds.droplevel([0, 1, 2]) for key, seeds in groups}
+    for key, other in cells.items():
+        line = dict(zip(("trained with", "classifier", "option"), key, strict=True))
+        line["average incremental"], line["all, last task"] = (mean_and_spread(other[c]) for c in ("average", "last"))
+        best = cells[ours] if ours in cells and key != ours else other[:0]
+        best = best[best.index.isin(other.index)]
+        for column in ("average", "last"):
+            compared = len(best) >= 3
+            line[f"ours over it, {column}"] = paired(best[column], other[column]) if compared else NOT_THERE
+        lines.append(line | {"seeds": len(other)})
+    return markdown(lines)

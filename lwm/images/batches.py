@@ -1,13 +1,36 @@
-"""Which images make up a batch, and how they are augmented."""
+"""Images in memory: their order in batches, augmentation and normalisation."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def batches(labels: Tensor, batch_size: int, generator: torch.Generator, balanced: bool = False) -> tuple[Tensor, ...]:
+class Images(NamedTuple):
+    """``pixels`` uint8 (n, 3, H, W) and ``labels`` int64 (n,), positions in the network's outputs."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels and labels, as hexadecimal: the same images in the same order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels.numpy()).data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
+
+
+def batch_order(
+    labels: Tensor, batch_size: int, generator: torch.Generator, balanced: bool = False
+) -> tuple[Tensor, ...]:
     """A random order of the images with ``labels`` int64 (n,), in equal parts of at most ``batch_size``.
 
     Equal parts, so that no small rest of a large batch upsets the batch-norm statistics at the end of an epoch.
@@ -49,5 +72,26 @@ def augment(pixels: Tensor, drawn: Tensor) -> Tensor:
     columns = drawn[:, 1:2] + torch.where(drawn[:, 2:] > 0, width - 1 - columns, columns)
     padded = F.pad(pixels, (padding, padding, padding, padding)).permute(0, 2, 3, 1)
     which = torch.arange(count, device=pixels.device).view(-1, 1, 1)
-    # Read out as (B, H, W, 3): seen as (B, 3, H, W) that is the channels-last layout, which convolutions like.
+    # Indexed as (B, H, W, 3): seen as (B, 3, H, W) that is the channels-last layout, which convolutions like.
     return padded[which, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 (n, 3, H, W), in units of 0..1."""
+    mean, std = [], []
+    for channel in range(3):
+        parts = [torch.bincount(part[:, channel].flatten(), minlength=256) for part in pixels.split(1000)]
+        values = torch.stack(parts).sum(0).double()  # in parts, since the images may be more than fits into memory
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        centre = (values * levels).sum() / values.sum()
+        spread = ((values * (levels - centre).square()).sum() / values.sum()).sqrt()
+        mean.append(float(centre))
+        std.append(float(spread.clamp(min=1e-3)))
+    return mean, std
+
+
+def to_input(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 of the same shape, (pixel / 255 - mean) / std for each channel."""
+    centre = torch.as_tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    spread = torch.as_tensor(std, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - centre) / spread

@@ -8,6 +8,7 @@ there. All of it can be deleted at any time.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,19 +16,15 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import filelock
 import numpy as np
 
 from lwm.images.files import decode_all
 from lwm.runtime import progress
-from lwm.runtime.errors import InputError, RunError
-from lwm.runtime.lock import held
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from lwm.runtime.errors import InputError, RunError, log
 
 VERSION = 1  # to be raised when a file would be decoded to other pixels
 CHUNK = 250  # images that are decoded at a time
@@ -40,26 +37,29 @@ def decoded(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The pixels of the files that can be read, uint8 (n, 3, size, size), mapped; and what is wrong with the others.
 
-    Raises InputError for a file that cannot be read, unless those are skipped, and where the cache cannot be written
-    or is larger than the room on the disk; RunError where a process that decodes is ended from outside.
+    Raises InputError for a file that cannot be read, unless those are skipped, and if the cache cannot be written
+    or is larger than the room on the disk; RunError if a process that decodes is ended from outside.
     """
     entry = cache_dir / _key(paths, image_size)
     if not _is_whole(entry):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
+            # Of two processes that need the same images one decodes them, and the other waits.
+            with filelock.FileLock(cache_dir / f".{entry.name}.lock"):
+                if not _is_whole(entry):
+                    _build(entry, paths, image_size, skip_bad_images)
         except OSError as error:
-            raise InputError(f"--cache-dir {cache_dir}: cannot be made ({error.strerror})") from error
-        # Of two processes that need the same images one decodes them, and the other waits.
-        with held(cache_dir / f".{entry.name}.lock", f"--cache-dir {cache_dir}", wait=True):
-            if not _is_whole(entry):
-                _build(entry, paths, image_size, skip_bad_images)
+            raise InputError(f"--cache-dir {cache_dir}: cannot be written ({error.strerror})") from error
+        except concurrent.futures.BrokenExecutor as error:
+            reason = "a process that decodes images has ended, perhaps for lack of memory"
+            raise RunError(f"{reason}; start again, with fewer CPU cores (taskset) if it stays so") from error
     bad = {int(index): text for index, text in json.loads((entry / "bad.json").read_text()).items()}
     if bad and not skip_bad_images:
         raise InputError(next(iter(bad.values())))
     shape = (len(paths) - len(bad), 3, image_size, image_size)
     if not shape[0]:
         return np.empty(shape, np.uint8), bad
-    # Copied where it is written to: nothing that a run does to its pixels reaches the file.
+    # Copied when it is written to: nothing that a run does to its pixels reaches the file.
     return np.memmap(entry / "pixels", np.uint8, "c", shape=shape), bad
 
 
@@ -92,7 +92,7 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
             f"{free / 1e6:.0f} MB are free; choose another folder"
         )
     if size > WORTH_SAYING:
-        print(f"decoding {len(paths)} images once, {size / 1e6:.0f} MB, into {entry}")
+        log.info(f"decoding {len(paths)} images once, {size / 1e6:.0f} MB, into {entry}")
     temporary = entry.with_name(f".{entry.name}.tmp")
     for stale in (temporary, entry):  # of a process that was killed, or damaged
         shutil.rmtree(stale, ignore_errors=True)
@@ -110,11 +110,6 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
         (temporary / "bad.json").write_text(json.dumps(bad))
         (temporary / "bytes").write_text(str(kept * image_bytes))
         temporary.rename(entry)
-    except OSError as error:
-        raise InputError(f"--cache-dir {entry.parent}: cannot be written ({error.strerror})") from error
-    except concurrent.futures.BrokenExecutor as error:
-        reason = "a process that decodes images has ended, perhaps for lack of memory"
-        raise RunError(f"{reason}; start again, with fewer CPU cores (taskset) if it stays so") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -127,24 +122,16 @@ def _chunks(
     decode = functools.partial(decode_all, image_size=image_size, skip_bad_images=skip_bad_images)
     # Of a shared machine a scheduler may have left few cores to this process; macOS cannot say.
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with progress.bar(total=len(paths), desc="decoding", unit="image") as bar:
-        if len(paths) < WORTH_WORKERS or workers == 1:
-            results = map(decode, parts)
-            yield from _counted(results, bar)
-            return
-        # Started anew rather than forked: torch's threads would not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the process that writes
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, *deaf)
-        try:
-            yield from _counted(pool.map(decode, parts), bar)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _counted(
-    results: Iterable[tuple[np.ndarray, dict[int, str]]], bar: tqdm
-) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
-    for number, (pixels, wrong) in enumerate(results):
-        bar.update(len(pixels) + len(wrong))
-        yield number * CHUNK, pixels, wrong
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress.bar(total=len(paths), desc="decoding", unit="image"))
+        results: Iterator[tuple[np.ndarray, dict[int, str]]] = map(decode, parts)
+        if len(paths) >= WORTH_WORKERS and workers > 1:
+            # Started anew rather than forked: torch's threads would not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the process that writes
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, *deaf)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(decode, parts)
+        for number, (pixels, wrong) in enumerate(results):
+            bar.update(len(pixels) + len(wrong))
+            yield number * CHUNK, pixels, wrong

@@ -19,34 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lwm.images.batches import Images
 from lwm.images.cache import decoded
 from lwm.images.files import decode_all, decode_files, image_files, printable
-from lwm.runtime.errors import InputError, warn
-from lwm.runtime.lock import held
+from lwm.runtime.errors import InputError, log
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25
-
-
-class Images(NamedTuple):
-    """``pixels`` uint8 (n, 3, H, W) and ``labels`` int64 (n,), positions in the network's outputs."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device))
-
-    def fingerprint(self) -> str:
-        """SHA-256 of pixels and labels, as hexadecimal: the same images in the same order."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels.numpy()).data)
-        digest.update(self.labels.numpy().data)
-        return digest.hexdigest()
 
 
 class Place(NamedTuple):
@@ -86,10 +71,10 @@ class Source:
 
         Raises InputError for a sealed or unknown class, and for one with fewer than two training images.
         """
-        self.require_known(wanted)
+        self.require_classes(wanted)
         return self._read("train", wanted, outputs)
 
-    def require_known(self, wanted: Sequence[str]) -> None:
+    def require_classes(self, wanted: Sequence[str]) -> None:
         """Raises InputError for the first of these classes that is sealed, or that has no training images."""
         for name in wanted:
             if name in self.sealed:
@@ -100,7 +85,7 @@ class Source:
                 raise InputError(f"{_say(self.place)} has no class {name!r}{hint}")
 
     def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
-        """The test images (or those held back) of the classes ``wanted``. Raises InputError where one has none."""
+        """The test images (or those held back) of the classes ``wanted``. Raises InputError if one has none."""
         self.require_test(wanted)
         return self._read("test", wanted, outputs)
 
@@ -132,7 +117,7 @@ class Source:
         for name, count, lost in zip(wanted, kept, skipped, strict=True):
             if lost:
                 where = f"class {name!r} in {_say(self.place)}"
-                warn(f"{where}: {lost} of {count + lost} images ({split}) cannot be read and are skipped")
+                log.warning(f"{where}: {lost} of {count + lost} images ({split}) cannot be read and are skipped")
         labels = torch.tensor([list(outputs).index(name) for name in wanted])
         return Images(torch.from_numpy(pixels), labels.repeat_interleave(torch.tensor(kept)))
 
@@ -155,7 +140,7 @@ class Source:
 
 
 def open_source(place: Place, image_size: int, skip_bad_images: bool = False, cache_dir: Path | None = None) -> Source:
-    """The images of a place at ``image_size`` px, square. Raises InputError where there are none.
+    """The images of a place at ``image_size`` px, square. Raises InputError if there are none.
 
     With ``cache_dir`` a folder's images are decoded once into a file there and mapped; otherwise into memory.
     """
@@ -168,16 +153,16 @@ def open_source(place: Place, image_size: int, skip_bad_images: bool = False, ca
     raise InputError(f"no data set {place.dataset!r}: digits, cifar10, cifar100 and folder are known")
 
 
-def test_places(steps: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
-    """Where each class of a checkpoint's ``steps`` may have test images: as recorded, to be read alone, and ``here``.
+def test_places(tasks: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
+    """Where each class of a checkpoint's ``tasks`` may have test images: as recorded, to be read alone, and ``here``.
 
-    What each step held back of its training images stays held back, wherever they lie now.
+    What each task held back of its training images stays held back, wherever they lie now.
     """
     places: dict[str, list[Place]] = {}
-    for step in steps:
-        recorded = Place(step["dataset"], step["data_dir"], step["hold_back"], download=False)
-        candidates = [recorded, here._replace(hold_back=step["hold_back"])]
-        places |= dict.fromkeys(step["classes"], candidates[::-1] if here_first else candidates)
+    for task in tasks:
+        recorded = Place(task["dataset"], task["data_dir"], task["hold_back"], download=False)
+        candidates = [recorded, here._replace(hold_back=task["hold_back"])]
+        places |= dict.fromkeys(task["classes"], candidates[::-1] if here_first else candidates)
     return places
 
 
@@ -219,8 +204,8 @@ def read_own_images(
 ) -> tuple[Images, list[str], list[str]]:
     """A user's own images: ``folder/<class>/*`` labelled by class, or ``folder/*`` with the label -1.
 
-    Returns the images, a caption for each, and the classes that have no image. Raises InputError where there are no
-    images, or where no subfolder is named like a class.
+    Returns the images, a caption for each, and the classes that have no image. Raises InputError if there are no
+    images, or if no subfolder is named like a class.
     """
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder")
@@ -295,23 +280,21 @@ def _cifar(place: Place, image_size: int) -> Source:
     from torchvision import datasets
 
     kind = datasets.CIFAR100 if place.dataset == "cifar100" else datasets.CIFAR10
-
     made = place.download and not Path(place.data_dir).exists()
+    where = hashlib.sha256(str(Path(place.data_dir).resolve()).encode()).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"{place.dataset}-{where}.lock")
 
     @functools.cache
     def split_of(split: str) -> datasets.CIFAR10:
         with contextlib.suppress(OSError, RuntimeError):  # the usual case: it is there
             return kind(place.data_dir, train=split == "train")
         try:
-            with contextlib.ExitStack() as stack:
-                if place.download:  # of several processes of a machine one downloads, and the others wait
-                    where = hashlib.sha256(str(Path(place.data_dir).resolve()).encode()).hexdigest()[:16]
-                    lock = Path(tempfile.gettempdir()) / f"{place.dataset}-{where}.lock"
-                    stack.enter_context(held(lock, place.data_dir, wait=True))
+            # Of several processes of a machine one downloads, and the others wait.
+            with lock if place.download else contextlib.nullcontext():
                 return kind(place.data_dir, train=split == "train", download=place.download)
         except (OSError, RuntimeError) as error:
             if made:
-                with contextlib.suppress(OSError):  # it stays where something was downloaded to it
+                with contextlib.suppress(OSError):  # it stays if something was downloaded to it
                     Path(place.data_dir).rmdir()
             tried = "the download failed" if place.download else "it is not downloaded to there"
             raise InputError(
@@ -377,27 +360,3 @@ def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path
     tests = sum(share(path) < FOLDER_TEST_SHARE for path in ranked)
     tests = min(max(tests, 1), len(ranked) - 1)
     return {"test": sorted(ranked[:tests]), "train": sorted(ranked[tests:])}
-
-
-# Values -----------------------------------------------------------------------------------------------------------
-
-
-def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 (n, 3, H, W), in units of 0..1."""
-    mean, std = [], []
-    for channel in range(3):
-        parts = [torch.bincount(part[:, channel].flatten(), minlength=256) for part in pixels.split(1000)]
-        values = torch.stack(parts).sum(0).double()  # in parts, since the images may be more than fits into memory
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        centre = (values * levels).sum() / values.sum()
-        spread = ((values * (levels - centre).square()).sum() / values.sum()).sqrt()
-        mean.append(float(centre))
-        std.append(float(spread.clamp(min=1e-3)))
-    return mean, std
-
-
-def to_input(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 of the same shape, (pixel / 255 - mean) / std for each channel."""
-    centre = torch.as_tensor(mean, device=pixels.device).view(1, 3, 1, 1)
-    spread = torch.as_tensor(std, device=pixels.device).view(1, 3, 1, 1)
-    return (pixels.float() / 255 - centre) / spread

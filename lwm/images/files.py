@@ -12,13 +12,14 @@ import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lwm.runtime import progress
-from lwm.runtime.errors import InputError, import_opencv, warn
+from lwm.runtime.errors import InputError, log
 
 MEMORY = 1_200_000_000  # bytes that the pixels of one image take while it is read: Pillow's limit, 179 Mpx, fits
 FILE_SIZE = 2**29  # bytes of a file; some decoders hold all of it besides
@@ -66,7 +67,7 @@ def decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) 
     bar = progress.bar(paths, desc=f"reading {folder.name}")
     pixels, bad = decode_all(bar, image_size, skip_bad_images)
     if bad:
-        warn(f"{len(bad)} of {len(paths)} images in {folder} cannot be read and are skipped")
+        log.warning(f"{len(bad)} of {len(paths)} images in {folder} cannot be read and are skipped")
     if not len(pixels):
         raise InputError(f"{folder}: none of its {len(paths)} images can be read")
     return [path for index, path in enumerate(paths) if index not in bad], pixels
@@ -91,7 +92,7 @@ def decode_all(paths: Iterable[Path], image_size: int, skip_bad_images: bool) ->
 def decode_image(path: str | Path, size: int) -> np.ndarray:
     """One image file as uint8 (3, size, size): upright, RGB, its shorter side scaled to ``size``, its centre cut out.
 
-    Pillow reads it, or OpenCV where Pillow does not know the format. Raises InputError for a file neither can read.
+    Pillow reads it, or OpenCV if Pillow does not know the format. Raises InputError for a file neither can read.
     """
     try:
         with warnings.catch_warnings():
@@ -174,7 +175,7 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel; floats: 0..1 where none is larger, or 0..255
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel; floats: 0..1 if none is larger, or 0..255
         scale = 1 / 257 if image.mode != "F" else 255 if np.max(image.getextrema()) <= 1 else 1
         image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
     elif image.has_transparency_data:
@@ -194,3 +195,18 @@ def _decode_with_opencv(path: str | Path) -> Image.Image:
     if pixels is None:
         raise InputError("is not an image that Pillow or OpenCV reads; repair, convert or remove it")
     return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+def import_opencv() -> ModuleType:
+    """The cv2 module. Raises InputError if the system lacks the libraries that it draws windows with."""
+    # Read when cv2 is first imported. Its decoders take up to 24 bytes a pixel, so 1.2 GB as in MEMORY.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what is wrong with an image is said by its reader
+    try:
+        import cv2
+    except ImportError as error:
+        raise InputError(
+            f"OpenCV cannot be loaded ({error}); on a machine without a screen use "
+            "'pip uninstall opencv-python' and 'pip install opencv-python-headless'"
+        ) from error
+    return cv2

@@ -1,4 +1,4 @@
-"""Every figure, drawn without a screen."""
+"""The figures of a run, drawn without a screen."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import patheffects
 from PIL import Image
 
-from lwm.experiments.intervals import interval
-from lwm.runtime.checkpoint import write_atomically
+from lwm.runtime.files import write_atomically
 
 
-def _write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:
-    """``drawn_from`` goes into the file, so that it can be told from one that was drawn from other figures."""
+def write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = None) -> None:
+    """As PNG into a file, or as SVG into a buffer; the figure is closed.
+
+    ``drawn_from`` goes into the file, so that it can be told from one that was drawn from other numbers.
+    """
     if isinstance(path, io.BytesIO):
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "same figure, same file"}):
             figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -39,7 +40,12 @@ def svg(draw: Callable[..., None], *content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _under(heat: np.ndarray, pixels: np.ndarray, peak: float) -> np.ndarray:
+def overlay(pixels: np.ndarray, heat: np.ndarray, peak: float) -> np.ndarray:
+    """The map (h, w) >= 0 over the image uint8 (3, H, W), as uint8 (H, W, 3).
+
+    ``peak`` is the value drawn in the strongest colour: pass one peak for all maps that are to be compared, since a map
+    stretched for itself always looks strong.
+    """
     height, width = pixels.shape[1:]
     scaled = np.clip(heat / peak, 0, 1) if peak > 0 else np.zeros_like(heat)
     grown = Image.fromarray(scaled.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -48,14 +54,10 @@ def _under(heat: np.ndarray, pixels: np.ndarray, peak: float) -> np.ndarray:
     return np.round(255 * (0.6 * colours + 0.4 * grey)).astype(np.uint8)
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray | None, peak: float) -> bytes:
-    """A PNG (a JPEG from 128 px on) of an image uint8 (3, H, W), under its map (h, w) >= 0 where there is one.
-
-    ``peak`` is the value drawn in the strongest colour: one for all maps that are to be compared.
-    """
-    picture = pixels.transpose(1, 2, 0) if heat is None else _under(heat, pixels, peak)
+def encode(picture: np.ndarray, kind: str | None = None) -> bytes:
+    """uint8 (H, W, 3) as a file of ``kind``; by default PNG, and JPEG from 128 px on."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG" if picture.shape[1] < 128 else "JPEG", quality=85)
+    Image.fromarray(picture).save(buffer, kind or ("PNG" if picture.shape[1] < 128 else "JPEG"), quality=85)
     return buffer.getvalue()
 
 
@@ -66,7 +68,7 @@ def strips(pixels: np.ndarray, maps: np.ndarray) -> np.ndarray:
     """
     peak = float(maps.max())
     rows = [
-        [image.transpose(1, 2, 0), *(_under(heat, image, peak) for heat in own)]
+        [image.transpose(1, 2, 0), *(overlay(image, heat, peak) for heat in own)]
         for image, own in zip(pixels, maps, strict=True)
     ]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
@@ -92,7 +94,7 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _write(figure, path)
+    write(figure, path)
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.BytesIO) -> None:
@@ -109,7 +111,7 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.By
     axes.set_xticks(named, labels, rotation=90, parse_math=False)  # dollars in a name are no formula
     axes.set_yticks(named, labels, parse_math=False)
     figure.colorbar(picture, label="% of the class's images")
-    _write(figure, path)
+    write(figure, path)
 
 
 def side_by_side(
@@ -149,118 +151,4 @@ def side_by_side(
             )
     figure.suptitle(title, fontsize=10)
     figure.colorbar(heat, ax=grid, label="Grad-CAM of the class named at the image", shrink=0.6)
-    _write(figure, path)
-
-
-def growth(tables: dict[str, Sequence[dict[str, str]]], path: Path) -> None:
-    """How a step's cost grows: rows of benchmarks/growth.py's CSVs by "classes", "size" and "steps"."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-
-    def column(name: str, key: str) -> list[float]:
-        return [float(row[key]) for row in tables[name]]
-
-    for place, name, key, label in ((0, "classes", "outputs", "outputs"), (1, "size", "px", "image size, px")):
-        for method, shown, line in (("finetune", "fine-tuning", "o-"), ("lwm", "lwm", "s--")):
-            axes[place].plot(column(name, key), column(name, f"{method}_ms"), line, label=shown)
-        axes[place].set(xlabel=label, ylabel="ms a step", xscale="log")
-        axes[place].set_xticks(column(name, key), [row[key] for row in tables[name]])
-        axes[place].minorticks_off()
-    axes[0].set(title="128 images of 32 px", ylim=(0, 1.2 * max(column("classes", "lwm_ms"))))
-    axes[1].set(title="32 images", yscale="log")
-    steps = column("steps", "step")
-    axes[2].plot(steps, column("steps", "images_per_second"), "o-", label="images/s in training")
-    axes[2].plot(steps, column("steps", "checkpoint_kb"), "s--", label="checkpoint, kB")
-    axes[2].set(xlabel="step (0: the teacher's)", ylim=(0, None), title="ten steps in a row")
-    for each in axes:
-        each.grid(alpha=0.3)
-        each.legend(fontsize=8)
-    _write(figure, path)
-
-
-# Of protocols: mean over the seeds with its 95 % interval, told apart by marker and line and not by colour alone -----
-
-FEWEST = 5  # classes in a mean with an interval
-STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
-
-
-def _mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half its 95 % interval."""
-    low, high = interval(values)
-    return (low + high) / 2, (high - low) / 2
-
-
-def _errorbar(
-    axes: plt.Axes, number: int, label: str, places: Sequence[float], values: Sequence[Any], **across: Any
-) -> list[float]:
-    """The means that are drawn; a method keeps its ``number`` in every panel, and with it style and colour."""
-    means, halves = zip(*(_mean_and_half(each) for each in values), strict=True)
-    look: dict[str, Any] = {
-        "fmt": STYLES[number % len(STYLES)],
-        "color": f"C{number}",
-        "capsize": 2,
-        "markersize": 5,
-        "linewidth": 1.2,
-    }
-    axes.errorbar(places, means, halves, label=label, **look, **across)
-    return list(means)
-
-
-def over_steps(
-    panels: dict[str, dict[str, dict[int, list[float]]]],
-    path: Path,
-    drawn_from: str,
-    lost: dict[str, list[tuple[float, float]]] | None = None,
-) -> None:
-    """A panel for each label of a vertical axis: for each method, step -> the values of the seeds.
-
-    ``lost`` adds one: for each method, classes in a step as (distance of the maps, accuracy lost), fifths by distance
-    of at least FEWEST each, if any method has so many.
-    """
-    enough = any(len(pairs) >= 5 * FEWEST for pairs in (lost or {}).values())
-    count = len(panels) + enough
-    figure, grid = plt.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False, layout="constrained")
-    for axes, (label, methods) in zip(grid[0], panels.items(), strict=False):
-        for number, (name, by_step) in enumerate(methods.items()):
-            places = [step + 0.05 * (number - len(methods) / 2) for step in by_step]
-            if places:
-                _errorbar(axes, number, name, places, list(by_step.values()))
-        steps = sorted({step for by_step in methods.values() for step in by_step})
-        axes.set(xlabel="step (0: the first classes)", ylabel=label, xticks=steps)
-        axes.margins(x=0.05 if len(steps) > 1 else 1)
-    for number, (name, pairs) in enumerate((lost or {}).items()):
-        fifths = np.array_split(np.array(sorted(pairs)), 5) if len(pairs) >= 5 * FEWEST else []
-        places = [part[:, 0].mean() for part in fifths]
-        if len(set(places)) > 1:  # maps that never move are not shown
-            _errorbar(grid[0][-1], number, name, places, [part[:, 1] for part in fifths])
-    if enough:
-        grid[0][-1].set(xlabel="distance of the maps (L_AD), fifths", ylabel="accuracy of the class lost, points")
-    for axes in grid[0]:
-        axes.grid(alpha=0.3)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), fontsize=8)
-    _write(figure, path, drawn_from)
-
-
-def plane(curves: dict[str, list[tuple[str, list[float], list[float]]]], path: Path, drawn_from: str) -> None:
-    """Old against new accuracy after the last step: a curve for each key, through (label, old, new) over the seeds."""
-    figure, axes = plt.subplots(figsize=(6.4, 5))
-    for number, (name, points) in enumerate(curves.items()):
-        new, across = zip(*(_mean_and_half(values) for _, _, values in points), strict=True)
-        old = _errorbar(axes, number, name, new, [values for _, values, _ in points], xerr=across, elinewidth=0.5)
-        order = sorted(range(len(points)), key=new.__getitem__)
-        for rank, point in enumerate(order):  # neighbours' labels on either side, that they do not cover each other
-            axes.annotate(
-                points[point][0],
-                (new[point], old[point]),
-                xytext=(3, (4, -10)[rank % 2]),
-                textcoords="offset points",
-                fontsize=8,
-                color=f"C{number}",
-                path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
-            )
-    axes.set(xlabel="accuracy of the newest classes, no hint, %", ylabel="accuracy of all older classes, no hint, %")
-    # Intervals of few seeds reach beyond what an accuracy can be.
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set(xlim=(max(left, -3), min(right, 103)), ylim=(max(bottom, -3), min(top, 103)))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-    _write(figure, path, drawn_from)
+    write(figure, path)

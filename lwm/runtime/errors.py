@@ -1,17 +1,20 @@
-"""What a script says when something is wrong: one line on stderr, no traceback."""
+"""What a script says, on stderr: its log, and when something is wrong one line without a traceback."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import functools
+import logging
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
+
+# What a run says on the way is logged as info, and what the user should know as a warning; the run goes on.
+log = logging.getLogger("lwm")
 
 
 class InputError(ValueError):
@@ -35,8 +38,29 @@ _UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, err
 
 
 def process_number() -> int:
-    """Which process of a torchrun job this is, from 0; 0 where there is only one."""
+    """Which process of a torchrun job this is, from 0; 0 if there is only one."""
     return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"warning: {text}" if record.levelno >= logging.WARNING else text
+
+
+def start_log() -> None:
+    """Let the log go to stderr as it is now; of the processes of a torchrun job only the first one speaks."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # nobody reads on: the run counts
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.CRITICAL if process_number() else logging.INFO)
+
+
+def be_quiet() -> None:
+    """From now on the log has warnings alone."""
+    log.setLevel(max(log.level, logging.WARNING))
 
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
@@ -48,10 +72,9 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         code, text = 0, ""
+        start_log()
         try:
-            # What the script may have put in place of stdout is gone afterwards.
-            with _nothing_printed() if process_number() else contextlib.redirect_stdout(sys.stdout):
-                main(argv)
+            main(argv)
         except (InputError, RunError) as error:
             code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
         except Interrupted as stop:
@@ -85,24 +108,16 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
 
 def _to_report() -> str:
     """What stands below the traceback of an error that nobody has foreseen."""
-    from lwm import __version__
-
-    torch = sys.modules.get("torch")
+    torch, version = sys.modules.get("torch"), sys.modules["lwm"].__version__
     return (
         "\nThis is a fault of learning-without-memorizing. Please report it with all of the above, the command, and "
-        f"this: version {__version__}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
+        f"this: version {version}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
         f"{platform.platform()}"
     )
 
 
-@contextlib.contextmanager
-def _nothing_printed() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
 def _say(text: str) -> None:
-    """Where a pipe has nobody left to read it, as Ctrl-C ends the ``tee`` behind it too, the exit code still counts."""
+    """If a pipe has nobody left to read it, as Ctrl-C ends the ``tee`` behind it too, the exit code still counts."""
     try:
         if text:
             print(text, file=sys.stderr)
@@ -118,24 +133,3 @@ def is_lack_of_memory(error: BaseException) -> bool:
     """torch has no one kind for it on all devices."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def warn(text: str) -> None:
-    """Say something the user should know, on stderr; the run goes on."""
-    if not process_number():
-        print(f"warning: {text}", file=sys.stderr)
-
-
-def import_opencv() -> ModuleType:
-    """The cv2 module. Raises InputError where the system lacks the libraries that it draws windows with."""
-    # Read when cv2 is first imported. Its decoders take up to 24 bytes a pixel: 1.2 GB, imagefiles.MEMORY.
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what is wrong with an image is said by its reader
-    try:
-        import cv2
-    except ImportError as error:
-        raise InputError(
-            f"OpenCV cannot be loaded ({error}); on a machine without a screen use "
-            "'pip uninstall opencv-python' and 'pip install opencv-python-headless'"
-        ) from error
-    return cv2

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwm.models import Network
 from lwm.runtime import distributed
-from lwm.runtime.errors import InputError, warn
+from lwm.runtime.errors import InputError, log
 
 
 def prepare(settings: Any) -> tuple[Any, torch.device]:
@@ -29,7 +28,7 @@ def prepare(settings: Any) -> tuple[Any, torch.device]:
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-        print(f"PRECISION = {precision} (auto, on {device})")
+        log.info(f"PRECISION = {precision} (auto, on {device})")
     elif precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise InputError(f"{settings.where('precision')}: bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
     warn_of_emulation(precision, device)
@@ -59,7 +58,9 @@ def pick_device(name: str) -> torch.device:
 
 def warn_of_emulation(precision: str, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
-        warn("this processor is not known to have bf16: it may take ten times as long as fp32 (--precision fp32)")
+        log.warning(
+            "this processor is not known to have bf16: it may take ten times as long as fp32 (--precision fp32)"
+        )
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -90,7 +91,7 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the top of the heap that is kept
 
 
-def to_device(model: Network, device: torch.device) -> Network:
+def to_device(model: Any, device: torch.device) -> Any:
     """Channels-last memory: the layout in which convolutions are fastest on CPUs and GPUs alike."""
     return model.to(device).to(memory_format=torch.channels_last)
 

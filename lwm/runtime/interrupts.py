@@ -6,14 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from lwm.runtime import distributed
 from lwm.runtime.errors import RunError, is_lack_of_memory
-from lwm.runtime.run_folder import Run
 
 
 class StopSignal:
@@ -52,9 +51,9 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def failures_named(device: torch.device, batch_size: int, run: Run) -> Iterator[None]:
+def failures_named(device: torch.device, batch_size: int, what_is_left: Callable[[], str]) -> Iterator[None]:
     """What may end a training that began well becomes a RunError that says what is left of the run: lack of memory, the
-    end of another process, and a batch of one image where the feature maps are so small that batch-norm needs more.
+    end of another process, and a batch of one image with feature maps so small that batch-norm needs more.
     """
     try:
         yield
@@ -63,16 +62,16 @@ def failures_named(device: torch.device, batch_size: int, run: Run) -> Iterator[
             raise
         raise RunError(
             "a batch of one image is too small for batch-norm in this network at this image size: another --batch-size "
-            f"leaves no such rest; {run.what_is_left()}"
+            f"leaves no such rest; {what_is_left()}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunError):
             raise
         if distributed.is_loss_of_a_process(error):
-            raise RunError(f"another process of this run has ended; {run.what_is_left()}") from error
+            raise RunError(f"another process of this run has ended; {what_is_left()}") from error
         if not is_lack_of_memory(error):
             raise
         raise RunError(
             f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
-            f"begins anew); {run.what_is_left()}"
+            f"begins anew); {what_is_left()}"
         ) from error

@@ -13,30 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from lwm.runtime import checkpoint as checkpoints
-from lwm.runtime.errors import InputError, RunError, process_number
-from lwm.runtime.lock import held
+from lwm.runtime.errors import InputError, RunError, log, process_number
+from lwm.runtime.files import make_folder, require_folder, write_atomically
 
 Row = dict[str, Any]
-# Recorded for each step, and compared when a run goes on.
-STEP_SETTINGS = (
-    *("method", "loss_form", "beta", "gamma", "temperature", "attention", "attention_class", "batch_norm"),
+# Recorded for each task, and compared when a run goes on.
+TASK_SETTINGS = (
+    *("method", "loss_form", "beta", "gamma", "temperature", "batch_norm"),
     *("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
     *("backbone_lr", "freeze", "balanced"),
 )
-OF_STUDENTS = ("beta", "gamma", "temperature", "attention", "attention_class", "batch_norm")  # None of a first step
-# What it was where a checkpoint of an earlier release does not say.
-ADDED: dict[str, Any] = {"attention": "grad-cam", "freeze": 0, "balanced": False}
+OF_STUDENTS = ("beta", "gamma", "temperature", "batch_norm")  # None of task 0
 LOCK = ".lock"
 
 
-def describe_step(settings: Any, classes: Sequence[str], learning_rate: float, first: bool = False) -> dict[str, Any]:
-    """What the checkpoint says of a step: its classes, where their images were, and how it was trained."""
+def describe_task(settings: Any, classes: Sequence[str], learning_rate: float, first: bool = False) -> dict[str, Any]:
+    """What the checkpoint says of a task: its classes, where their images were, and how it was trained."""
     return {
         "classes": list(classes),
         "dataset": settings.dataset,
         "data_dir": str(Path(settings.data_dir).resolve()),
-        **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in STEP_SETTINGS},
+        **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS},
         "learning_rate": learning_rate,
         "epochs": settings.epochs,
         "group_accuracy": [],
@@ -44,10 +44,10 @@ def describe_step(settings: Any, classes: Sequence[str], learning_rate: float, f
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of a run, ``kind`` being "teacher" or "student", and the checkpoint it goes on from, if any."""
+class RunFolder:
+    """The files of a run, ``role`` being "teacher" or "student", and the checkpoint it goes on from, if any."""
 
-    kind: str
+    role: str
     folder: Path
     source: Path
     resumed: dict[str, Any] | None
@@ -56,74 +56,74 @@ class Run:
 
     @property
     def model(self) -> Path:
-        return self.folder / f"{self.kind}_model.pth"
+        return self.folder / f"{self.role}_model.pth"
 
     @property
     def log(self) -> Path:
-        return self.folder / f"{self.kind}_log.csv"
+        return self.folder / f"{self.role}_log.csv"
 
     @property
     def curves(self) -> Path:
-        return self.folder / f"{self.kind}_curves.png"
+        return self.folder / f"{self.role}_curves.png"
 
     @property
     def report(self) -> Path:
-        return self.folder / f"{self.kind}_report.html"
+        return self.folder / f"{self.role}_report.html"
 
-    def check_resumed(self, head: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Raises InputError where the run to go on from was another run; says what differs and does no harm.
+    def check_resumed(self, checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Raises InputError if the run to go on from was another run; says what differs and does no harm.
 
-        ``identity`` has the number of epochs, the hashes of the teacher and of the training images, and the machine.
+        ``checkpoint`` is that of this run as far as it is known, and ``identity`` has the number of epochs, the hashes
+        of the teacher and of the training images, and the machine.
         """
         if self.resumed is None:
             return
-        was, training = self.resumed, self.resumed["training"]
+        resumed, training = self.resumed, self.resumed["training"]
         if not training:
             raise InputError(f"cannot resume: {self.source} holds a network alone, without the state of a run")
-        step, now = was["steps"][-1], head["steps"][-1]
-        pairs = [(key, was[key], head[key]) for key in ("architecture", "image_size", "class_names")]
+        then, now = resumed["tasks"][-1], checkpoint["tasks"][-1]
+        pairs = [(key, resumed[key], checkpoint[key]) for key in ("architecture", "image_size", "class_names")]
         pairs += [
-            (key, step.get(key, ADDED.get(key)), now[key])
-            for key in ("dataset", *STEP_SETTINGS, "learning_rate")
-            if self.kind == "student" or key not in OF_STUDENTS
+            (key, then[key], now[key])
+            for key in ("dataset", *TASK_SETTINGS, "learning_rate")
+            if self.role == "student" or key not in OF_STUDENTS
         ]
         pairs += [("teacher (hash of its weights)", training["teacher"], identity["teacher"])]
-        if training["images"] is not None:
-            pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]
+        pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]
         # Measured anew on these images: another processor may round the last digit otherwise.
         for key in ("mean", "std"):
-            before, after = ([round(x, 6) for x in values[key]] for values in (was, head))
-            pairs.append((key, before, after))
-        for key, before, after in pairs:
-            if before != after:
+            one, other = ([round(x, 6) for x in values[key]] for values in (resumed, checkpoint))
+            pairs.append((key, one, other))
+        for key, one, other in pairs:
+            if one != other:
                 raise InputError(
-                    f"cannot resume: {key} was {before} and is now {after}; "
+                    f"cannot resume: {key} was {one} and is now {other}; "
                     "set it back, or begin anew with --overwrite or another --output-dir"
                 )
         planned, epochs = training["epochs"], identity["epochs"]
-        if epochs != planned and not was["finished"]:
+        if epochs != planned and not resumed["finished"]:
             raise InputError(
                 f"cannot resume: the run was planned with --epochs {planned} and is now to have {epochs}; "
                 f"finish it with --epochs {planned} first"
             )
         if epochs < planned:
             raise InputError(f"cannot resume: the run already has {planned} epochs; give --epochs {planned} or more")
-        for key, before in training["machine"].items():
-            after = identity["machine"].get(key)
-            if before != after:
-                print(f"{key} was {before} and is now {after}: the result is as good, but not the same to the last bit")
+        for key, one in training["machine"].items():
+            other = identity["machine"].get(key)
+            if one != other:
+                log.info(f"{key} was {one} and is now {other}: the result is as good, but not the same to the last bit")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for this run alone, and clear away what a killed one left half-written.
 
-        Raises InputError where another run holds it, or has written there since this run was opened. Of the processes
+        Raises InputError if another run holds it, or has written there since this run was opened. Of the processes
         of a torchrun job the first one holds and writes.
         """
         if process_number():
             yield
             return
-        checkpoints.make_folder(self.folder)
+        make_folder(self.folder)
         with _held(self.folder):
             if _identity(self.model) != self.seen:
                 raise InputError(f"{self.model} has been written by another run in the meantime; start this one again")
@@ -133,14 +133,14 @@ class Run:
             yield
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RunError where it cannot be written; the last checkpoint stays whole."""
+        """Raises RunError if it cannot be written; the last checkpoint stays whole."""
         if process_number():
             return
         with self._losing_nothing():
             checkpoints.save(self.model, checkpoint)
 
     def write_log(self, rows: list[Row]) -> None:
-        """The CSV of the epochs; a column for everything that any row has, empty where it has none."""
+        """The CSV of the epochs; a column for everything that any row has, empty if a row has none."""
         if process_number():
             return
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -149,7 +149,7 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         with self._losing_nothing():
-            checkpoints.write_atomically(self.log, text.getvalue().encode())
+            write_atomically(self.log, text.getvalue().encode())
 
     def what_is_left(self) -> str:
         """For a run that breaks off: what can be gone on from."""
@@ -164,17 +164,18 @@ class Run:
             raise RunError(f"{error}; {self.what_is_left()}") from error
 
 
-def open_run(settings: Any, kind: str) -> Run:
-    """The run of a script, ``kind`` being "teacher" or "student". Nothing is written yet.
+def open_run_folder(settings: Any, role: str) -> RunFolder:
+    """The folder of a script's run, ``role`` being "teacher" or "student". Nothing is written yet.
 
-    Raises InputError where its folder is in use or cannot be written, or where the output would be the run's own
-    teacher or would replace a model unasked.
+    Raises InputError if the folder is in use or cannot be written, or if the output would be the run's own teacher or
+    would replace a model unasked.
     """
     folder = Path(settings.output_dir)
+    require_folder(settings.where("output_dir"), folder)
     if (folder / LOCK).exists() and not process_number():  # somebody's, or left by a run that was killed
         with _held(folder):
             pass
-    own = folder / f"{kind}_model.pth"
+    own = folder / f"{role}_model.pth"
     seen = _identity(own)
     if settings.teacher and seen and own.resolve() == Path(settings.teacher).resolve():
         raise InputError(f"{own} is the --teacher itself and would be replaced; choose another --output-dir")
@@ -186,18 +187,37 @@ def open_run(settings: Any, kind: str) -> Run:
         if settings.student or seen:
             resumed = checkpoints.load(source)
         else:
-            print(f"nothing to resume from at {own}: a fresh start")
+            log.info(f"nothing to resume from at {own}: a fresh start")
     replaces = seen and not (resumed and source.resolve() == own.resolve())
     if replaces and not settings.overwrite:
         raise InputError(
             f"{own} exists; --overwrite replaces it, --resume goes on from it (without --student), "
             "--output-dir writes elsewhere"
         )
-    return Run(kind, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
+    return RunFolder(role, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
 
 
-def _held(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return held(folder / LOCK, f"--output-dir {folder}")
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise InputError(
+            f"--output-dir {folder} is in use by another run; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
+    except NotImplementedError:
+        log.warning(f"{folder} knows no locks: a second process in it would not be noticed")
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+        lock.release()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -7,13 +7,23 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
 UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
 
 
-def choice(help: str, *choices: str) -> Any:
+def choice(help: str, *choices: str, open: bool = False) -> Any:
+    """One of ``choices``. An ``open`` one may have more, of which the script knows: read_settings takes them."""
+    check = check_text if open else one_of(choices)
+    return field(metadata={"help": help, "parse": str, "check": check, "choices": choices})
+
+
+def one_of(choices: Iterable[str]) -> Callable[[Any], str]:
+    """The check that a value is one of ``choices``."""
+    choices = tuple(dict.fromkeys(choices))
+
     def check(value: Any) -> str:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
@@ -21,7 +31,7 @@ def choice(help: str, *choices: str) -> Any:
             raise ValueError(f"one of {', '.join(choices)} is needed{hint}")
         return value
 
-    return field(metadata={"help": f"{help}: {', '.join(choices)}", "parse": str, "check": check})
+    return check
 
 
 def number(help: str, kind: type, least: float, most: float = math.inf, above: bool = False) -> Any:
@@ -86,6 +96,11 @@ def check_text(value: Any) -> str:
 
 def text(help: str) -> Any:
     return field(metadata={"help": help, "parse": str, "check": check_text})
+
+
+def file(help: str, default: str | None = "") -> Any:
+    """What the command line alone may name; without it there is ``default``."""
+    return field(default=default, metadata={"help": help, "file": True})
 
 
 def switch(help: str) -> Any:

@@ -1,0 +1,231 @@
+"""Running the scripts for a protocol: a cell is a method (or variant) with a seed, task after task.
+
+Every cell lies in its own folder. What is finished is skipped, what was interrupted is resumed; the CSV gets a row as
+each task is done.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lwm import losses
+from lwm.evaluation import forgetting
+from lwm.experiments import controls
+from lwm.experiments.protocols import Protocol, class_order, groups_of, is_joint
+from lwm.experiments.tables import ROOT, beside, write_rows
+from lwm.runtime.checkpoint import load
+from lwm.runtime.errors import InputError, Interrupted, RunError
+
+running: set[subprocess.Popen[str]] = set()
+SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
+LEAVES = {
+    "train_teacher_model.py": "teacher_model.pth",
+    "incremental_learning_system.py": "student_model.pth",
+    "demo.py": "metrics.json",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A protocol on its data: where its cells lie, with how many threads a script runs, and the CSV of its rows."""
+
+    name: str
+    protocol: Protocol
+    data_dir: str | None
+    work_dir: Path
+    table: Path
+    threads: int = 1
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def common(self) -> list[str]:
+        """Flags of every script."""
+        data = ["--data-dir", self.data_dir] if self.data_dir else []
+        return [*self.protocol.flags.split(), "--dataset", self.protocol.dataset, *data]
+
+    def groups(self, seed: int) -> list[list[str]]:
+        """The classes of each task."""
+        return groups_of(self.protocol, class_order(self.protocol, self.data_dir)[self.protocol.pool], seed)
+
+    def folder(self, seed: int, name: str) -> Path:
+        return self.work_dir / self.name / f"seed{seed}" / name.replace(" ", "_")
+
+    def checkpoints(self, seed: int, name: str, flags: str) -> list[Path]:
+        """Those of a cell, after each of its tasks."""
+        first, later = LEAVES["train_teacher_model.py"], LEAVES["incremental_learning_system.py"]
+        folders = [self.folder(seed, name) / str(number) for number in range(1, len(self.protocol.groups))]
+        return [self.folder(seed, f"first-{first_form(flags)}") / first, *(folder / later for folder in folders)]
+
+    def run(self, variants: dict[str, str], seeds: list[int], jobs: int) -> None:
+        """First tasks first, then the others of every variant and seed; ``jobs`` at once."""
+        forms = sorted({first_form(flags) for name, flags in variants.items() if not is_joint(name)})
+        with concurrent.futures.ThreadPoolExecutor(jobs) as workers:
+            list(workers.map(lambda pair: self.first_task(*pair), itertools.product(seeds, forms)))
+            list(workers.map(lambda pair: self.cell(pair[0], *pair[1]), itertools.product(seeds, variants.items())))
+
+    def first_task(self, seed: int, form: str) -> Path:
+        old = ",".join(self.groups(seed)[0])
+        flags = [*self.common, "--seed", str(seed), "--old-classes", old, "--loss-form", form]
+        return run_script("train_teacher_model.py", self.folder(seed, f"first-{form}"), flags, self.threads)
+
+    def cell(self, seed: int, name: str, flags: str) -> None:
+        own, groups = [*self.common, *flags.split(), "--seed", str(seed)], self.groups(seed)
+        if is_joint(name):
+            everything = ["--old-classes", ",".join(itertools.chain(*groups))]
+            folder = self.folder(seed, name)
+            model = run_script("train_teacher_model.py", folder, [*own, *everything], self.threads)
+            row = self.add_row(seed, name, len(groups) - 1, model)
+        else:
+            model = self.first_task(seed, first_form(flags))
+            row = self.add_row(seed, name, 0, model)
+            for task, group in enumerate(groups[1:], 1):
+                teacher, folder = model, self.folder(seed, name) / str(task)
+                more = ["--teacher", str(teacher), "--new-classes", ",".join(group)]
+                script = "incremental_learning_system.py"
+                model = run_script(script, folder, [*own, *more], self.threads, after=teacher)
+                row = self.add_row(seed, name, task, model)
+                self.add_old_classes(seed, name, task, teacher, model)
+        print(f"{name}, seed {seed}: {row['accuracy']:.1f} % after the last task", flush=True)
+
+    def add_row(self, seed: int, name: str, task: int, model: Path) -> dict[str, Any]:
+        row = {"protocol": self.name, "method": name, "seed": seed, "task": task, **row_of(load(model))}
+        with self.writing:
+            write_rows(self.table, [row])
+        return row
+
+    def add_old_classes(self, seed: int, name: str, task: int, teacher: Path, student: Path) -> None:
+        """What demo.py says of the old classes: a row for each of them."""
+        flags = [*self.common, "--teacher", str(teacher), "--student", str(student), "--classifier", "head"]
+        metrics = run_script("demo.py", student.parent / "demo", flags, self.threads, after=student)
+        key = {"protocol": self.name, "method": name, "seed": seed, "task": task}
+        rows = [{**key, **row} for row in rows_of_classes(json.loads(metrics.read_text()))]
+        with self.writing:
+            write_rows(beside(self.table, "attention.csv"), rows)
+
+
+# Rows -------------------------------------------------------------------------------------------------------------
+
+
+def row_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its last task; None for what it does not have."""
+    task, by_head = saved["tasks"][-1], saved["classifiers"].get("head", {})
+    # A method without an epoch has no log.
+    log = saved["training"].get("log") or [{f"test_{name}": value for name, value in by_head.items()}]
+    history = [each["group_accuracy"] for each in saved["tasks"]]
+    losses = [lost for lost in forgetting(history[:-1], history[-1]) if lost is not None]
+    others = ("ncm", "lda", "aligned")
+    return {
+        "accuracy": log[-1]["test_accuracy"],
+        "accuracy_old": log[-1].get("test_accuracy_old"),
+        "accuracy_new": log[-1].get("test_accuracy_new"),
+        "task_aware": log[-1].get("test_task_aware"),
+        "forgetting": statistics.mean(losses) if losses else None,
+        "zero_maps": log[-1].get("zero_maps"),
+        **{name: saved["classifiers"].get(name, {}).get("accuracy") for name in others},
+        "beta": task["beta"] if "distillation" in log[-1] else None,
+        "gamma": task["gamma"] if "attention" in log[-1] else None,
+        **{name: task[name] for name in SETTINGS},
+    }
+
+
+def rows_of_classes(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What demo.py measured of each old class on its test images: accuracies, attention, how far statistics are off."""
+    classes, attention = metrics["classes"], metrics["attention"]
+    old = len(attention["distance"])
+    columns = {
+        "class": classes["names"],
+        "accuracy_teacher": classes["teacher"],
+        "accuracy": classes["student"],
+        "distance": attention["distance"],
+        "overlap": attention["overlap"],
+    }
+    for measure in ("mean", "covariance"):
+        for how in ("compensated", "uncompensated"):
+            columns[f"{measure}_off_{how}"] = metrics[f"{measure}s_off"].get(how, [None] * old)
+    return [{name: values[index] for name, values in columns.items()} for index in range(old)]
+
+
+# Scripts ----------------------------------------------------------------------------------------------------------
+
+
+def run_script(script: str, folder: Path, flags: list[str], threads: int, after: Path | None = None) -> Path:
+    """What the script leaves in ``folder``; it is called unless it has finished there with these flags, and with the
+    same for the model that it comes ``after``.
+    """
+    made, done = folder / LEAVES[script], folder / "done"
+    history = (after.parent / "done").read_text() if after else ""
+    history += shlex.join([script, *flags]) + "\n"
+    if not (done.exists() and done.read_text() == history):
+        how = [] if script == "demo.py" else ["--overwrite" if done.exists() else "--resume"]
+        done.unlink(missing_ok=True)
+        call(script, [*flags, "--output-dir", str(folder), *how], threads)
+        done.write_text(history)
+    return made
+
+
+def first_form(flags: str) -> str:
+    """The form that task 0 of a variant is trained with; softmax-all is softmax if no class is old."""
+    words = flags.split()
+    named = dict(zip(words[::2], words[1::2], strict=True))
+    method = (losses.METHODS | controls.METHODS)[named["--method"]]
+    form = method.form or named.get("--loss-form", "binary")
+    return "softmax" if form == "softmax-all" else form
+
+
+def call(script: str, flags: list[str], threads: int) -> None:
+    """Raises RunError with the end of what the script says if it fails."""
+    command = [str(ROOT / script), *flags]
+    if not controls.METHODS.keys().isdisjoint(flags):
+        command = ["-m", controls.__name__, *command]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, *command], env=environment, stdout=pipe, stderr=pipe, text=True) as child:
+        running.add(child)
+        _, said = child.communicate()
+        running.remove(child)
+    if child.returncode:
+        raise RunError(f"{script} {' '.join(flags)}: {said.strip()[-300:]}")
+
+
+def stop(signum: int, frame: object) -> None:
+    """SIGTERM, which other than Ctrl-C comes to this process alone: it is passed on, and the scripts save and end."""
+    for child in list(running):
+        child.terminate()
+    raise Interrupted(signum, "interrupted; the same command goes on")
+
+
+# Arguments --------------------------------------------------------------------------------------------------------
+
+
+def whole_number(flag: str, text: str, least: int, most: int) -> int:
+    number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
+    if not least <= number <= most:
+        raise InputError(f"{flag} is {text!r}: a whole number of at least {least} and at most {most} is needed")
+    return number
+
+
+def several(flag: str, text: str, among: list[str] | None = None) -> list[str]:
+    """The words of a list with commas. Raises InputError for one that is not ``among`` these, or is named twice."""
+    words = text.split(",")
+    for word in words:
+        if among is not None and word not in among:
+            raise InputError(f"{flag}: there is no {word!r}; there are {', '.join(among)}")
+        if words.count(word) > 1:  # two runs at once in one folder
+            raise InputError(f"{flag}: {word!r} is named twice")
+    return words
+
+
+def seeds_of(text: str) -> list[int]:
+    """Those of --seeds. Raises InputError for what is not valid."""
+    return [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in several("--seeds", text)]

@@ -1,0 +1,71 @@
+"""Folders and whole files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from lwm.runtime.errors import InputError
+
+
+def require_folder(where: str, folder: str | Path) -> None:
+    """Raises InputError if ``folder`` is not there and cannot be made, before a run spends its hours. Makes nothing.
+
+    ``where`` is the flag or the constant that names it.
+    """
+    for path in (Path(folder), *Path(folder).parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise InputError(f"{where} is {str(folder)!r}: {error.strerror}; take another folder") from error
+        if not path.is_dir():
+            raise InputError(f"{where} is {str(folder)!r}: {path} is no folder; take another folder")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise InputError(f"{where} is {str(folder)!r}: {path} cannot be written; take another folder")
+        return
+
+
+def make_folder(folder: Path) -> None:
+    """Raises InputError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made or used as a folder ({error.strerror})") from error
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file beside ``path`` and move it there once it is whole and on the disk.
+
+    Whatever happens, ``path`` is either what it was or the whole new file. A file that holds ``content`` already is not
+    touched. The folder must be there. Raises InputError if it cannot be written, or if something other than a file
+    would make way for it: a folder, a device.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is there and is no file; take another name")
+    temporary = None
+    try:
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise

@@ -1,0 +1,151 @@
+"""The classifiers in the scripts: what is kept, compensated for drift, answered with and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import image_folder
+
+import config
+import demo
+import export
+import gradcam
+import incremental_learning_system as incremental
+import predict
+import train_teacher_model as trainer
+from lwm import classifiers, evaluation
+from lwm.images import datasets
+from lwm.runtime import checkpoint
+
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Teacher, student, and the student of a second task, of a folder's classes."""
+    root = tmp_path_factory.mktemp("classifiers")
+    images = image_folder(root / "images", dict.fromkeys("abcdef", 8), dict.fromkeys("abcdef", 3))
+    flags = [*SMALL, "--dataset", "folder", "--data-dir", str(images), "--cache-dir", str(root / "cache")]
+    assert trainer.main([*flags, "--old-classes", "a,b", "--output-dir", str(root / "0")]) == 0
+    teacher = root / "0" / "teacher_model.pth"
+    for number, new in enumerate(("c,d", "e,f"), 1):
+        asked = ["--teacher", str(teacher), "--new-classes", new, "--output-dir", str(root / str(number))]
+        assert incremental.main([*flags, *asked]) == 0
+        teacher = root / str(number) / "student_model.pth"
+    return root, flags
+
+
+def test_every_task_keeps_and_compensates_the_statistics_of_all_classes(tasks):
+    root, flags = tasks
+    names = ("0/teacher", "1/student", "2/student")
+    first, teacher, student = (checkpoint.load(root / f"{name}_model.pth") for name in names)
+    for number, saved in enumerate((first, teacher, student), 1):
+        assert saved["statistics"]["means"].shape == (2 * number, 64)
+        assert saved["statistics"]["of"] == list(range(2 * number))
+        assert tuple(saved["classifiers"]) == classifiers.NAMES
+        assert saved["classifiers"]["head"]["accuracy"] == pytest.approx(saved["training"]["log"][-1]["test_accuracy"])
+    model = checkpoint.restore_model(student)
+    place = datasets.Place("folder", flags[flags.index("--data-dir") + 1])
+    images = datasets.open_source(place, 8).test("abcdef", "abcdef")
+    metrics = evaluation.of_statistics(model, teacher, student, images)
+    assert metrics["classifiers"] == student["classifiers"]
+    assert [len(values) for values in metrics["means_off"].values()] == [4, 4]
+    assert sum(metrics["means_off"]["compensated"]) < sum(metrics["means_off"]["uncompensated"])
+    features, old = classifiers.features_of(model, images.pixels, student["mean"], student["std"]), images.labels < 4
+    for name, saved in (("compensated", student), ("uncompensated", teacher)):
+        off = evaluation.covariances_off(classifiers.from_checkpoint(saved), features[old], images.labels[old])
+        assert metrics["covariances_off"][name] == off[:4]
+
+
+def test_what_answers_unasked(tasks, tmp_path, capsys, monkeypatch):
+    """LDA; but the head for a network of one task, which is biased towards no class, and without statistics."""
+    root, flags = tasks
+    teacher, student = root / "0" / "teacher_model.pth", root / "1" / "student_model.pth"
+    one, two = checkpoint.load(teacher), checkpoint.load(student)
+    bare = one | {"statistics": {}, "classifiers": {}}
+    chosen = [classifiers.choose("auto", *checkpoints) for checkpoints in ((one,), (two,), (two, one), (two, bare))]
+    assert chosen == ["head", "lda", "lda", "head"]
+    assert classifiers.choose("ncm", two, bare) == "ncm"
+    checkpoint.save(tmp_path / "bare.pth", bare)
+    both = ["--teacher", str(tmp_path / "bare.pth"), "--student", str(student), "--output-dir", str(tmp_path)]
+    assert demo.main([*flags, *both, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classifier"] == "head"
+    assert demo.main([*flags, *both, "--classifier", "ncm"]) == 2
+    assert "--teacher: the checkpoint has no statistics" in capsys.readouterr().err.splitlines()[-1]
+    image = str(root / "images" / "test" / "c" / "000.png")
+    for name, sums_to_one in (("auto", True), ("head", False), ("heads", None)):  # the sigmoids of the head do not
+        monkeypatch.setattr(config, "CLASSIFIER", name)
+        code = predict.main([image, "--checkpoint", str(student), "--json", "--top", "4"])
+        said = capsys.readouterr()
+        assert code == (2 if sums_to_one is None else 0)
+        if code:
+            assert "'heads'" in said.err.splitlines()[-1]
+        else:
+            shares = sum(each["probability"] for each in json.loads(said.out)[0]["classes"])
+            assert (shares == pytest.approx(1, abs=1e-3)) is sums_to_one
+
+
+@pytest.mark.parametrize("name", [None, "head", "ncm"])
+def test_demo_predict_and_gradcam_answer_with_it(tasks, tmp_path, capsys, name):
+    root, flags = tasks
+    student, asked = str(root / "2" / "student_model.pth"), ["--classifier", name] if name else []
+    both = ["--teacher", str(root / "1" / "student_model.pth"), "--student", student]
+    name = name or "lda"
+    assert demo.main([*flags, *both, *asked, "--output-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("<- answers")] == [name]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["classifier"] == name
+    # What was recorded by the head after earlier tasks is no yardstick for another classifier.
+    best = [[sum(metrics["classes"]["teacher"][first : first + 2]) / 2] for first in (0, 2)]
+    if name == "head":
+        for task in checkpoint.load(student)["tasks"][:-1]:
+            for group, accuracy in enumerate(task["group_accuracy"]):
+                best[group].append(accuracy)
+    lost = [max(before) - task["accuracy"] for before, task in zip(best, metrics["tasks"], strict=False)]
+    assert [task["forgetting"] for task in metrics["tasks"]] == [*map(pytest.approx, lost), None]
+    assert metrics["student"]["accuracy"] == pytest.approx(metrics["classifiers"][name]["accuracy"])
+    assert metrics["classifiers"] == checkpoint.load(student)["classifiers"]
+    image = str(root / "images" / "test" / "e" / "000.png")
+    assert predict.main([image, "--checkpoint", student, *asked, "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    shown = ["--checkpoint", student, "--image", image, *asked, "--output", str(tmp_path / "map.png")]
+    assert gradcam.main(shown) == 0
+    assert f"answer ({name}): {answer['classes'][0]['name']};" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [None, "head", "ncm"])
+def test_what_is_exported_answers_with_it(tasks, tmp_path, monkeypatch, name):
+    student, exported = str(tasks[0] / "2" / "student_model.pth"), []
+    monkeypatch.setattr(export, "onnx_file", lambda *arguments: exported.extend(arguments) or b"")
+    monkeypatch.setattr(export, "largest_difference", lambda *arguments: 0.0)
+    asked = ["--classifier", name] if name else []
+    assert export.main(["--checkpoint", student, "--output", str(tmp_path / "a.onnx"), *asked]) == 0
+    saved = checkpoint.load(student)
+    answering, now = classifiers.answer_with(checkpoint.restore_model(saved), saved, name or "lda")
+    assert torch.equal(exported[0].network.fc.weight, answering.fc.weight)
+    assert exported[-1]["classifier"] == now["classifier"] == (name or "lda")
+    assert exported[-1]["probabilities"] == ("sigmoid" if name == "head" else "softmax")
+
+
+def test_statistics_that_were_left_out_are_added_when_a_run_is_resumed(tasks, tmp_path, capsys):
+    root, flags = tasks
+    shutil.copytree(root / "1", tmp_path / "again")
+    path = tmp_path / "again" / "student_model.pth"
+    flags = [*flags, "--teacher", str(root / "0" / "teacher_model.pth"), "--new-classes", "c,d", "--resume"]
+    flags += ["--output-dir", str(path.parent)]
+    whole = checkpoint.load(path)
+    checkpoint.save(path, whole | {"statistics": {}, "classifiers": {}})
+    for more, name in (("--no-statistics", None), ("--statistics", "lda"), ("--classifier=head", "head")):
+        capsys.readouterr()
+        assert incremental.main([*flags, more]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in said if line.endswith("<- answers")] == ([name] if name else [])
+        saved = checkpoint.load(path)
+        assert saved["classifiers"] == (whole["classifiers"] if name else {})
+    assert torch.equal(saved["statistics"]["means"], whole["statistics"]["means"])

@@ -1,0 +1,287 @@
+"""The classifiers: statistics of features, their drift compensation, and the linear layers made of them."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import checkpoint_of, refused
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from lwm import classifiers, evaluation, models
+from lwm.classifiers import ClassStatistics
+from lwm.images.batches import Images
+from lwm.runtime.errors import RunError
+
+
+def gaussians(classes: int = 3, width: int = 4, count: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (n, C) of overlapping classes that share a covariance, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    means = 2 * torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(classes, count, width, generator=generator, dtype=torch.float64)
+    return (means.unsqueeze(1) + noise @ root.T).flatten(0, 1), torch.arange(classes).repeat_interleave(count)
+
+
+def plain(features: torch.Tensor, labels: torch.Tensor) -> ClassStatistics:
+    """Without shrinkage, which an affine map does not commute with."""
+    own = [features[labels == label] for label in labels.unique()]
+    covariances = torch.stack([each.T.cov(correction=0) for each in own])
+    return ClassStatistics(torch.stack([each.mean(0) for each in own]), covariances, list(range(len(own))))
+
+
+def moved_by(features: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
+    """An affine drift of features (n, 4)."""
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 4), (4,)))
+    drawn = torch.randn(len(features), 4, generator=generator, dtype=torch.float64)
+    return features @ weight.T + bias + noise * drawn
+
+
+# Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_means_and_covariances_are_those_of_each_class():
+    features, labels = gaussians()
+    statistics = classifiers.measure(features, labels, 3)
+    for label, (mean, covariance) in enumerate(zip(statistics.means, statistics.covariances, strict=True)):
+        own = features[labels == label].numpy()
+        assert np.allclose(mean, own.mean(0))
+        assert np.allclose(covariance, LedoitWolf().fit(own).covariance_)
+    (one, other), spread = features[:2], classifiers.measure(features[:2], labels[:2], 1).covariances[0]
+    # Of two images only how much they vary is kept.
+    assert torch.allclose(spread, (one - other).square().mean() / 4 * torch.eye(4, dtype=torch.float64))
+    kept = classifiers.to_checkpoint(statistics)
+    assert {kept[name].dtype for name in ("means", "covariances")} == {torch.float32}
+    again = classifiers.from_checkpoint({"statistics": kept})
+    assert again.means.dtype == torch.float64
+    assert torch.allclose(again.covariances, statistics.covariances, rtol=1e-6)
+    assert again.of == statistics.of == [0, 1, 2]
+    assert (classifiers.to_checkpoint(None), classifiers.from_checkpoint({"statistics": {}})) == ({}, None)
+
+
+def test_wide_features_have_one_covariance_for_all_classes_of_a_task():
+    features, labels = gaussians(classes=2, width=classifiers.WIDEST + 1, count=40)
+    statistics = classifiers.measure(features, labels, 2)
+    each = [torch.from_numpy(LedoitWolf().fit(features[labels == label].numpy()).covariance_) for label in (0, 1)]
+    assert torch.allclose(statistics.covariances, torch.stack(each).mean(0, keepdim=True))
+    both = statistics.joined(classifiers.measure(3 * features[:40], labels[:40], 1))
+    assert both.of == [0, 0, 1]
+    assert len(both.means) == 3
+    one, other = both.covariances
+    assert torch.allclose(classifiers.shared_covariance(both), (2 * one + other) / 3)  # each class alike, not each task
+
+
+# Drift compensation -----------------------------------------------------------------------------------------------
+
+
+def test_an_affine_drift_is_undone_and_the_new_classes_are_those_of_the_new_network():
+    features, labels = gaussians(classes=5)
+    after, old = moved_by(features), labels < 3
+    statistics, truth = plain(features[old], labels[old]), plain(after, labels)
+    drift = classifiers.fit_drift(features[~old], after[~old])
+    assert drift.penalty == classifiers.PENALTIES[0]
+    updated = classifiers.update(statistics, features[~old], after[~old], labels[~old])
+    assert torch.allclose(updated.means, truth.means, atol=0.02)
+    assert torch.allclose(updated.covariances[:3], truth.covariances[:3], rtol=0.01, atol=0.02)
+    for one, other in ((statistics.means, truth.means), (statistics.covariances, truth.covariances)):
+        assert (one - other[:3]).abs().max() > 1  # they did move
+    expected = classifiers.compensate(statistics, drift).joined(classifiers.measure(after[~old], labels[~old] - 3, 2))
+    for one, other in zip(updated, expected, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_the_map_and_its_residual_are_those_of_a_ridge_regression_by_scikit_learn():
+    """The residual is what is missed on images that the map was not fitted on: of few images it is the larger."""
+    features, _ = gaussians(classes=2, count=6)
+    after = 3 * moved_by(features, noise=1 / 3)
+    drift, missed = classifiers.fit_drift(features, after), []
+
+    def ridge(kept: np.ndarray) -> Ridge:
+        x, difference = features[kept], (after - features)[kept]
+        scale = float((x - x.mean(0)).square().sum()) / 4
+        return Ridge(drift.penalty * scale, solver="cholesky").fit(x.numpy(), difference.numpy())
+
+    for fold in range(5):
+        left_out = np.arange(12) % 5 == fold
+        predicted = torch.from_numpy(ridge(~left_out).predict(features[left_out].numpy()))
+        missed.append((after - features)[left_out] - predicted)
+    missed = torch.cat(missed)
+    assert torch.allclose(drift.residual, missed.T @ missed / 12)
+    whole = ridge(np.ones(12, bool))
+    assert np.allclose(drift.weight, np.eye(4) + whole.coef_)
+    assert np.allclose(drift.bias, whole.intercept_)
+    assert drift.penalty > classifiers.PENALTIES[0]
+    statistics = classifiers.measure(features, torch.arange(2).repeat_interleave(6), 2)
+    expected = drift.weight @ statistics.covariances @ drift.weight.T + drift.residual
+    assert torch.allclose(classifiers.compensate(statistics, drift).covariances, expected)
+    seen = after - features @ drift.weight.T - drift.bias
+    assert drift.residual.trace() > 1.5 * seen.square().sum() / 12
+
+
+def test_what_the_images_say_nothing_of_stays_as_it_is():
+    features, _ = gaussians()
+    features[:, 3] = 2.5  # dead for all new images
+    after = features.clone()
+    after[:, 0] *= 3
+    drift, identity = classifiers.fit_drift(features, after), torch.eye(4, dtype=torch.float64)
+    assert torch.allclose(drift.weight[3], identity[3], atol=1e-6)
+    assert drift.weight[0, 0] == pytest.approx(3, abs=0.01)
+    for few in (features[:2], features[:1].repeat(2, 1)):  # two images, and such that do not even differ
+        drift = classifiers.fit_drift(few, few + 1)
+        assert torch.allclose(drift.weight, identity)
+        assert torch.allclose(drift.bias, torch.ones(4, dtype=torch.float64))
+
+
+# The classifiers --------------------------------------------------------------------------------------------------
+
+
+def test_ncm_is_the_nearest_mean_by_cosine():
+    statistics, (features, _) = classifiers.measure(*gaussians(), 3), gaussians(seed=9)
+    cosine = torch.nn.functional.cosine_similarity(features.unsqueeze(1), statistics.means.unsqueeze(0), dim=2)
+    weight, bias = classifiers.ncm(statistics)
+    assert torch.equal((features @ weight.T + bias).argmax(1), cosine.argmax(1))
+
+
+@pytest.mark.parametrize("shrinkage", [None, 3.0])
+def test_lda_is_the_likeliest_of_gaussians_with_one_covariance(shrinkage):
+    features, labels = gaussians()
+    statistics = classifiers.measure(features, labels, 3)
+    weight, bias = classifiers.lda(statistics, shrinkage)
+    shared = statistics.covariances.mean(0)
+    shared = shared + (shrinkage or 0) * shared.trace() / len(shared) * torch.eye(len(shared), dtype=shared.dtype)
+    likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in statistics.means]
+    logits = features @ weight.T + bias
+    assert torch.allclose(logits.softmax(1), torch.stack(likelihood, 1).softmax(1), atol=1e-4)
+    assert torch.allclose(weight.sum(0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
+
+
+@pytest.mark.parametrize("apart", [1.0, 30.0])
+def test_aligned_is_the_softmax_regression_on_drawn_features(apart):
+    """Also of classes that lie far apart, as those of a wide network do."""
+    statistics, classes, count = classifiers.measure(*gaussians(), 3), 3, classifiers.DRAWN
+    statistics = statistics._replace(means=apart * statistics.means)
+    noise = torch.randn(classes, count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = statistics.means.unsqueeze(1) + noise @ torch.linalg.cholesky(statistics.covariances).mT
+    # Its penalty is on weights for features that are white under the shared covariance.
+    whiten = torch.linalg.inv(torch.linalg.cholesky(statistics.covariances.mean(0)))
+    regression = LogisticRegression(C=classes / (classifiers.DECAY * classes * count), tol=1e-8, max_iter=1000)
+    regression.fit((drawn.flatten(0, 1) @ whiten.T).numpy(), np.arange(classes).repeat(count))
+    features = apart * gaussians(seed=7)[0]
+    weight, bias = classifiers.aligned(statistics)
+    expected = regression.predict_proba((features @ whiten.T).numpy())
+    assert np.allclose((features @ weight.T + bias).softmax(1), expected, atol=2e-3)
+    assert torch.equal(weight, classifiers.aligned(statistics)[0])
+    assert not torch.equal(weight, classifiers.aligned(statistics, seed=1)[0])
+
+
+@pytest.mark.parametrize("make", [classifiers.lda, classifiers.aligned])
+def test_what_wide_features_are_shrunk_by_is_their_widths(monkeypatch, make):
+    statistics = classifiers.measure(*gaussians(), 3)
+    assert torch.equal(make(statistics)[0], make(statistics, 0.0)[0])
+    monkeypatch.setattr(classifiers, "WIDEST", 3)
+    assert torch.equal(make(statistics)[0], make(statistics, classifiers.SHRINKAGE)[0])
+    assert not torch.allclose(make(statistics)[0], make(statistics, 0.0)[0], rtol=0.1)
+
+
+def test_covariances_that_are_flat_or_lost_digits_still_make_every_classifier():
+    """Of rank one, such as a map can leave, and in single precision, as a checkpoint has them."""
+    lines, means = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rank_one = ClassStatistics(means, lines.unsqueeze(2) * lines.unsqueeze(1), list(range(40)))
+    lost = classifiers.from_checkpoint({"statistics": classifiers.to_checkpoint(rank_one)})
+    assert torch.linalg.cholesky_ex(classifiers.regular(lost.covariances)).info.any()
+    flat = ClassStatistics(torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), [0, 1])
+    for name in classifiers.CLASSIFIERS:
+        for statistics in (lost, flat):
+            assert all(part.isfinite().all() for part in classifiers.linear_layer(name, statistics))
+
+
+# With networks ----------------------------------------------------------------------------------------------------
+
+
+def own_statistics(model: models.Network, saved: dict, images: Images) -> ClassStatistics:
+    """Those of a network's classes, which its checkpoint is given too."""
+    known = images.labels < len(saved["class_names"])
+    statistics = classifiers.after_first_task(model, saved, Images(images.pixels[known], images.labels[known]))
+    saved["statistics"] = classifiers.to_checkpoint(statistics)
+    return statistics
+
+
+def random_images(count: int, classes: int, size: int) -> Images:
+    torch.manual_seed(0)
+    return Images(torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8), torch.arange(count) % classes)
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("resnet32", 8), ("mobilenet_v3_small", 32)])
+def test_a_network_answers_with_the_classifier_that_is_put_in(architecture, size):
+    images, model = random_images(30, 3, size), models.build(architecture, 3, size)
+    saved = checkpoint_of(model, architecture, "abc", size)
+    statistics, channels = own_statistics(model, saved, images), (saved["mean"], saved["std"])
+    features = classifiers.features_of(model, images.pixels, *channels, batch_size=20)
+    accuracies = evaluation.by_classifier(model, statistics, features, images.labels, 1)
+    assert tuple(accuracies) == classifiers.NAMES == ("head", "ncm", "lda", "aligned")
+    assert accuracies["lda"]["accuracy"] > 60  # on what it was made of
+    for name in classifiers.NAMES:
+        answering, now = classifiers.answer_with(model, saved, name)
+        assert (now["classifier"], now["loss_form"]) == (name, "binary" if name == "head" else "softmax")
+        logits = evaluation.predict(answering, images.pixels, *channels)
+        again = torch.nn.functional.linear(features, answering.fc.weight.double(), answering.fc.bias.double())
+        torch.testing.assert_close(logits.double(), again, rtol=1e-4, atol=1e-3)
+        assert evaluation.accuracies(logits, images.labels, 2) == pytest.approx(accuracies[name])
+
+
+def test_what_makes_no_classifier_is_said():
+    model = models.build("resnet32", 2, 8)
+    saved = checkpoint_of(model, "resnet32", "ab", 8)
+    good = {"means": torch.zeros(2, 64), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
+    for name, statistics, text in (
+        ("lda", {}, "no statistics of its classes"),
+        ("heads", good, "no classifier 'heads'"),
+        ("lda", good | {"covariances": -good["covariances"]}, "statistics are damaged"),
+        ("aligned", good | {"covariances": -good["covariances"]}, "statistics are damaged"),
+        ("lda", good | {"means": torch.full((2, 64), 1e30)}, "is not finite"),
+    ):
+        assert text in refused(classifiers.answer_with, model, saved | {"statistics": statistics}, name)
+    torch.nn.init.constant_(model.conv1.weight, torch.inf)
+    with pytest.raises(RunError, match="features are not finite"):
+        classifiers.features_of(model, random_images(1, 1, 8).pixels, [0.5] * 3, [0.25] * 3)
+
+
+def test_attention_is_that_of_the_heads_whatever_answers():
+    """A student that has only got new outputs looks where its teacher does; its LDA, of more classes, not."""
+    images, teacher, answering = random_images(40, 4, 8), models.build("resnet32", 2, 8), []
+    student = copy.deepcopy(teacher)
+    models.widen_head(student, 2)
+    for model, names in ((teacher, "ab"), (student, "abcd")):
+        saved = checkpoint_of(model, "resnet32", names, 8)
+        own_statistics(model, saved, images)
+        answering.append(classifiers.answer_with(model, saved, "lda"))
+    both = [part for parts in zip(*answering, strict=True) for part in parts]
+    of_heads = evaluation.compare(*both, images, heads=(teacher, student))
+    of_lda = evaluation.compare(*both, images)
+    assert of_heads.distance.isfinite().any()
+    assert of_heads.distance.nan_to_num().max() < 1e-5 < 0.1 < of_lda.distance.nan_to_num().max()
+    assert torch.equal(of_heads.student_logits, of_lda.student_logits)
+    nothing = evaluation.of_statistics(student, *both[2:], Images(images.pixels[:0], images.labels[:0]))
+    assert nothing == {"classifiers": {}, "means_off": {}, "covariances_off": {}}
+
+
+def test_how_far_statistics_are_off_is_in_units_of_the_images():
+    features, labels = gaussians()
+    statistics = plain(features, labels)
+    spread = [statistics.covariances[label].trace().sqrt().item() for label in range(3)]
+    shift = torch.tensor([3.0, 0, 4.0, 0], dtype=torch.float64)
+    for off, changed, expected in (
+        (evaluation.means_off, features, [0, 0, 0]),
+        (evaluation.means_off, features + shift, [5 / each for each in spread]),
+        (evaluation.covariances_off, features + shift, [0, 0, 0]),
+        (evaluation.covariances_off, 2 * features, [3 / 4] * 3),
+    ):
+        assert off(statistics, changed, labels) == pytest.approx(expected, abs=1e-9)
+        for times in (0, 1, 3):  # of one image, however often, nothing is said to be off
+            few = torch.cat([changed[:1].repeat(times, 1), changed[labels > 0]])
+            found = off(statistics, few, torch.cat([labels[:times], labels[labels > 0]]))
+            assert found == [None, *(pytest.approx(value, abs=1e-9) for value in expected[1:])]
