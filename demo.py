@@ -10,6 +10,7 @@ folder, predictions and maps.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -78,31 +79,30 @@ def main(argv: list[str] | None = None) -> None:
         evaluation.maps(model, pixels, wanted, checkpoint["mean"], checkpoint["std"])
         for model, checkpoint in zip(heads, (teacher_checkpoint, student_checkpoint), strict=True)
     ]
-    teacher_answers = answers(comparison.teacher_logits, names, teacher_checkpoint)
-    student_answers = answers(comparison.student_logits, names, student_checkpoint)
+    teacher_says = answers(comparison.teacher_logits, names, teacher_checkpoint)
+    student_says = answers(comparison.student_logits, names, student_checkpoint)
     rows = [
-        (f"{captions[i]}\nmap of {names[label]}", f"teacher: {teacher_answers[i]}", f"student: {student_answers[i]}")
+        (f"{captions[i]}\nmap of {names[label]}", f"teacher: {teacher_says[i]}", f"student: {student_says[i]}")
         for i, label in zip(chosen, wanted, strict=True)
     ]
 
     make_folder(output)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(maps, dim=1).numpy(), title, output / "demo.png")
-    say = progress.results(settings)
+    say, shown, written = progress.results(settings), ["classifier"], ""
     if judged.any():
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
-        page = output / "demo_report.html"
         student_checkpoint["classifiers"] = metrics["classifiers"]
-        report.of_student(page, teacher_checkpoint, student_checkpoint, images, comparison)
+        report.of_student(output / "demo_report.html", teacher_checkpoint, student_checkpoint, images, comparison)
         if gone:
             log.info(f"no test images of {', '.join(gone)}: their accuracy is left empty")
         say(accuracy_table(metrics))
+        shown, written = ["classifier", "teacher", "student"], ", metrics.json and demo_report.html"
     else:
-        for caption, answer in zip(captions, student_answers, strict=True):
+        for caption, answer in zip(captions, student_says, strict=True):
             say(f"{caption}: {answer}")
-    say(f"the pictures{', metrics.json and demo_report.html' if judged.any() else ''} are in {output}")
-    shown = ("classifier", "teacher", "student") if judged.any() else ("classifier",)
+    say(f"the pictures{written} are in {output}")
     progress.print_json(settings, {name: metrics[name] for name in shown})
 
 
@@ -137,17 +137,15 @@ def images_to_judge(settings: Settings, checkpoint: dict[str, Any]) -> tuple[Ima
 
 def answers(logits: Tensor, names: list[str], checkpoint: dict[str, Any]) -> list[str]:
     """For each row of logits (n, classes) the answer and its probability, by the form of the network's answers."""
-    form = form_of(checkpoint["loss_form"])
-    best = [likeliest(row, form, names)[0] for row in logits.numpy()]
+    best = [likeliest(row, form_of(checkpoint["loss_form"]), names)[0] for row in logits.numpy()]
     return [f"{name} {100 * probability:.0f} %" for name, probability in best]
 
 
 def pick_images(labels: Tensor, old: int) -> list[int]:
     """Indices of images to show, old classes first and in turn; without any such label, the first ones."""
-    by_class = [[i for i, label in enumerate(labels.tolist()) if label == name] for name in range(old)]
-    by_class = [indices for indices in by_class if indices]
-    chosen = [indices[turn] for turn in range(SHOWN) for indices in by_class if turn < len(indices)]
-    return (chosen or list(range(len(labels))))[:SHOWN]
+    by_class = [(labels == label).nonzero().flatten().tolist() for label in range(old)]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_class))
+    return ([index for index in turns if index is not None] or list(range(len(labels))))[:SHOWN]
 
 
 def accuracy_table(metrics: dict[str, Any]) -> str:
@@ -168,18 +166,14 @@ def accuracy_table(metrics: dict[str, Any]) -> str:
     since = "forgotten" if metrics["classifier"] == "head" else "lost since the teacher"
     for number, task in enumerate(metrics["tasks"]):
         named = f"{', '.join(task['classes'][:6])}{', ...' if len(task['classes']) > 6 else ''}"
-        accuracies = f"{cell(task['accuracy'])}, {since} {cell(task['forgetting'])} points"
-        lines.append(f"task {number} ({named}): {accuracies}")
+        lost = f"{since} {cell(task['forgetting'])} points"
+        lines.append(f"task {number} ({named}): {cell(task['accuracy'])}, {lost}")
     lines.append("class by class         teacher  student  attention of the heads: distance, overlap %")
     classes, attention = metrics["classes"], metrics["attention"]
-    for index, name in enumerate(classes["names"]):
-        teacher, moved = None, ""
-        if index < len(attention["distance"]):
-            teacher, distance, overlap = (
-                values[index] for values in (classes["teacher"], attention["distance"], attention["overlap"])
-            )
-            moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
-        lines.append(f"  {name:<20}  {cell(teacher)}   {cell(classes['student'][index])}{moved}")
+    columns = classes["names"], classes["teacher"], classes["student"], attention["distance"], attention["overlap"]
+    for name, teacher, student, distance, overlap in itertools.zip_longest(*columns):
+        moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
+        lines.append(f"  {name:<20}  {cell(teacher)}   {cell(student)}{moved}")
     if metrics["classifiers"]:
         lines.append(evaluation.classifier_table(metrics["classifiers"], metrics["classifier"]))
     for name, unit in (("means", "of a class's spread"), ("covariances", "of their norm")):

@@ -16,9 +16,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnxruntime
@@ -53,8 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     output = Path(options.output)
     require_folder("--output", output.parent)
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; the name of an ONNX file is needed")
     if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
         raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
 
@@ -65,8 +61,17 @@ def main(argv: list[str] | None = None) -> None:
         architecture = checkpoint["architecture"]
         raise InputError(f"--maps: {architecture} has no maps in closed form, and no others can be exported")
 
+    metadata = {  # what a reader of the file needs, as texts: predict.py reads them
+        "format": FORMAT,
+        "version": __version__,
+        "architecture": checkpoint["architecture"],
+        "class_names": json.dumps(checkpoint["class_names"], ensure_ascii=False),
+        "image_size": str(checkpoint["image_size"]),
+        "probabilities": form_of(checkpoint["loss_form"]),
+        "classifier": checkpoint["classifier"],
+    }
     whole = WithNormalisation(network, checkpoint["mean"], checkpoint["std"], options.maps).eval()
-    content = onnx_file(whole, checkpoint["image_size"], options.input, metadata(checkpoint))
+    content = onnx_file(whole, checkpoint["image_size"], options.input, metadata)
     difference = largest_difference(whole, content, checkpoint["image_size"], options.input)
     if not difference <= LARGEST_DIFFERENCE:
         raise RunError(f"the outputs of onnxruntime and torch differ by {difference:.2g}: nothing was written")
@@ -76,19 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"largest difference between torch and onnxruntime: {difference:.1e}")
     classes = f"{len(checkpoint['class_names'])} classes, classifier {checkpoint['classifier']}"
     print(f"{output}: {classes}, {len(content) / 1e6:.1f} MB")
-
-
-def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """What a reader of the file needs, as texts: predict.py reads them."""
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "architecture": checkpoint["architecture"],
-        "class_names": json.dumps(checkpoint["class_names"], ensure_ascii=False),
-        "image_size": str(checkpoint["image_size"]),
-        "probabilities": form_of(checkpoint["loss_form"]),
-        "classifier": checkpoint["classifier"],
-    }
 
 
 class WithNormalisation(nn.Module):
@@ -114,28 +106,27 @@ class WithNormalisation(nn.Module):
 
 def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str]) -> bytes:
     """Height and width are free, unless the network's graph ties them to ``image_size``. Raises RunError."""
-    images = example(2, image_size, image_size, kind)
-    for free in ((0, 2, 3), (0,)):
-        dimensions = {dimension: torch.export.Dim.DYNAMIC for dimension in free}
-        try:
-            with _silence():
-                program = torch.onnx.export(
-                    whole,
-                    (images,),
-                    dynamo=True,
-                    dynamic_shapes=({**dimensions},),
-                    input_names=["image"],
-                    output_names=["logits", "map"] if whole.maps else ["logits"],
-                    verbose=False,
-                )
-        except torch.onnx.OnnxExporterError as error:
-            failed = error
-            continue
-        assert program is not None  # dynamo=True returns one
-        proto = program.model_proto
-        onnx.helper.set_model_props(proto, metadata)
-        return proto.SerializeToString()
-    raise RunError(f"torch cannot export this network ({str(failed).splitlines()[0]})") from failed
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    # The exporter speaks of its own workings, on stdout, by warnings and by its log.
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                whole,
+                (example(2, image_size, image_size, kind),),
+                dynamo=True,
+                dynamic_shapes=(free,),
+                input_names=["image"],
+                output_names=["logits", "map"] if whole.maps else ["logits"],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise RunError(f"torch cannot export this network ({str(error).splitlines()[0]})") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    assert program is not None  # dynamo=True returns one
+    onnx.helper.set_model_props(program.model_proto, metadata)
+    return program.model_proto.SerializeToString()
 
 
 def example(count: int, height: int, width: int, kind: str) -> Tensor:
@@ -148,30 +139,17 @@ def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: 
     """Between torch's outputs and onnxruntime's, relative to the largest value or 1; for several batches and sizes."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     sizes = [(1, image_size, image_size), (5, image_size, image_size)]
-    if not isinstance(session.get_inputs()[0].shape[2], int):
+    if not any(isinstance(side, int) for side in session.get_inputs()[0].shape[2:]):
         sizes += [(2, image_size + 13, image_size + 6)]
-    largest = 0.0
+    differences = []
     for size in sizes:
         images = example(*size, kind)
         with torch.no_grad():
             expected = whole(images)
         expected = expected if isinstance(expected, tuple) else (expected,)
         for ours, theirs in zip(expected, session.run(None, {"image": images.numpy()}), strict=True):
-            difference = (ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp(min=1)
-            # NaN, of which nothing is larger, is kept.
-            largest = difference.item() if not difference <= largest else largest
-    return largest
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter speaks of its own workings, on stdout, by warnings and by its log."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+            differences.append((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max().clamp(min=1))
+    return torch.stack(differences).max().item()  # NaN if one of them is
 
 
 if __name__ == "__main__":

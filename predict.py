@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         network = open_onnx(options.checkpoint)
     else:
         network = open_checkpoint(options.checkpoint, options.classifier or read_constant("classifier"))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path, logits in answers(network, paths, options.skip_bad_images):
         best = likeliest(logits, network.form, network.class_names, options.top)
         rows.append({"image": str(path), "classes": [{"name": n, "probability": round(p, 6)} for n, p in best]})
@@ -68,9 +68,16 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.csv:
-        write_csv(rows)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", "rank", "class", "probability"])
+        for row in rows:
+            for rank, each in enumerate(row["classes"], 1):
+                writer.writerow([row["image"], rank, each["name"], each["probability"]])
     else:
-        write_table(rows)
+        width = max(len(printable(row["image"])) for row in rows)
+        for row in rows:
+            shown = ", ".join(f"{each['name']} {100 * each['probability']:.0f} %" for each in row["classes"])
+            print(f"{printable(row['image']):<{width}}  {printable(shown)}")
 
 
 def files_of(given: Sequence[str]) -> list[Path]:
@@ -118,7 +125,7 @@ def open_onnx(path: str) -> Predictor:
     return Predictor(names, size, form, logits)
 
 
-def open_checkpoint(path: str, classifier: str = "auto") -> Predictor:
+def open_checkpoint(path: str, classifier: str) -> Predictor:
     """Raises InputError for a file that is no checkpoint of this project."""
     import torch
 
@@ -147,21 +154,6 @@ def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) ->
             yield from zip(good, network.logits(pixels), strict=True)
     if bad:
         log.warning(f"{bad} of {len(paths)} images cannot be read and are skipped")
-
-
-def write_table(rows: Sequence[dict]) -> None:
-    width = max(len(printable(row["image"])) for row in rows)
-    for row in rows:
-        shown = ", ".join(f"{each['name']} {100 * each['probability']:.0f} %" for each in row["classes"])
-        print(f"{printable(row['image']):<{width}}  {printable(shown)}")
-
-
-def write_csv(rows: Sequence[dict]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["image", "rank", "class", "probability"])
-    for row in rows:
-        for rank, each in enumerate(row["classes"], 1):
-            writer.writerow([row["image"], rank, each["name"], each["probability"]])
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ def make_tables(protocol: Protocol, results: Path) -> None:
             made[beside(path, "attention.md")] = tables.attention_table(classes, names)
     if not made:
         raise InputError(f"--table: there is no row in {results}; run the protocol without it first")
+    rows = read_rows(results / "accuracy.csv")
+    if len(rows) and count > 2:
+        made[results / "summary.md"] = tables.summary_table(rows, list(protocol.methods), count)
     if (compared := results / "compare_classifiers.csv").exists():
         search = results.with_name(SEARCH.get(results.name, results.name)) / compared.name
         made[compared.with_suffix(".md")] = tables.comparison_table(compared, search)

@@ -56,18 +56,13 @@ def scripts_epoch(options) -> float:
     count, size = options.steps * options.batch_size, options.image_size
     pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     train = Images(pixels, torch.arange(count) % NEW + OLD)
-    (row,) = epochs_of_scripts(1, student, train, losses.lwm, settings, teacher, OLD)
-    return count / row["images_per_second"]
-
-
-def epochs_of_scripts(epochs: int, student, train: Images, loss, settings, teacher=None, old: int = 0) -> list[dict]:
-    """The log of so many epochs, in a folder that goes at once."""
     checkpoint = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    checkpoint["tasks"] = [{"epochs": epochs, "learning_rate": 0.01, "group_accuracy": []}]
+    checkpoint["tasks"] = [{"epochs": 1, "learning_rate": 0.01, "group_accuracy": []}]
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder("student", Path(folder), Path(folder) / "student_model.pth", None)
-        with Training(run_folder, checkpoint, student, train, loss, settings, teacher, old) as training:
-            return list(training.epochs())
+        with Training(run_folder, checkpoint, student, train, losses.lwm, settings, teacher, OLD) as training:
+            (row,) = training.epochs()
+    return count / row["images_per_second"]
 
 
 def bare_epoch(options) -> float:

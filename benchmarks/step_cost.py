@@ -97,39 +97,23 @@ def images(options) -> torch.Tensor:
     return pixels.to(hardware.pick_device(options.device), memory_format=torch.channels_last)
 
 
-def step_of(
-    options,
-    method: str,
-    old: int = OLD,
-    fold: bool = True,
-    layout=torch.channels_last,
-    inference_mode: bool = False,
-    **sgd,
-) -> Callable[[], object]:
-    """One step of the optimiser of a method, as the training loop takes it, on images that are in place.
-
-    What follows ``old`` differs from the scripts' in levers.py alone.
-    """
-    student = network(options, old + NEW).train().to(memory_format=layout)
-    teacher = None
-    if method != "finetune":
-        original = network(options, old).eval().requires_grad_(False)
-        teacher = models.fold_batch_norm(original) if fold and method != "lwm-autograd" else original
-        teacher = teacher.to(memory_format=layout)
-        if inference_mode:
-            teacher.forward = torch.inference_mode()(teacher.forward)
-    inputs = images(options).contiguous(memory_format=layout)
-    labels = torch.arange(options.batch_size, device=inputs.device) % NEW + old
-    known = losses.METHODS.get(method) or losses.Method(autograd_loss(student, teacher, inputs))
-    form = known.form or SETTINGS["loss_form"]
+def step_of(options, name: str) -> Callable[[], object]:
+    """One step of the optimiser of a method, as the training loop takes it, on images that are in place."""
+    student, teacher = network(options, OLD + NEW).train(), network(options, OLD).eval().requires_grad_(False)
+    inputs = images(options)
+    labels = torch.arange(options.batch_size, device=inputs.device) % NEW + OLD
+    method = losses.METHODS.get(name) or losses.Method(autograd_loss(student, teacher, inputs))
+    if name in losses.METHODS:
+        teacher = models.fold_batch_norm(teacher) if method.asks_teacher else None
+    form = method.form or SETTINGS["loss_form"]
     settings = types.SimpleNamespace(**SETTINGS | {"loss_form": form}, precision=options.precision)
-    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4, **sgd)
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
     if options.compile:
         student.compile()
         if teacher is not None:
             teacher.compile()
     batches = Batches([(inputs, labels, 1.0)])
-    return lambda: train_one_epoch(student, teacher, batches, known.loss, old, settings, optimizer, SCHEDULE)
+    return lambda: train_one_epoch(student, teacher, batches, method.loss, OLD, settings, optimizer, SCHEDULE)
 
 
 def autograd_loss(student, teacher, inputs: torch.Tensor) -> Callable:

@@ -250,10 +250,8 @@ def linear_layer(name: str, statistics: ClassStatistics) -> Linear:
 # In a checkpoint --------------------------------------------------------------------------------------------------
 
 
-def to_checkpoint(statistics: ClassStatistics | None) -> dict[str, Any]:
-    """As a checkpoint keeps them, in fp32; nothing for None."""
-    if statistics is None:
-        return {}
+def to_checkpoint(statistics: ClassStatistics) -> dict[str, Any]:
+    """As a checkpoint keeps them, in fp32."""
     return {"means": statistics.means.float(), "covariances": statistics.covariances.float(), "of": statistics.of}
 
 

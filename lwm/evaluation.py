@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,6 @@ def explain(
     model: Network, images: Images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, classes) and maps of the true classes (n, h, w) for ``images``, of which n may be 0."""
-    if not len(images.labels):
-        return torch.zeros(0, model.fc.out_features), torch.zeros(0, 1, 1)
     logits = predict(model, images.pixels, mean, std, batch_size)
     return logits, maps(model, images.pixels, images.labels, mean, std, batch_size)
 
@@ -82,14 +80,18 @@ def attention_drift(teacher_maps: Tensor, student_maps: Tensor) -> tuple[Tensor,
 # Accuracies -------------------------------------------------------------------------------------------------------
 
 
-def _percent(correct: Tensor) -> float | None:
-    return 100 * correct.double().mean().item() if len(correct) else None
+def _right(logits: Tensor, labels: Tensor, sizes: Sequence[int], told: bool = False) -> list[Tensor]:
+    """For each task's images, whether the best of all classes, or if ``told`` of the task's, is the true one."""
+    right = []
+    for first, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+        own = (labels >= first) & (labels < end)
+        best = logits[own, first:end].argmax(1) + first if told and own.any() else logits[own].argmax(1)
+        right.append(best == labels[own])
+    return right
 
 
-def _told(logits: Tensor, labels: Tensor, first: int, end: int) -> Tensor:
-    """For the images of the classes ``first`` to ``end`` - 1, whether the best of these classes is the true one."""
-    own = (labels >= first) & (labels < end)
-    return logits[own, first:end].argmax(1) == labels[own] - first if own.any() else own[:0]
+def _percent(right: Tensor) -> float | None:
+    return 100 * right.double().mean().item() if len(right) else None
 
 
 def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | None]:
@@ -98,13 +100,14 @@ def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | No
     logits (n, N+K), labels int64 (n,); the first ``old`` = N outputs are the old classes'. ``accuracy*`` is
     class-incremental: the answer is the largest of all logits.
     """
-    correct, is_old = logits.argmax(1) == labels, labels < old
+    sizes = (old, logits.shape[1] - old)
+    right, told = _right(logits, labels, sizes), _right(logits, labels, sizes, told=True)
     return {
-        "accuracy": _percent(correct),
-        "accuracy_old": _percent(correct[is_old]),
-        "accuracy_new": _percent(correct[~is_old]),
-        "task_aware_old": _percent(_told(logits, labels, 0, old)),
-        "task_aware_new": _percent(_told(logits, labels, old, logits.shape[1])),
+        "accuracy": _percent(torch.cat(right)),
+        "accuracy_old": _percent(right[0]),
+        "accuracy_new": _percent(right[1]),
+        "task_aware_old": _percent(told[0]),
+        "task_aware_new": _percent(told[1]),
     }
 
 
@@ -115,17 +118,12 @@ def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
 
 def group_accuracies(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> list[float | None]:
     """Class-incremental accuracy of each task's classes; ``sizes`` is the number of classes of each task."""
-    correct = logits.argmax(1) == labels
-    return [_percent(correct[(labels >= first) & (labels < end)]) for first, end in _ranges(sizes)]
+    return [_percent(right) for right in _right(logits, labels, sizes)]
 
 
 def task_aware(logits: Tensor, labels: Tensor, sizes: Sequence[int]) -> float | None:
     """Accuracy in percent if the model is told with which task each image's class came; ``sizes`` as above."""
-    return _percent(torch.cat([_told(logits, labels, first, end) for first, end in _ranges(sizes)]))
-
-
-def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    return _percent(torch.cat(_right(logits, labels, sizes, told=True)))
 
 
 def forgetting(earlier: Sequence[Sequence[float | None]], now: Sequence[float | None]) -> list[float | None]:
@@ -176,38 +174,28 @@ def classifier_table(accuracies_by_classifier: dict[str, dict[str, float | None]
     return "\n".join(lines)
 
 
-def means_off(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> list[float | None]:
-    """How far each class's mean is from that of its ``features`` (n, C), labels int64 (n,).
+def statistics_off(
+    statistics: ClassStatistics, features: Tensor, labels: Tensor
+) -> tuple[list[float | None], list[float | None]]:
+    """How far each class's mean and covariance are from those of its ``features`` (n, C), labels int64 (n,).
 
-    In units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
-    1 / sqrt(n). None if nothing varies: of no image, of one, or of one several times.
+    A mean in units of the class's spread, the root of the trace of its covariance; of n images that alone makes about
+    1 / sqrt(n). A covariance by the Frobenius norm of the difference, relative to that of its images. None if nothing
+    varies: of no image, of one, or of one several times.
     """
-
-    def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        return (own.mean(0) - statistics.means[label]).norm(), own.var(0, correction=0).sum().sqrt()
-
-    return _of_each_class(off, len(statistics.of), features, labels)
-
-
-def covariances_off(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> list[float | None]:
-    """Likewise of each class's covariance: the Frobenius norm of the difference, relative to that of its images."""
-
-    def off(label: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        seen = own.T.cov(correction=0)
-        return (statistics.covariances[statistics.of[label]] - seen).norm(), seen.norm()
-
-    return _of_each_class(off, len(statistics.of), features, labels)
-
-
-def _of_each_class(
-    off: Callable[[int, Tensor], tuple[Tensor, Tensor]], classes: int, features: Tensor, labels: Tensor
-) -> list[float | None]:
-    result = []
-    for label in range(classes):
+    off: tuple[list[float | None], list[float | None]] = [], []
+    for label, mean in enumerate(statistics.means):
         own = features[labels == label]
-        distance, unit = off(label, own) if len(own) > 1 else (0.0, 0.0)
-        result.append(float(distance / unit) if unit > 1e-12 else None)
-    return result
+        if not len(own):
+            own = torch.zeros_like(mean[None])
+        seen = own.T.cov(correction=0)
+        ratios = (
+            ((own.mean(0) - mean).norm(), own.var(0, correction=0).sum().sqrt()),
+            ((statistics.covariances[statistics.of[label]] - seen).norm(), seen.norm()),
+        )
+        for values, (distance, unit) in zip(off, ratios, strict=True):
+            values.append(float(distance / unit) if unit > 1e-12 else None)
+    return off
 
 
 def of_statistics(
@@ -218,23 +206,18 @@ def of_statistics(
     "classifiers" as ``by_classifier``; "means_off" and "covariances_off" of the old classes as the student has them
     "compensated", and "uncompensated" as in its teacher's checkpoint. All are empty without statistics or images.
     """
+    metrics: dict[str, dict[str, Any]] = {"classifiers": {}, "means_off": {}, "covariances_off": {}}
     statistics, uncompensated = from_checkpoint(student_checkpoint), from_checkpoint(teacher_checkpoint)
     if statistics is None or uncompensated is None or not len(images.labels):
-        return {"classifiers": {}, "means_off": {}, "covariances_off": {}}
-    old = len(teacher_checkpoint["class_names"])
+        return metrics
+    old, labels = len(teacher_checkpoint["class_names"]), images.labels
     features = features_of(student, images.pixels, student_checkpoint["mean"], student_checkpoint["std"])
+    metrics["classifiers"] = by_classifier(student, statistics, features, labels, len(statistics.means) - old)
     compensated = ClassStatistics(statistics.means[:old], statistics.covariances, statistics.of[:old])
-    both = {"compensated": compensated, "uncompensated": uncompensated}
-    is_old = images.labels < old
-
-    def off(measure: Callable[..., list[float | None]]) -> dict[str, list[float | None]]:
-        return {name: measure(each, features[is_old], images.labels[is_old]) for name, each in both.items()}
-
-    return {
-        "classifiers": by_classifier(student, statistics, features, images.labels, len(statistics.means) - old),
-        "means_off": off(means_off),
-        "covariances_off": off(covariances_off),
-    }
+    for name, each in (("compensated", compensated), ("uncompensated", uncompensated)):
+        off = statistics_off(each, features[labels < old], labels[labels < old])
+        metrics["means_off"][name], metrics["covariances_off"][name] = off
+    return metrics
 
 
 # Teacher and student side by side ---------------------------------------------------------------------------------
@@ -265,7 +248,6 @@ def compare(
     student_checkpoint: dict[str, Any],
     images: Images,
     history: bool = True,
-    batch_size: int = 500,
     heads: tuple[Network, Network] | None = None,
 ) -> Comparison:
     """Both networks with their checkpoints, as answer_with gives them, on ``images``; label -1 is of an unknown class.
@@ -274,61 +256,48 @@ def compare(
     the head alone. If the two answer by another classifier, ``heads`` are they with their heads: the maps are always
     those of the heads, which L_AD compares, and another classifier changes with the classes that it tells apart.
     """
-    history = history and student_checkpoint.get("classifier", "head") == "head"
     checkpoints, old = (teacher_checkpoint, student_checkpoint), len(teacher_checkpoint["class_names"])
     teacher_logits, student_logits = (
-        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
+        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"])
         for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
     )
     judged = images.labels >= 0
     shown = (judged & (images.labels < old)).nonzero().squeeze(1)
     old_labels, old_logits = images.labels[shown], teacher_logits[shown]
     labels, logits = images.labels[judged], student_logits[judged]
-    both = torch.zeros(0, 2, 1, 1)
-    if len(shown):
-        both = torch.stack(
-            [
-                maps(model, images.pixels[shown], old_labels, checkpoint["mean"], checkpoint["std"], batch_size)
-                for model, checkpoint in zip(heads or (teacher, student), checkpoints, strict=True)
-            ],
-            dim=1,
-        )
+    both = torch.stack(
+        [
+            maps(model, images.pixels[shown], old_labels, checkpoint["mean"], checkpoint["std"])
+            for model, checkpoint in zip(heads or (teacher, student), checkpoints, strict=True)
+        ],
+        dim=1,
+    )
     distance, overlap = attention_drift(both[:, 0], both[:, 1])
+
+    tasks = student_checkpoint["tasks"]
+    sizes = [len(task["classes"]) for task in tasks]
+    taught = [size for size, end in zip(sizes, itertools.accumulate(sizes), strict=True) if end <= old]
+    now, earlier = group_accuracies(logits, labels, sizes), [group_accuracies(teacher_logits[judged], labels, taught)]
+    if history and student_checkpoint.get("classifier", "head") == "head":
+        earlier += [task["group_accuracy"] for task in tasks[:-1]]
     metrics = {
         "teacher": accuracies(old_logits, old_labels, old),
         "student": accuracies(logits, labels, old),
-        "tasks": _by_task(student_checkpoint["tasks"], teacher_logits[judged], logits, labels, history),
+        "tasks": [
+            {"classes": task["classes"], "accuracy": accuracy, "forgetting": lost}
+            for task, accuracy, lost in zip(tasks, now, forgetting(earlier, now), strict=True)
+        ],
         "classes": {
             "names": student_checkpoint["class_names"],
             "teacher": class_accuracies(old_logits, old_labels),
             "student": class_accuracies(logits, labels),
         },
         "attention": {
-            name: [_mean(values[old_labels == label]) for label in range(old)]
+            name: [
+                None if (mean := values[old_labels == label].nanmean()).isnan() else mean.item() for label in range(old)
+            ]
             for name, values in (("distance", distance), ("overlap", overlap))
         },
         "confusion": confusion(logits, labels).tolist(),
     }
     return Comparison(metrics, teacher_logits, student_logits, shown, both, distance, overlap)
-
-
-def _mean(values: Tensor) -> float | None:
-    """Of those that are not NaN, if any."""
-    mean = values.nanmean().item()
-    return None if math.isnan(mean) else mean
-
-
-def _by_task(
-    tasks: list[dict[str, Any]], teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, history: bool
-) -> list[dict[str, Any]]:
-    """For each task's classes: the accuracy now, and what is lost of the best one earlier, or of the teacher's."""
-    sizes = [len(task["classes"]) for task in tasks]
-    now = group_accuracies(student_logits, labels, sizes)
-    of_teacher = [size for size, (_, end) in zip(sizes, _ranges(sizes), strict=True) if end <= teacher_logits.shape[1]]
-    earlier = [group_accuracies(teacher_logits, labels, of_teacher)]
-    if history:
-        earlier += [task["group_accuracy"] for task in tasks[:-1]]
-    return [
-        {"classes": task["classes"], "accuracy": accuracy, "forgetting": lost}
-        for task, accuracy, lost in zip(tasks, now, forgetting(earlier, now), strict=True)
-    ]

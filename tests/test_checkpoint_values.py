@@ -24,6 +24,7 @@ def with_infinity(tensor: torch.Tensor) -> torch.Tensor:
 
 WRONG = [  # changes of a whole checkpoint, and what the line names
     ({"format": "other"}, "another program"),
+    *(({key: value}, key) for key in checkpoint.CHECKPOINT for value in (..., 3.5, None)),
     ({"version": 3}, "version 3"),
     ({"version": 10**30}, "int"),
     ({"class_names": [], "tasks": []}, "class_names"),
@@ -33,7 +34,6 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({TASK + "classes": ["a", "b"]}, "class_names"),
     ({"tasks": lambda tasks: [*tasks, {**tasks[0], "classes": []}]}, "class_names"),
     ({"tasks": [1]}, "tasks/0"),
-    ({TASK + "data_dir": ...}, "data_dir"),
     ({TASK + "seed": torch.ones(2)}, "task"),
     ({TASK + "beta": ...}, "beta"),
     ({TASK + "hold_back": math.nan}, "hold_back"),
@@ -41,26 +41,21 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({TASK + "group_accuracy": [101.0]}, "group_accuracy"),
     ({TASK + "group_accuracy": [1.0, 2.0]}, "group_accuracy"),
     ({"image_size": 10**9}, "image_size"),
-    ({"image_size": True}, "image_size"),
     ({"loss_form": ["binary"]}, "loss_form"),
     ({"mean": [0.5, 0.5]}, "mean"),
-    ({"mean": [0.5, 0.5, -math.inf]}, "mean"),
     ({"std": [0.5, 0.5, 0.0]}, "std"),
     ({"architecture": "resnet110"}, "resnet110"),
     ({"architecture": "x\n" * 5000}, "architecture"),
     ({"class_names": list("abc"), TASK + "classes": list("abc")}, "fc.weight"),
     ({FIRST: ...}, "conv1.weight"),
-    ({"model/more": torch.ones(1)}, "more"),
     ({FIRST: [1.0]}, "conv1.weight"),
     ({FIRST: torch.Tensor.double}, "conv1.weight"),
     ({FIRST: with_infinity}, "conv1.weight"),
     ({"model/bn1.running_var": torch.Tensor.neg}, "bn1.running_var"),
     ({FIRST: torch.Tensor.to_sparse}, "Tensor"),
     ({FIRST: lambda t: torch.zeros(1).expand(t.shape)}, "Tensor"),
-    ({"more": {1, 2}}, "set"),
     ({"more": {(1, 2): 3}}, "key"),
     ({"statistics/of": [0, 2]}, "statistics"),
-    ({"statistics/means": torch.zeros(2, 63)}, "statistics"),
     ({"statistics/covariances": with_infinity}, "statistics"),
     ({"classifiers/head": {"accuracy": -1}}, "classifiers"),
     ({"training": {}}, "training"),
@@ -75,12 +70,9 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({ROW + "loss": "0.5"}, "log"),
     ({ROW + "epoch": 2}, "log"),
     ({TRAIN + "epochs": 1, ROW + "test_accuracy": ...}, "last epoch"),
-    ({TRAIN + "machine": "cpu"}, "machine"),
     ({PART + "sums": ...}, "sums"),
-    ({PART + "batches": "3"}, "batches"),
     ({PART + "seconds": math.inf}, "seconds"),
     ({PART + "sums/total": "7"}, "sums"),
-    ({TRAIN + "optimizer": [1]}, "optimizer"),
 ]
 
 
@@ -93,13 +85,6 @@ def unfinished() -> dict:
 def test_a_checkpoint_with_a_value_that_no_run_saves_is_refused(tmp_path, unfinished, changes, culprit):
     write(tmp_path / "model.pth", unfinished, changes)
     assert culprit in refused(tmp_path / "model.pth").replace(str(tmp_path), "")
-
-
-@pytest.mark.parametrize("key", checkpoint.CHECKPOINT)
-def test_a_checkpoint_that_lacks_a_key_is_refused(tmp_path, unfinished, key):
-    for value in (..., 3.5, None):
-        write(tmp_path / "model.pth", unfinished, {key: value})
-        assert key in refused(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(
@@ -164,19 +149,14 @@ STATE, GROUP, COSINE = TRAIN + "optimizer/state/", TRAIN + "optimizer/param_grou
         {STATE + "3/momentum_buffer": torch.ones(5)},
         {STATE + "3/momentum_buffer": lambda t: t * math.nan},
         {STATE + "3/momentum_buffer": torch.Tensor.double},
-        {STATE + "3/momentum_buffer": "0"},
         {TRAIN + "optimizer/state": lambda state: state | {500: state[0]}},
-        {TRAIN + "optimizer/state": []},
-        {STATE + "3": 1},
         {TRAIN + "optimizer/param_groups": ...},
         {TRAIN + "optimizer/param_groups": lambda groups: groups * 2},
         {GROUP + "params": lambda parameters: parameters[1:]},
-        {GROUP + "lr": "0.1"},
         {GROUP + "lr": math.nan},
         {COSINE + "base_lrs": ["0.1"]},
         {COSINE + "last_epoch": -3},
         {COSINE + "T_max": 0},
-        {COSINE + "T_max": 10**12},
     ],
     ids=lambda changes: "".join(changes)[9:],
 )

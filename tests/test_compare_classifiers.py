@@ -8,11 +8,15 @@ import torch
 from scipy.spatial.distance import mahalanobis
 from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
-from studies import TINY, TINY_FORMS, run_tiny
+from studies import TINY
 from torch.nn import functional as F
 
+import demo
+import incremental_learning_system as incremental
+import reproduce
+import train_teacher_model as trainer
 from lwm import classifiers
-from lwm.experiments import compare_classifiers, protocols, tables
+from lwm.experiments import cells, compare_classifiers, protocols, tables
 from lwm.experiments.compare_classifiers import Task
 from lwm.experiments.protocols import PROTOCOLS
 from lwm.runtime import checkpoint
@@ -98,56 +102,42 @@ def test_mahalanobis_is_the_distance_among_features_of_unit_length_in_correlatio
         assert scores[:10, label].tolist() == pytest.approx(expected)
 
 
-@pytest.fixture
-def compare(monkeypatch, tmp_path):
-    """Calls the script on both cells of seed 0 as reproduce.py leaves them, and on a search of the very same."""
-    cells, searched = tmp_path / "tiny" / "seed0", tmp_path / "tiny-search" / "seed0"
-    searched.mkdir(parents=True)
-    names = {method: f"{method} beta=1" for method in TINY.methods}
-    for method, form in TINY_FORMS.items():
-        run_tiny(cells, method)
-        (searched / names[method].replace(" ", "_")).symlink_to(cells / method)
-        (searched / f"first-{form}").symlink_to(cells / f"first-{form}")
+SCRIPTS = {f"{module.__name__}.py": module.main for module in (trainer, incremental, demo)}
+
+
+def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints_say_too(monkeypatch, tmp_path, capsys):
+    """On two methods of a small protocol, which is then its own search."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(cells, "call", lambda script, flags, threads: SCRIPTS[script](flags))
     monkeypatch.setitem(protocols.SEARCH, "tiny", "tiny-search")
-    monkeypatch.setitem(protocols.SEARCHED, "tiny-search", names)
+    monkeypatch.setitem(protocols.SEARCHED, "tiny-search", {"lwf": "lwf", "lwm": "lwm"})
     monkeypatch.setitem(PROTOCOLS, "tiny", TINY)
-    search = {names[method]: flags for method, flags in TINY.methods.items()}
-    monkeypatch.setitem(PROTOCOLS, "tiny-search", dataclasses.replace(TINY, methods={}, ablation=search))
-    return lambda *flags: compare_classifiers.main([*flags, "--work-dir", str(tmp_path)])
-
-
-def test_every_option_is_searched_and_the_best_is_judged_on_what_the_checkpoints_say_too(
-    compare, monkeypatch, tmp_path, capsys
-):
+    monkeypatch.setitem(PROTOCOLS, "tiny-search", dataclasses.replace(TINY, methods={}, ablation=TINY.methods))
+    (tmp_path / "tiny-search").symlink_to(tmp_path / "tiny")
+    work = ["--work-dir", str(tmp_path)]
     for flags, words in (
-        (["tiny"], "run this on tiny-search first"),
-        (["tiny-search", "--seeds", "1"], "reproduce.py tiny-search --methods 'lwf beta=1' --seeds 1"),
-        (["tiny-search", "--methods", "finetune"], "there is no 'finetune'"),
+        ("tiny", "run this on tiny-search first"),
+        ("tiny-search", "--methods 'lwf' --seeds 0 makes it"),
     ):
-        assert compare(*flags) == 2
+        assert compare_classifiers.main([flags, *work]) == 2
         assert words in capsys.readouterr().err
-    assert compare("tiny-search") == compare("tiny") == 0
+    assert reproduce.main(["tiny", *work]) == 0
+    assert compare_classifiers.main(["tiny-search", *work]) == compare_classifiers.main(["tiny", *work]) == 0
     searched, rows = (
-        tables.read_rows(tmp_path / f"results/{p}/compare_classifiers.csv") for p in ("tiny-search", "tiny")
+        tables.read_rows(tmp_path / f"results/{name}/compare_classifiers.csv") for name in ("tiny-search", "tiny")
     )
-    options = {(name, option or np.nan) for name, tried in compare_classifiers.OPTIONS.items() for option in tried}
-    assert len(searched) == 2 * 3 * len(options)
+    assert len(searched) == 2 * 3 * sum(map(len, compare_classifiers.OPTIONS.values()))
     assert len(rows) == 2 * 3 * len(compare_classifiers.OPTIONS)
+    assert len(tables.read_rows(tmp_path / "results/tiny/attention.csv")) == 2 * (2 + 4)
     means = searched.fillna("").groupby(["method", "classifier", "option"])["accuracy"].mean()
     for (method, name), own in rows.fillna("").groupby(["method", "classifier"]):
         (option,) = own["option"].unique()
         assert means[method, name, option] == pytest.approx(means[method, name].max())
         for task in (1, 2) if name in ("head", "ncm", "lda") else ():
             saved = checkpoint.load(tmp_path / "tiny/seed0" / method / str(task) / "student_model.pth")
-            said = saved["classifiers"][name]["accuracy"]
-            assert own["accuracy"].tolist()[task] == pytest.approx(said, abs=0.01)
-    assert (tmp_path / "results/tiny/compare_classifiers.md").read_text().count("\n") == 2 + 2 * len(
-        compare_classifiers.OPTIONS
-    )
-    other = dataclasses.replace(PROTOCOLS["tiny-search"], pool=slice(1, 7))
-    monkeypatch.setitem(PROTOCOLS, "tiny-search", other)
-    assert compare("tiny-search") == 2
+            assert own["accuracy"].tolist()[task] == pytest.approx(saved["classifiers"][name]["accuracy"], abs=0.01)
+    monkeypatch.setitem(PROTOCOLS, "tiny", dataclasses.replace(TINY, pool=slice(1, 7)))
+    assert compare_classifiers.main(["tiny", *work]) == 2
     assert "teacher_model.pth has other classes, or in another order" in capsys.readouterr().err
 
 

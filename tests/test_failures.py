@@ -133,10 +133,9 @@ def test_a_batch_of_one_image_is_named_if_batch_norm_cannot_take_it(tmp_path, ca
     assert "a batch of one image" in one_line(capsys)
 
 
-CUDA, CPU = "CUDA out of memory. Tried to allocate 20.00 GiB", "DefaultCPUAllocator: can't allocate memory:\n99 bytes"
-
-
-@pytest.mark.parametrize("words", [CUDA, CPU, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "std::bad_alloc"])
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried", "can't allocate memory:\n9", "x_ALLOC_FAILED", "bad_alloc"]
+)
 def test_a_lack_of_memory_is_one_line(capsys, words):
     assert one_line_errors(failing_with(RuntimeError(words)))([]) == 1
     assert one_line(capsys).startswith("error: out of memory")

@@ -36,7 +36,6 @@ def test_a_line_an_epoch_on_stderr_and_on_stdout_the_json_alone(quick):
     first, last = (line for line in quick[2].splitlines() if line.startswith("epoch "))
     for part in ("epoch 1/2", "classification", "attention", "test accuracy", "images/s", " left"):
         assert part in first
-    assert last.startswith("epoch 2/2")
     assert "left" not in last
     assert json.loads(quick[1]).keys() >= {"model", "test_accuracy", "test_accuracy_old", "test_task_aware"}
 
@@ -53,7 +52,6 @@ def test_tensorboard_has_every_number_of_the_log_the_settings_and_maps(quick):
     assert "gamma = 0.1" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     (strips,) = events.Images("student/maps")  # image, teacher's map, student's map
     assert (strips.width, strips.height) == (3 * 8, 8 * tensorboard.SHOWN)
-    assert not (quick[0] / "tensorboard" / "teacher").exists()  # it was not asked for
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -88,9 +86,8 @@ def test_quiet_leaves_warnings_and_ends_with_the_script(capsys):
 
 def test_a_bar_is_for_somebody_who_watches(monkeypatch):
     for prepare in (start_log, be_quiet):
-        terminal = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
         terminal.isatty = lambda: True
-        monkeypatch.setattr(sys, "stderr", terminal)
         prepare()
         assert list(progress.bar([1, 2])) == [1, 2]
         assert ("0/2" in terminal.getvalue()) == (prepare is start_log)

@@ -1,6 +1,5 @@
 """What lies under results/ and what the documents show of it is what the code makes of the CSVs."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ def test_tables_and_figures_are_those_of_the_csvs(folder, monkeypatch):
     there = {path: path.read_text() for path in folder.glob("*.md")}
     there |= {path: Image.open(path).text["Description"] for path in folder.glob("*.png")}
     assert made == there
-
-
-def test_the_table_of_costs_is_that_of_the_measurements(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    made = importlib.import_module("performance_tables")
-    assert (made.RESULTS / "steps.md").read_text() == made.steps()
 
 
 def test_markdown_of_results_is_tables_alone():

@@ -177,15 +177,13 @@ def test_resume_with_nothing_there_is_a_fresh_start(tmp_path, whole, run, monkey
 def test_a_finished_student_of_another_folder_is_taken_over_as_it_is(tmp_path, whole, run, capsys):
     other = ["--resume", "--student", str(whole / "student_model.pth")]
     before = contents(whole)
-    assert run("student", tmp_path, *other) == 0
-    assert differences("student", whole, tmp_path) == {}
-    capsys.readouterr()
+    assert run("student", tmp_path, "--seed", "9") == 0
     assert run("student", tmp_path, *other) == 2
     assert "--overwrite" in one_line(capsys)
-    assert run("student", tmp_path, "--overwrite", "--seed", "9") == 0
     assert differences("student", whole, tmp_path) != {}
     assert run("student", tmp_path, "--overwrite", *other) == 0
-    assert differences("student", whole, tmp_path) == {}
+    unused = ("/training/optimizer", "/training/schedule")  # more epochs begin with new ones
+    assert not [place for place in differences("student", whole, tmp_path) if not place.startswith(unused)]
     assert contents(whole) == before
 
 

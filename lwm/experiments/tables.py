@@ -154,16 +154,13 @@ def mean_and_spread(values: Iterable[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def paired(ours: pd.Series, others: pd.Series, digits: int = 1) -> str:
+def paired(ours: pd.Series, others: pd.Series) -> str:
     """Mean of the differences by seed with its 95 % interval; both have the seeds as index."""
-    return mean_and_interval([float(ours[seed]) - float(others[seed]) for seed in ours.index], digits)
-
-
-def mean_and_interval(values: Sequence[float], digits: int = 1) -> str:
-    if any(value != value for value in values):
+    differences = [float(ours[seed]) - float(others[seed]) for seed in ours.index]
+    if any(value != value for value in differences):
         return NOT_THERE
-    low, high = interval(values)
-    return f"{statistics.mean(values):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    low, high = interval(differences)
+    return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def by_seed(rows: pd.DataFrame, column: str, seeds: Iterable[int] | None = None) -> pd.Series:
@@ -202,6 +199,19 @@ def methods_tables(rows: pd.DataFrame, methods: Iterable[str], tasks: int, refer
     return "\n".join(markdown(table) for table in (lines, differences) if table)
 
 
+def summary_table(rows: pd.DataFrame, methods: Iterable[str], tasks: int) -> str:
+    """The two accuracies that the field reports, for README."""
+    columns = {"average": "average incremental", "accuracy": "last task"}
+    seeds = {method: finished(rows, method, tasks) for method in methods}
+    return markdown(
+        [
+            {"method": method, **{name: mean_and_spread(own[column]) for column, name in columns.items()}}
+            for method, own in seeds.items()
+            if len(own)
+        ]
+    )
+
+
 def classifiers_tables(rows: pd.DataFrame, classes: pd.DataFrame, methods: Sequence[str], tasks: int) -> str:
     """Accuracy over all classes with each classifier, and its gain over the head in pairs by seed; "" without any.
 
@@ -238,52 +248,30 @@ def _statistics_off(classes: pd.DataFrame, methods: Sequence[str], measure: str)
 
 
 def attention_table(classes: pd.DataFrame, methods: Iterable[str]) -> str:
-    """How far the maps of the old classes move, and whether the classes whose maps move are those forgotten.
+    """How far the maps of the old classes move, and how much accuracy these classes lose.
 
-    Mean and standard deviation over the seeds of the mean over all tasks and old classes; a class without a map on any
-    image, the teacher's or the student's, has no distance and no overlap. Spearman's correlation is that of the
-    distance and the accuracy lost, with the 95 % interval of its mean over the seeds: within a seed over all its tasks
-    and classes, and once more if a class is ranked among those alone that came together with it, in one task.
+    Mean and standard deviation over the seeds of the mean over all tasks and old classes. A class without a map on any
+    image, the teacher's or the student's, has no distance and no overlap.
     """
     lines = []
     for method in methods:
-        own = with_loss(classes[classes["method"] == method])
+        own = classes[classes["method"] == method]
         if own.empty:
             continue
         seeds = own["seed"].unique()
         silent = own.assign(silent=100.0 * own["distance"].isna())
+        lost = own.assign(lost=own["accuracy_teacher"] - own["accuracy"])
         lines.append(
             {
                 "method": method,
                 "distance of L_AD": mean_and_spread(by_seed(own, "distance", seeds), 3),
                 "overlap of the top fifth, %": mean_and_spread(by_seed(own, "overlap", seeds)),
                 "no map left, % of the classes": mean_and_spread(by_seed(silent, "silent")),
-                "accuracy lost, points": mean_and_spread(by_seed(own, "lost")),
-                "Spearman": _correlation(own, together=False),
-                "of classes of one age": _correlation(own, together=True),
+                "accuracy lost, points": mean_and_spread(by_seed(lost, "lost")),
                 "seeds": len(seeds),
             }
         )
     return markdown(lines)
-
-
-def with_loss(classes: pd.DataFrame) -> pd.DataFrame:
-    return classes.assign(lost=classes["accuracy_teacher"] - classes["accuracy"])
-
-
-def _correlation(own: pd.DataFrame, together: bool) -> str:
-    """Of distance and accuracy lost by rank, among all classes and tasks of a seed or among classes of one age."""
-    own = own.assign(since=own.groupby(["seed", "class"])["task"].transform("min"))
-    seen = own.dropna(subset=["distance"])
-    blocks = seen.groupby(["seed", "task", "since"] if together else ["seed"])[["distance", "lost"]]
-    centred = blocks.rank() - (blocks.transform("size").to_numpy()[:, None] + 1) / 2
-    found = []
-    for seed in own["seed"].unique():
-        distance, lost = centred[seen["seed"] == seed].to_numpy().T
-        if not distance.any() or not lost.any():
-            return NOT_THERE
-        found.append(float(distance @ lost / (distance @ distance) ** 0.5 / (lost @ lost) ** 0.5))
-    return mean_and_interval(found, 2) if len(found) > 2 else f"{statistics.mean(found):+.2f}"
 
 
 # Classifiers of the field ----------------------------------------------------------------------------------------

@@ -61,19 +61,6 @@ def encode(picture: np.ndarray, kind: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def strips(pixels: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Images uint8 (n, 3, H, W) below each other, each beside its maps (n, m, h, w) >= 0, all maps on one scale.
-
-    Returns uint8 (n H, (1 + m) W, 3).
-    """
-    peak = float(maps.max())
-    rows = [
-        [image.transpose(1, 2, 0), *(overlay(image, heat, peak) for heat in own)]
-        for image, own in zip(pixels, maps, strict=True)
-    ]
-    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
-
-
 def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -> None:
     """Loss terms and accuracies over the epochs, beside each other."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
@@ -81,15 +68,11 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
         if name in log[0]:
             left.plot([row["epoch"] for row in log], [row[name] for row in log], label=name)
     left.set(title=f"{title}: loss terms", xlabel="epoch", ylabel="loss (mean over images)")
-    names = [name for name in dict.fromkeys(key for row in log for key in row) if "accuracy" in name]
-    for name in names:
+    for name in [name for name in dict.fromkeys(key for row in log for key in row) if "accuracy" in name]:
         points = [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
+        style, label = ("-", "training accuracy") if name == "accuracy" else ("o-", name.replace("_", " "))
         if points:
-            right.plot(
-                *zip(*points, strict=True),
-                "-" if name == "accuracy" else "o-",
-                label="training accuracy" if name == "accuracy" else name.replace("_", " "),
-            )
+            right.plot(*zip(*points, strict=True), style, label=label)
     right.set(title=f"{title}: accuracy", xlabel="epoch", ylabel="%", ylim=(-3, 103))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -99,8 +82,7 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.BytesIO) -> None:
     """Confusion matrix, a row for each true class, in percent of that class's images."""
-    totals = counts.sum(1, keepdims=True)
-    shares = 100 * counts / np.maximum(totals, 1)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     # Of very many classes only some are named: the figure's memory grows with its area.
     side = min(max(3.5, 0.32 * len(class_names) + 1.5), 40)
     named = range(0, len(class_names), -(-len(class_names) // 120))
@@ -122,33 +104,22 @@ def side_by_side(
     pixels uint8 (n, 3, H, W); captions (image, teacher, student) for each; maps (n, 2, h, w) >= 0.
     """
     count, _, height, width = pixels.shape
-    peak = max(float(maps.max()), 1e-12)
     columns = 2 if count > 4 else 1
     rows = -(-count // columns)
-    figure, grid = plt.subplots(
-        rows, 3 * columns, figsize=(5.6 * columns, 2.05 * rows + 0.6), squeeze=False, layout="constrained"
-    )
+    size = (5.6 * columns, 2.05 * rows + 0.6)
+    figure, grid = plt.subplots(rows, 3 * columns, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
-    for number in range(count):
+    heat_style = {"cmap": "inferno", "vmin": 0, "vmax": max(float(maps.max()), 1e-12), "alpha": 0.6}
+    heat_style |= {"interpolation": "bilinear", "extent": (-0.5, width - 0.5, height - 0.5, -0.5)}
+    for number, (image, texts, heats) in enumerate(zip(pixels, captions, maps, strict=True)):
         row, first = number % rows, 3 * (number // rows)
-        grey = pixels[number].mean(0)
-        for offset, caption in enumerate(captions[number]):
-            axes = grid[row, first + offset]
-            axes.set_title(caption, fontsize=8, parse_math=False)
-            if offset == 0:
-                axes.imshow(pixels[number].transpose(1, 2, 0))
-                continue
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            heat = axes.imshow(
-                maps[number, offset - 1],
-                cmap="inferno",
-                vmin=0,
-                vmax=peak,
-                alpha=0.6,
-                interpolation="bilinear",
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            )
+        for axes, text in zip(grid[row, first : first + 3], texts, strict=True):
+            axes.set_title(text, fontsize=8, parse_math=False)
+        grid[row, first].imshow(image.transpose(1, 2, 0))
+        for axes, heat in zip(grid[row, first + 1 : first + 3], heats, strict=True):
+            axes.imshow(image.mean(0), cmap="gray", vmin=0, vmax=255)
+            drawn = axes.imshow(heat, **heat_style)
     figure.suptitle(title, fontsize=10)
-    figure.colorbar(heat, ax=grid, label="Grad-CAM of the class named at the image", shrink=0.6)
+    figure.colorbar(drawn, ax=grid, label="Grad-CAM of the class named at the image", shrink=0.6)
     write(figure, path)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from lwm.reporting import plots
 from lwm.runtime.errors import InputError, process_number
 from lwm.runtime.files import require_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHOWN = 12  # images with their maps
 
@@ -52,6 +52,12 @@ class Board:
         """Some of the images uint8 (n, 3, H, W), each beside its m maps (n, m, h, w) on one scale."""
         if self.make is not None and len(pixels):
             some = slice(None, None, -(-len(pixels) // SHOWN))
-            strips = plots.strips(pixels[some].numpy(), maps[some].numpy())
-            self.writer.add_image(f"{self.role}/maps", strips, epoch, dataformats="HWC")
+            images, heats = pixels[some].numpy(), maps[some].numpy()
+            rows = [
+                np.concatenate(
+                    [image.transpose(1, 2, 0), *(plots.overlay(image, heat, heats.max()) for heat in own)], 1
+                )
+                for image, own in zip(images, heats, strict=True)
+            ]
+            self.writer.add_image(f"{self.role}/maps", np.concatenate(rows), epoch, dataformats="HWC")
             self.writer.flush()
