@@ -125,8 +125,9 @@ def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: di
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None  # dynamo=True returns one
-    onnx.helper.set_model_props(program.model_proto, metadata)
-    return program.model_proto.SerializeToString()
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, metadata)
+    return proto.SerializeToString()
 
 
 def example(count: int, height: int, width: int, kind: str) -> Tensor:

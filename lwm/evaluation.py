@@ -187,7 +187,7 @@ def statistics_off(
     for label, mean in enumerate(statistics.means):
         own = features[labels == label]
         if not len(own):
-            own = torch.zeros_like(mean[None])
+            own = torch.zeros_like(mean[None])  # varies as little
         seen = own.T.cov(correction=0)
         ratios = (
             ((own.mean(0) - mean).norm(), own.var(0, correction=0).sum().sqrt()),

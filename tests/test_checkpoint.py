@@ -132,6 +132,7 @@ def test_a_write_honours_the_umask(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named_and_left(tmp_path):
     (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").chmod(0o755)  # what may be entered is not yet a folder
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # as /dev/null is no file either, which a file in its place would take from everybody
     for path in (tmp_path / "file" / "model.pth", tmp_path / "folder", tmp_path / "pipe"):

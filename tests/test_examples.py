@@ -69,7 +69,7 @@ def run(command: str) -> None:
 def shortened(script: str, flags: list[str]) -> list[str]:
     if script not in TRAINING:
         return flags
-    flags = ["32" if word == "224" else word for word in flags]
+    flags = ["64" if word == "224" else word for word in flags]
     more = [] if "--epochs" in flags else ["--epochs", "1"]
     if script == TRAINING[0] and "--image-size" not in flags:
         more += ["--model", "resnet32", "--image-size", "16"]

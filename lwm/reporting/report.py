@@ -111,15 +111,15 @@ def _card(
     images: Images, index: int, names: Sequence[str], peak: float, sides: Iterable[tuple[Any, ...]], note: str
 ) -> dict[str, Any]:
     """An image of the gallery; of each side the role, the map (h, w), all images' logits, and the form of answers."""
-    pixels, name = images.pixels[index].numpy(), names[images.labels[index]]
+    pixels, label = images.pixels[index].numpy(), int(images.labels[index])
     maps = []
     for role, heat, logits, form in sides:
         answer, probability = likeliest(logits[index].numpy(), form, names)[0]
         picture = _uri(plots.encode(plots.overlay(pixels, heat.numpy(), peak)))
-        right = answer == name
+        right = answer == names[label]
         maps.append({"role": role, "image": picture, "answer": answer, "probability": probability, "right": right})
     picture = _uri(plots.encode(pixels.transpose(1, 2, 0)))
-    return {"label": int(images.labels[index]), "name": name, "image": picture, "maps": maps, "note": note}
+    return {"label": label, "name": names[label], "image": picture, "maps": maps, "note": note}
 
 
 def _classes(checkpoint: dict[str, Any], *columns: Sequence[float | None]) -> list[dict[str, Any]]:
