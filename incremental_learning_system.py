@@ -37,11 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     method, old, new = METHODS[settings.method], teacher_checkpoint["class_names"], list(settings.new_classes)
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
     form = loss_form(settings, teachers_form)
-    if method.form is None and settings.loss_form is None:
+    if method.loss and method.form is None and settings.loss_form is None:
         log.info(f"LOSS_FORM = {form} (the teacher's)")
     settings = dataclasses.replace(settings, loss_form=form, epochs=settings.epochs if method.loss else 0)
     check_against(teacher_checkpoint, settings)
     run_folder = open_run_folder(settings, "student")
+    if run_folder.resumed and method.loss is None:
+        raise InputError(f"--method {settings.method} has no training to resume; begin anew with --overwrite")
 
     here, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
     size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "tasks": [*teacher_checkpoint["tasks"], describe_task(settings, new, settings.incremental_lr)],
     }
     sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
-    if run_folder.resumed is None:
+    if run_folder.resumed is None and method.loss:
         warn_of_mixed_forms(teacher_checkpoint["loss_form"], settings.loss_form)
     board = tensorboard.Board(settings, run_folder.folder, "student")
 

@@ -42,11 +42,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("protocol", choices=PROTOCOLS, metavar="protocol", help="one of those below")
     parser.add_argument("--data-dir", help="the folder of a protocol on photos, with train/ (and test/)")
-    parser.add_argument("--groups", help="for the protocol folder: how many classes each task has, as in 10,5,5")
-    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument(
+        "--groups", type=cells.numbers, help="of the protocol folder: classes of each task, as in 10,5,5"
+    )
     parser.add_argument("--methods", help="comma-separated (default: all of the protocol)")
+    parser.add_argument("--seeds", type=cells.numbers, default=[0], help="comma-separated (default: 0)")
     parser.add_argument("--ablation", action="store_true", help="the ablation's variants in place of the methods")
-    parser.add_argument("--jobs", default="1", help="cells at once; the CPU cores are shared out (default: 1)")
+    jobs = "cells at once; the CPU cores are shared out (default: 1)"
+    parser.add_argument("--jobs", type=cells.number_of_jobs, default=1, help=jobs)
     parser.add_argument("--work-dir", default="runs/reproduce")
     parser.add_argument("--table", action="store_true", help="only make the tables and figures again from the CSVs")
     return parser.parse_args(argv)
@@ -64,41 +67,34 @@ def main(argv: list[str] | None = None) -> None:
         figures.draw(protocol, results)
 
 
-def with_groups(protocol: Protocol, groups: str | None) -> Protocol:
+def with_groups(protocol: Protocol, groups: list[int] | None) -> Protocol:
     if bool(groups) != (not protocol.groups):
         raise InputError("--groups is for the protocol folder, and that needs it: how many classes each task has")
-    if not groups:
-        return protocol
-    sizes = tuple(cells.whole_number("--groups", size, 1, 10**6) for size in groups.split(","))
-    return dataclasses.replace(protocol, groups=sizes, pool=slice(0, sum(sizes)))
+    return dataclasses.replace(protocol, groups=tuple(groups), pool=slice(0, sum(groups))) if groups else protocol
 
 
 def run(options: argparse.Namespace, protocol: Protocol, results: Path) -> None:
     """The chosen cells of a protocol, after what they need is found to be there."""
     require_same_page(protocol)
     ablation = options.ablation or not protocol.methods
-    variants, path = protocol.methods, results / "accuracy.csv"
-    if ablation:
-        variants, path = protocol.ablation, results / "ablation.csv"
+    path = results / ("ablation.csv" if ablation else "accuracy.csv")
+    variants = cells.chosen(options.methods, protocol.ablation if ablation else protocol.methods)
     if not variants:
         raise InputError(f"--ablation: {options.protocol} has none; leave it out")
-    names = cells.several("--methods", options.methods, list(variants)) if options.methods else list(variants)
-    seeds, jobs = cells.seeds_of(options.seeds), cells.whole_number("--jobs", options.jobs, 1, 1024)
     class_order(protocol, options.data_dir)
     require_folder("--work-dir", options.work_dir)
     if "--precision bf16" in protocol.flags:  # what the scripts themselves say of it is not shown
         warn_of_emulation("bf16", pick_device("auto"))
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    about, command = beside(path, "environment.json"), tables.command_of("reproduce.py", options)
     # Of your own images the name of the protocol does not say which these are.
-    about = beside(path, "environment.json")
-    command = tables.command_of("reproduce.py", options, "data_dir groups methods seeds ablation jobs")
     same = f" {shlex.join(command[:6])} "
     calls = tables.recorded_calls(about)
     if options.groups and path.exists() and not any(same in f"{call['command']} " for call in calls):
         raise InputError(f"{results} has rows of another --data-dir or --groups; move that folder away first")
     tables.record_call(about, command, threads)
     study = cells.Study(options.protocol, protocol, options.data_dir, Path(options.work_dir), path, threads)
-    study.run({name: variants[name] for name in names}, seeds, jobs)
+    study.run(variants, sorted(set(options.seeds)), options.jobs)
 
 
 def require_same_page(protocol: Protocol) -> None:
@@ -112,18 +108,18 @@ def require_same_page(protocol: Protocol) -> None:
 
 def make_tables(protocol: Protocol, results: Path) -> None:
     made, count = {}, len(protocol.groups)
-    for path, variants in ((results / "accuracy.csv", protocol.methods), (results / "ablation.csv", protocol.ablation)):
-        rows, classes, names = read_rows(path), read_rows(beside(path, "attention.csv")), list(variants)
+    for name, variants in {"accuracy.csv": protocol.methods, "ablation.csv": protocol.ablation}.items():
+        path, methods = results / name, list(variants)
+        rows, classes = read_rows(path), read_rows(beside(path, "attention.csv"))
         if len(rows):
-            made[beside(path, "table.md")] = tables.methods_tables(rows, names, count, REFERENCES)
-            made[beside(path, "classifiers.md")] = tables.classifiers_tables(rows, classes, names, count)
+            made[beside(path, "table.md")] = tables.methods_tables(rows, methods, count, REFERENCES)
+            made[beside(path, "classifiers.md")] = tables.classifiers_tables(rows, classes, methods, count)
+        if len(rows) and name == "accuracy.csv" and count > 2:
+            made[results / "summary.md"] = tables.summary_table(rows, methods, count)
         if len(classes):
-            made[beside(path, "attention.md")] = tables.attention_table(classes, names)
+            made[beside(path, "attention.md")] = tables.attention_table(classes, methods)
     if not made:
         raise InputError(f"--table: there is no row in {results}; run the protocol without it first")
-    rows = read_rows(results / "accuracy.csv")
-    if len(rows) and count > 2:
-        made[results / "summary.md"] = tables.summary_table(rows, list(protocol.methods), count)
     if (compared := results / "compare_classifiers.csv").exists():
         search = results.with_name(SEARCH.get(results.name, results.name)) / compared.name
         made[compared.with_suffix(".md")] = tables.comparison_table(compared, search)

@@ -8,18 +8,16 @@ and accuracies) and the same steps on batches that are ready, on the device and 
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from step_cost import NEW, OLD, SCHEDULE, SETTINGS, Batches, arguments, network, report, wait
+from step_cost import NEW, OLD, SCHEDULE, SETTINGS, Batches, arguments, batch, report, seconds_of, student_and_teacher
 
 from lwm import losses, models
 from lwm.images.batches import Images
@@ -38,26 +36,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each (default: 5)")
     options = parser.parse_args()
     hardware.keep_freed_memory()
-    pairs = [(scripts_epoch(options), bare_epoch(options)) for _ in range(options.repeats + 1)][1:]
-    ratios = [scripts / bare for scripts, bare in pairs]
-    figures = report(
+    own = {"batch_size": options.batch_size, "precision": options.precision}
+    settings = types.SimpleNamespace(**SETTINGS, **OF_A_RUN, **own)
+    pairs = [(scripts_epoch(options, settings), bare_epoch(options, settings)) for _ in range(options.repeats + 1)][1:]
+    report(
         options,
-        ratio=round(statistics.median(ratios), 3),
-        ratios=[round(ratio, 3) for ratio in ratios],
+        ratio=round(statistics.median(scripts / bare for scripts, bare in pairs), 3),
         seconds=[[round(seconds, 3) for seconds in pair] for pair in pairs],
     )
-    print(json.dumps(figures, indent=1))
 
 
-def scripts_epoch(options) -> float:
+def scripts_epoch(options, settings) -> float:
     """Seconds of an epoch of the scripts' loop, by its own log."""
-    student, teacher, settings = parts(options)
-    generator = torch.Generator().manual_seed(0)
+    student, teacher = student_and_teacher(options)
     count, size = options.steps * options.batch_size, options.image_size
-    pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     train = Images(pixels, torch.arange(count) % NEW + OLD)
     checkpoint = {"mean": [0.5] * 3, "std": [0.25] * 3}
     checkpoint["tasks"] = [{"epochs": 1, "learning_rate": 0.01, "group_accuracy": []}]
+    teacher = models.fold_batch_norm(teacher)
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder("student", Path(folder), Path(folder) / "student_model.pth", None)
         with Training(run_folder, checkpoint, student, train, losses.lwm, settings, teacher, OLD) as training:
@@ -65,28 +62,15 @@ def scripts_epoch(options) -> float:
     return count / row["images_per_second"]
 
 
-def bare_epoch(options) -> float:
+def bare_epoch(options, settings) -> float:
     """Seconds of as many steps on batches that are ready."""
-    student, teacher, settings = parts(options)
-    device = hardware.pick_device(options.device)
-    shape = (options.batch_size, 3, options.image_size, options.image_size)
-    labels = torch.arange(options.batch_size, device=device) % NEW + OLD
-    inputs = [torch.randn(shape).to(device, memory_format=torch.channels_last) for _ in range(options.steps)]
-    batches = Batches((each, labels, 1.0) for each in inputs)
+    student, teacher = student_and_teacher(options)
+    teacher = models.fold_batch_norm(teacher)
+    batches = Batches((*batch(options), 1.0) for _ in range(options.steps))
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
-    wait()
-    started = time.perf_counter()
-    train_one_epoch(student, teacher, batches, losses.lwm, OLD, settings, optimizer, SCHEDULE)
-    wait()
-    return time.perf_counter() - started
-
-
-def parts(options):
-    """A student and its teacher on the device, and the settings of a step of lwm."""
-    own = {"batch_size": options.batch_size, "precision": options.precision}
-    student = network(options, OLD + NEW).train()
-    teacher = models.fold_batch_norm(network(options, OLD)).requires_grad_(False)
-    return student, teacher, types.SimpleNamespace(**SETTINGS, **OF_A_RUN, **own)
+    return seconds_of(
+        lambda: train_one_epoch(student, teacher, batches, losses.lwm, OLD, settings, optimizer, SCHEDULE)
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import torch
 from lwm import losses, models
 from lwm.attention import autograd_map
 from lwm.runtime import hardware
-from lwm.runtime.hardware import machine
 from lwm.training import train_one_epoch
 
 METHODS = ("finetune", "lwf", "lwf-mc", "lwm", "lwm-autograd")
@@ -51,12 +50,22 @@ def main() -> None:
         print(peak_memory(step_of(options, options.memory_of), options.device))
         return
     hardware.keep_freed_memory()
-    cases = {method: step_of(options, method) for method in METHODS}
-    cases |= {f"forward, {mode}": forward_of(options, mode) for mode in ("train", "eval")}
+    cases = {method: step_of(options, method) for method in METHODS} | {"forward, eval": forward_of(options)}
     seconds = interleaved(cases, options.repeats)
+    # Each round compares its own times: what slows a round down slows both.
+    ratio = {
+        name: round(statistics.median(a / b for a, b in zip(times, seconds["finetune"], strict=True)), 3)
+        for name, times in seconds.items()
+    }
+    speed = {name: round(options.batch_size / statistics.median(times), 1) for name, times in seconds.items()}
     memory = {method: memory_in_a_process_of_its_own(method) for method in METHODS}
-    figures = report(options, **summary(options, seconds, memory))
-    print(json.dumps(figures, indent=1))
+    report(
+        options,
+        ratio=ratio,
+        floor=round(1 + ratio["forward, eval"], 3),
+        images_per_second=speed,
+        memory_ratio={name: round(value / memory["finetune"], 3) for name, value in memory.items()},
+    )
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -71,78 +80,77 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(options, **figures) -> dict:
-    """The figures with the command, the date and the machine; written to --json if that is given."""
+def report(options, **figures) -> None:
+    """Print the figures with the command, the date and the machine, and write them to --json if that is given."""
     script = Path(sys.argv[0])
     command = f"python3 {script.parent.name}/{script.name} {' '.join(sys.argv[1:])}".strip()
-    figures = {"command": command, **figures, **machine()}
+    text = json.dumps({"command": command, **figures, **hardware.machine()}, indent=1)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
+        options.json.write_text(text + "\n")
+    print(text)
 
 
 # The cases --------------------------------------------------------------------------------------------------------
 
 
-def network(options, classes: int) -> torch.nn.Module:
+def student_and_teacher(options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """On the device; the teacher in eval mode, its batch-norm not folded yet."""
+    device = hardware.pick_device(options.device)
     torch.manual_seed(0)
-    model = models.build(options.model, classes, options.image_size)
-    return hardware.to_device(model, hardware.pick_device(options.device))
+    student = models.build(options.model, OLD + NEW, options.image_size).train()
+    teacher = models.build(options.model, OLD, options.image_size).eval().requires_grad_(False)
+    return hardware.to_device(student, device), hardware.to_device(teacher, device)
 
 
-def images(options) -> torch.Tensor:
-    """A batch on the device, in the layout that the training loop has."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
-    return pixels.to(hardware.pick_device(options.device), memory_format=torch.channels_last)
+def batch(options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images on the device, in the layout that the training loop has, and labels of new classes."""
+    device = hardware.pick_device(options.device)
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
+    labels = torch.arange(options.batch_size, device=device) % NEW + OLD
+    return images.to(device, memory_format=torch.channels_last), labels
 
 
 def step_of(options, name: str) -> Callable[[], object]:
     """One step of the optimiser of a method, as the training loop takes it, on images that are in place."""
-    student, teacher = network(options, OLD + NEW).train(), network(options, OLD).eval().requires_grad_(False)
-    inputs = images(options)
-    labels = torch.arange(options.batch_size, device=inputs.device) % NEW + OLD
-    method = losses.METHODS.get(name) or losses.Method(autograd_loss(student, teacher, inputs))
+    student, teacher = student_and_teacher(options)
+    images, labels = batch(options)
+    method = losses.METHODS.get(name) or losses.Method(autograd_loss(student, teacher, images))
     if name in losses.METHODS:
         teacher = models.fold_batch_norm(teacher) if method.asks_teacher else None
     form = method.form or SETTINGS["loss_form"]
     settings = types.SimpleNamespace(**SETTINGS | {"loss_form": form}, precision=options.precision)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
-    if options.compile:
-        student.compile()
-        if teacher is not None:
-            teacher.compile()
-    batches = Batches([(inputs, labels, 1.0)])
+    for network in (student, teacher) if options.compile else ():
+        if network is not None:
+            network.compile()
+    batches = Batches([(images, labels, 1.0)])
     return lambda: train_one_epoch(student, teacher, batches, method.loss, OLD, settings, optimizer, SCHEDULE)
 
 
-def autograd_loss(student, teacher, inputs: torch.Tensor) -> Callable:
+def autograd_loss(student, teacher, images: torch.Tensor) -> Callable:
     """lwm with the general form of Grad-CAM."""
 
     def loss(student_output, teacher_output, labels, old, settings):
         terms = losses.distil(student_output, teacher_output, labels, old, settings)
         classes = student_output.logits[:, :old].detach().argmax(1)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            ours = autograd_map(student, inputs, classes, student.last_layer, create_graph=True)
-            theirs = autograd_map(teacher, inputs, classes, teacher.last_layer)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            ours = autograd_map(student, images, classes, student.last_layer, create_graph=True)
+            theirs = autograd_map(teacher, images, classes, teacher.last_layer)
         return losses.with_attention(terms, ours.float(), theirs.float(), settings.gamma)
 
     return loss
 
 
-def forward_of(options, mode: str) -> Callable[[], object]:
-    """A forward pass: in train mode with what the backward pass needs, in eval mode as the teacher's."""
-    model = network(options, OLD).train(mode == "train")
-    if mode == "eval":
-        model = models.fold_batch_norm(model)
+def forward_of(options) -> Callable[[], object]:
+    """A forward pass of the teacher."""
+    teacher = models.fold_batch_norm(student_and_teacher(options)[1])
     if options.compile:
-        model.compile()
-    inputs = images(options)
+        teacher.compile()
+    images, _ = batch(options)
 
     def run() -> object:
-        autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=options.precision == "bf16")
-        with autocast, torch.set_grad_enabled(mode == "train"):
-            return model(inputs)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bf16"), torch.no_grad():
+            return teacher(images)
 
     return run
 
@@ -153,15 +161,18 @@ def forward_of(options, mode: str) -> Callable[[], object]:
 def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each case in each round, after two rounds that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(repeats + 2):
+    for _ in range(repeats + 2):
         for name, case in cases.items():
-            wait()
-            started = time.perf_counter()
-            case()
-            wait()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+            seconds[name].append(seconds_of(case))
+    return {name: times[2:] for name, times in seconds.items()}
+
+
+def seconds_of(case: Callable[[], object]) -> float:
+    wait()
+    started = time.perf_counter()
+    case()
+    wait()
+    return time.perf_counter() - started
 
 
 def wait() -> None:
@@ -170,21 +181,17 @@ def wait() -> None:
 
 
 def memory_in_a_process_of_its_own(method: str) -> float:
-    done = subprocess.run(
-        [sys.executable, *sys.argv, "--memory-of", method], check=True, capture_output=True, text=True
-    )
-    return float(done.stdout)
+    command = [sys.executable, *sys.argv, "--memory-of", method]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def peak_memory(step: Callable[[], object], device: str) -> float:
     """MiB that three steps take at the most: of the device, or of the process beyond what it had before them."""
-    if hardware.pick_device(device).type == "cuda":
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated() / 2**20
     before = resident("VmRSS")
     for _ in range(3):
         step()
+    if hardware.pick_device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resident("VmHWM") - before
 
 
@@ -192,32 +199,6 @@ def resident(name: str) -> float:
     """A figure of Linux's /proc/self/status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) / 1024
-
-
-def summary(options, seconds: dict[str, list[float]], memory: dict[str, float]) -> dict:
-    base = seconds["finetune"]
-    # Each round compares its own times: what slows a round down slows both.
-    ratios = {name: [a / b for a, b in zip(times, base, strict=True)] for name, times in seconds.items()}
-    ratio = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
-    return {
-        "ratio": ratio,
-        "ratio_quartiles": {name: [round(q, 3) for q in quartiles(values)] for name, values in ratios.items()},
-        "floor": round(1 + ratio["forward, eval"], 3),
-        "images_per_second": {
-            name: round(options.batch_size / statistics.median(times), 1) for name, times in seconds.items()
-        },
-        "milliseconds": {
-            name: {"median": round(1e3 * statistics.median(times), 2), "minimum": round(1e3 * min(times), 2)}
-            for name, times in seconds.items()
-        },
-        "memory_mib": {name: round(value, 1) for name, value in memory.items()},
-        "memory_ratio": {name: round(value / memory["finetune"], 3) for name, value in memory.items()},
-    }
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    first, _, third = statistics.quantiles(values, n=4)
-    return first, third
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, 
 SMALLEST = 1e-6  # variance that any direction has, of the mean one
 ROUNDING = 2**-23  # of a covariance, times its channels and its mean variance: twice what single precision can lose
 # What lda and aligned add of it above WIDEST channels: a drift map between so many, from few images, is too rough for
-# covariances. The searches chose 3 at 512 channels and none at 64 (docs/results-settings.md).
+# covariances. The searches chose 3 at 512 channels and none at 64 (docs/settings-search.md).
 SHRINKAGE = 3.0
 MOST_STEPS = 500  # of the optimiser of ``aligned``
 DECAY = 1.0  # of its weights, on whitened features
@@ -285,7 +285,7 @@ def after_task(
 def choose(name: str, checkpoint: dict[str, Any], *others: dict[str, Any]) -> str:
     """The classifier that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    lda, which the searches on other classes support (docs/results-settings.md), if the classes came in several tasks,
+    lda, which the searches on other classes support (docs/settings-search.md), if the classes came in several tasks,
     and this checkpoint and ``others``, which it is compared with, have statistics. Else the head: trained on all
     classes at once, it is biased towards none.
     """

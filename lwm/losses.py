@@ -151,9 +151,11 @@ METHODS: dict[str, Method] = {
 def loss_form(settings: Any, otherwise: str) -> str:
     """The form of L_C and L_D: that of the method, else the one that is set, else ``otherwise``.
 
-    Raises InputError if the method has another form than the one that is set.
+    A head that is made from statistics has softmax outputs. Raises InputError if the method has another form than the
+    one that is set.
     """
-    own = METHODS[settings.method].form
+    method = METHODS[settings.method]
+    own = method.form if method.loss else "softmax"
     if own and settings.loss_form not in (None, own):
         raise InputError(
             f"{settings.where('loss_form')} is {settings.loss_form!r}, but method {settings.method} is {own}; "

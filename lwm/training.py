@@ -147,8 +147,8 @@ class Training:
 
     def epochs(self) -> Iterator[Row]:
         """Train the epochs that are left; of each its row of the log, to which the caller may add."""
-        started, before = time.perf_counter(), len(self.log)
-        for number in range(before + 1, self.planned + 1):
+        started, done = time.perf_counter(), len(self.log)
+        for number in range(done + 1, self.planned + 1):
             self._to_train_mode()
             self.batches = self.batches or ResumableBatches(self)
             train_one_epoch(
@@ -163,7 +163,7 @@ class Training:
             )
             row, self.batches = self.batches.row(number), None
             self.log.append(row)
-            self.seconds_left = (time.perf_counter() - started) / (number - before) * (self.planned - number)
+            self.seconds_left = (time.perf_counter() - started) / (number - done) * (self.planned - number)
             yield row
             signum = self.stop.agreed()  # asked once: it may come at any moment
             if signum and not self.is_due(row):

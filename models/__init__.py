@@ -75,10 +75,11 @@ def load_torchvision(model: Network, weights: dict[str, Tensor]) -> int:
     """
     name_here: Callable[[str], str] = getattr(model, "from_original", str)
     weights, own = {name_here(name): tensor for name, tensor in weights.items()}, model.state_dict()
-    outputs = len(weights["fc.bias"]) if weights.get("fc.bias", torch.empty(())).dim() else model.fc.out_features
+    outputs = weights["fc.bias"].numel() if "fc.bias" in weights else model.fc.out_features
     if outputs != model.fc.out_features:
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
-        own = {name: tensor for name, tensor in own.items() if not name.startswith("fc.")}
+        for name in ("fc.weight", "fc.bias"):
+            weights.pop(name, None)
+            own.pop(name)
     # Old files do not count the batches.
     missing = {name for name in own.keys() - weights.keys() if not name.endswith("num_batches_tracked")}
     odd = sorted(missing | (weights.keys() - own.keys()))
@@ -88,10 +89,8 @@ def load_torchvision(model: Network, weights: dict[str, Tensor]) -> int:
         raise InputError(f"the weights are not of this architecture: only {where} has {odd[0]!r}{more}")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
-            raise InputError(
-                f"the weights are not of this architecture at this image size: {name!r} is {list(tensor.shape)}, "
-                f"{list(own[name].shape)} is needed"
-            )
+            shapes = f"{list(tensor.shape)}, and {list(own[name].shape)} is needed"
+            raise InputError(f"the weights are not of this architecture at this image size: {name!r} is {shapes}")
         if not tensor.isfinite().all():
             raise InputError(f"the weights {name!r} are not finite")
     model.load_state_dict(weights, strict=False)

@@ -65,12 +65,12 @@ class FromTorchvision(Network):
         self.backbone = _part(network, graph, None, features)
         self.neck = _part(network, graph, features, head.all_input_nodes[0])
         self.fc = modules[head.target]
-        self.closed_form = all(_passes(node, modules) for node in between)
+        self.closed_form = all(
+            isinstance(_module(node, modules), PASSING) or node.target in (torch.flatten, "flatten") for node in between
+        )
         self.head_name = head.target
-        if not self.fc.weight.is_meta:
-            self._try(architecture, image_size)
-
-    def _try(self, architecture: str, image_size: int) -> None:
+        if self.fc.weight.is_meta:
+            return
         try:
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # fx prints what went wrong
                 self.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -115,9 +115,8 @@ def _head_and_pooling(
     node = head.all_input_nodes[0]
     while not _pools(node, modules):
         between.append(node)
-        before = node.all_input_nodes
         # A parameter of the node's own, as of a layer-norm, is no second way in.
-        before = [one for one in before if one.op != "get_attr"]
+        before = [one for one in node.all_input_nodes if one.op != "get_attr"]
         if len(before) != 1:
             return head, None, []
         node = before[0]
@@ -136,10 +135,6 @@ def _pools(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.target is F.adaptive_avg_pool2d:
         return node.args[1] in (1, (1, 1))
     return node.op == "call_method" and node.target == "mean" and node.args[1:] in (([2, 3],), ((2, 3),))
-
-
-def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(_module(node, modules), PASSING) or node.target in (torch.flatten, "flatten")
 
 
 def _part(network: nn.Module, graph: fx.Graph, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:

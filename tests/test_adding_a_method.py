@@ -30,7 +30,7 @@ def pulled(student, teacher, labels, old, settings):
 
 ADDED = {
     "pulled": losses.Method(pulled, "softmax-all"),
-    "no-epoch": losses.Method(None, "softmax", trains_backbone=False),
+    "no-epoch": losses.Method(None, trains_backbone=False),
 }
 
 
@@ -48,7 +48,7 @@ def test_a_method_is_a_function_and_a_record(teacher, tmp_path, capsys, monkeypa
     monkeypatch.setitem(losses.METHODS, name, ADDED[name])
     assert incremental.main(flags) == 0
     before, after = checkpoint.load(teacher), checkpoint.load(tmp_path / "student_model.pth")
-    assert [after["tasks"][1][key] for key in ("method", "loss_form")] == [name, ADDED[name].form]
+    assert [after["tasks"][1][key] for key in ("method", "loss_form")] == [name, ADDED[name].form or "softmax"]
     assert after["class_names"] == ["0", "1", "2", "3"]
     backbone = [key for key in before["model"] if not key.startswith("fc.")]
     assert all(torch.equal(before["model"][key], after["model"][key]) for key in backbone) is (name == "no-epoch")
@@ -59,6 +59,8 @@ def test_a_method_is_a_function_and_a_record(teacher, tmp_path, capsys, monkeypa
         torch.testing.assert_close(after["model"]["fc.weight"], weight.float(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(after["model"]["fc.bias"], bias.float(), rtol=1e-3, atol=1e-3)
         assert after["classifiers"]["head"] == pytest.approx(after["classifiers"]["lda"])
+        assert incremental.main([*flags, "--new-classes", "5,6", "--resume"]) == 2  # there is no training to resume
+        assert checkpoint.load(tmp_path / "student_model.pth")["class_names"] == after["class_names"]
     # The student is the teacher of a next task, and can be shown.
     more = [*flags[2:4], "--teacher", str(tmp_path / "student_model.pth"), "--new-classes", "4,5", "--epochs", "1"]
     assert incremental.main([*more, "--output-dir", str(tmp_path / "next")]) == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,9 @@ from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from lwm import classifiers, evaluation, models
+from lwm.attention import autograd_map
 from lwm.classifiers import ClassStatistics
-from lwm.images.batches import Images
+from lwm.images.batches import Images, to_input
 from lwm.runtime.errors import RunError
 
 
@@ -146,45 +145,46 @@ def test_ncm_is_the_nearest_mean_by_cosine():
     assert torch.equal((features @ weight.T + bias).argmax(1), cosine.argmax(1))
 
 
-@pytest.mark.parametrize("shrinkage", [None, 3.0])
-def test_lda_is_the_likeliest_of_gaussians_with_one_covariance(shrinkage):
+def shrunk(covariances: torch.Tensor, amount: float) -> torch.Tensor:
+    """With ``amount`` of their mean variance more in every direction, as wide features have it."""
+    scale = covariances.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return covariances + amount * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
+
+
+@pytest.mark.parametrize(("widest", "shrinkage"), [(4, 0.0), (3, classifiers.SHRINKAGE)])
+def test_lda_is_the_likeliest_of_gaussians_with_one_covariance(monkeypatch, widest, shrinkage):
     features, labels = gaussians()
     statistics = classifiers.measure(features, labels, 3)
-    weight, bias = classifiers.lda(statistics, shrinkage)
-    shared = statistics.covariances.mean(0)
-    shared = shared + (shrinkage or 0) * shared.trace() / len(shared) * torch.eye(len(shared), dtype=shared.dtype)
+    monkeypatch.setattr(classifiers, "WIDEST", widest)
+    weight, bias = classifiers.lda(statistics)
+    shared = shrunk(statistics.covariances.mean(0), shrinkage)
     likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in statistics.means]
     logits = features @ weight.T + bias
     assert torch.allclose(logits.softmax(1), torch.stack(likelihood, 1).softmax(1), atol=1e-4)
     assert torch.allclose(weight.sum(0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
 
 
-@pytest.mark.parametrize("apart", [1.0, 30.0])
-def test_aligned_is_the_softmax_regression_on_drawn_features(apart):
+@pytest.mark.parametrize(
+    ("apart", "widest", "shrinkage"), [(1.0, 4, 0.0), (30.0, 4, 0.0), (1.0, 3, classifiers.SHRINKAGE)]
+)
+def test_aligned_is_the_softmax_regression_on_drawn_features(monkeypatch, apart, widest, shrinkage):
     """Also of classes that lie far apart, as those of a wide network do."""
     statistics, classes, count = classifiers.measure(*gaussians(), 3), 3, classifiers.DRAWN
     statistics = statistics._replace(means=apart * statistics.means)
+    monkeypatch.setattr(classifiers, "WIDEST", widest)
     noise = torch.randn(classes, count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = statistics.means.unsqueeze(1) + noise @ torch.linalg.cholesky(statistics.covariances).mT
+    roots = torch.linalg.cholesky(shrunk(statistics.covariances, shrinkage))
+    drawn = (statistics.means.unsqueeze(1) + noise @ roots.mT).flatten(0, 1)
     # Its penalty is on weights for features that are white under the shared covariance.
-    whiten = torch.linalg.inv(torch.linalg.cholesky(statistics.covariances.mean(0)))
-    regression = LogisticRegression(C=classes / (classifiers.DECAY * classes * count), tol=1e-8, max_iter=1000)
-    regression.fit((drawn.flatten(0, 1) @ whiten.T).numpy(), np.arange(classes).repeat(count))
+    whiten = torch.linalg.inv(torch.linalg.cholesky(shrunk(statistics.covariances.mean(0), shrinkage)))
+    regression = LogisticRegression(C=classes / (classifiers.DECAY * len(drawn)), tol=1e-8, max_iter=1000)
+    regression.fit((drawn @ whiten.T).numpy(), np.arange(classes).repeat(count))
     features = apart * gaussians(seed=7)[0]
     weight, bias = classifiers.aligned(statistics)
     expected = regression.predict_proba((features @ whiten.T).numpy())
     assert np.allclose((features @ weight.T + bias).softmax(1), expected, atol=2e-3)
     assert torch.equal(weight, classifiers.aligned(statistics)[0])
     assert not torch.equal(weight, classifiers.aligned(statistics, seed=1)[0])
-
-
-@pytest.mark.parametrize("make", [classifiers.lda, classifiers.aligned])
-def test_what_wide_features_are_shrunk_by_is_their_widths(monkeypatch, make):
-    statistics = classifiers.measure(*gaussians(), 3)
-    assert torch.equal(make(statistics)[0], make(statistics, 0.0)[0])
-    monkeypatch.setattr(classifiers, "WIDEST", 3)
-    assert torch.equal(make(statistics)[0], make(statistics, classifiers.SHRINKAGE)[0])
-    assert not torch.allclose(make(statistics)[0], make(statistics, 0.0)[0], rtol=0.1)
 
 
 def test_covariances_that_are_flat_or_lost_digits_still_make_every_classifier():
@@ -250,22 +250,23 @@ def test_what_makes_no_classifier_is_said():
         classifiers.features_of(model, random_images(1, 1, 8).pixels, [0.5] * 3, [0.25] * 3)
 
 
-def test_attention_is_that_of_the_heads_whatever_answers():
-    """A student that has only got new outputs looks where its teacher does; its LDA, of more classes, not."""
-    images, teacher, answering = random_images(40, 4, 8), models.build("resnet32", 2, 8), []
-    student = copy.deepcopy(teacher)
-    models.widen_head(student, 2)
-    for model, names in ((teacher, "ab"), (student, "abcd")):
+def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answers():
+    images, answering = random_images(40, 4, 8), []
+    heads = [models.build("resnet32", classes, 8) for classes in (2, 4)]
+    for model, names in zip(heads, ("ab", "abcd"), strict=True):
         saved = checkpoint_of(model, "resnet32", names, 8)
         own_statistics(model, saved, images)
         answering.append(classifiers.answer_with(model, saved, "lda"))
     both = [part for parts in zip(*answering, strict=True) for part in parts]
-    of_heads = evaluation.compare(*both, images, heads=(teacher, student))
-    of_lda = evaluation.compare(*both, images)
-    assert of_heads.distance.isfinite().any()
-    assert of_heads.distance.nan_to_num().max() < 1e-5 < 0.1 < of_lda.distance.nan_to_num().max()
+    of_heads, of_lda = evaluation.compare(*both, images, heads=heads), evaluation.compare(*both, images)
+    labels, inputs = images.labels[of_heads.shown], to_input(images.pixels[of_heads.shown], saved["mean"], saved["std"])
+    assert labels.tolist() == [0, 1] * 10
+    for side, model in enumerate(heads):
+        expected = autograd_map(model.eval(), inputs, labels, model.last_layer)
+        torch.testing.assert_close(of_heads.maps[:, side], expected, rtol=1e-4, atol=1e-6)
+        assert (of_lda.maps[:, side] - expected).abs().max() > 1e-3
     assert torch.equal(of_heads.student_logits, of_lda.student_logits)
-    nothing = evaluation.of_statistics(student, *both[2:], Images(images.pixels[:0], images.labels[:0]))
+    nothing = evaluation.of_statistics(heads[1], *both[2:], Images(images.pixels[:0], images.labels[:0]))
     assert nothing == {"classifiers": {}, "means_off": {}, "covariances_off": {}}
 
 

@@ -33,7 +33,6 @@ SCRIPTS = {
     f"{module.__name__}.py": module.main
     for module in (train_teacher_model, incremental_learning_system, demo, gradcam, export, predict)
 }
-TRAINING = ("train_teacher_model.py", "incremental_learning_system.py")
 
 
 @pytest.fixture
@@ -67,11 +66,11 @@ def run(command: str) -> None:
 
 
 def shortened(script: str, flags: list[str]) -> list[str]:
-    if script not in TRAINING:
+    if script not in ("train_teacher_model.py", "incremental_learning_system.py"):
         return flags
     flags = ["64" if word == "224" else word for word in flags]
     more = [] if "--epochs" in flags else ["--epochs", "1"]
-    if script == TRAINING[0] and "--image-size" not in flags:
+    if script == "train_teacher_model.py" and "--image-size" not in flags:
         more += ["--model", "resnet32", "--image-size", "16"]
     return [*flags, *more]
 

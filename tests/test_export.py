@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_it_answers_and_explains_as_torch_does_on_images_of_any_size(made, shape
 def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_reader_needs(here):
     model = saved(here / "model.pth", "mobilenet_v3_small", 32, "softmax")
     flags = ["--checkpoint", "model.pth", "--output", "deep/model.onnx"]
-    assert export.main([*flags, "--maps"]) == 2  # its maps have no closed form
+    assert export.main([*flags, "--maps"]) == 2  # they have no closed form
     assert not Path("deep").exists()
     assert export.main(flags) == 0
     pixels = pictures(3, 32, 32)
@@ -107,45 +108,23 @@ def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_re
     assert (meta["image_size"], meta["probabilities"]) == ("32", "softmax")
 
 
-@pytest.mark.parametrize("spoil", [1.01, float("nan")])
-def test_a_file_that_answers_otherwise_is_not_written(here, monkeypatch, capsys, spoil):
-    saved(here / "model.pth")
-    good = export.onnx_file
-
-    def spoiled(whole, *arguments):
-        with torch.no_grad():
-            whole.network.fc.weight.mul_(spoil)
-            content = good(whole, *arguments)
-            whole.network.fc.weight.fill_(0.1)
-        return content
+@pytest.mark.parametrize("spoil", [2, float("nan")])
+def test_a_file_that_answers_otherwise_is_not_written(made, here, monkeypatch, capsys, spoil):
+    def spoiled(*arguments):
+        model = onnx.load(made[0] / "model.onnx")
+        (bias,) = (each for each in model.graph.initializer if each.name.endswith("fc.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(spoil * onnx.numpy_helper.to_array(bias), bias.name))
+        return model.SerializeToString()
 
     monkeypatch.setattr(export, "onnx_file", spoiled)
+    checkpoint_path = shutil.copy(made[0] / "model.pth", here)
     (here / "model.onnx").write_text("earlier")
-    assert export.main(["--checkpoint", "model.pth", "--output", "model.onnx", "--overwrite"]) == 1
-    assert "onnxruntime" in capsys.readouterr().err
-    assert (here / "model.onnx").read_text() == "earlier"
-
-
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ("--output model.pth --overwrite", "--output model.pth"),
-        ("--output there.onnx", "--overwrite"),
-        ("--output .", "--output ."),
-        ("--output x.onnx --input int8", "int8"),
-        ("--output x.onnx --checkpoint there.onnx", "there.onnx"),
-        ("--output there.onnx/x.onnx", "--output"),
-        ("", "--output"),
-    ],
-)
-def test_what_export_cannot_use_is_named(here, capsys, flags, culprit):
-    saved(here / "model.pth")
-    (here / "there.onnx").write_text("earlier")
-    before = {path: path.read_bytes() for path in here.iterdir()}
-    assert export.main(["--checkpoint", "model.pth", *flags.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert culprit in line
-    assert {path: path.read_bytes() for path in here.iterdir()} == before
+    for name, code in (("model.onnx", 1), ("model.pth", 2)):  # the checkpoint itself is never replaced
+        before = (here / name).read_bytes()
+        flags = ["--checkpoint", str(checkpoint_path), "--output", name, "--overwrite"]
+        assert export.main([*flags, "--input", "uint8", "--maps"]) == code
+        assert capsys.readouterr().err.startswith("error: ")
+        assert (here / name).read_bytes() == before
 
 
 # predict.py -------------------------------------------------------------------------------------------------------
@@ -170,26 +149,16 @@ def test_checkpoint_and_onnx_give_the_same_answers(made, photos, capsys):
     assert max(first) - min(first) > 1e-3  # not one answer for all
 
 
-@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
-def test_probabilities_are_those_of_torch(form):
-    logits = torch.randn(5, 4, dtype=torch.float64) * 300
-    expected = logits.sigmoid() if form == "sigmoid" else logits.softmax(1)
-    assert probabilities_of(logits.numpy(), form) == pytest.approx(expected.numpy(), abs=1e-12)
+@pytest.mark.parametrize(("form", "torchs"), [("sigmoid", torch.sigmoid), ("softmax", lambda row: row.softmax(0))])
+def test_the_likeliest_come_first_even_if_probabilities_are_rounded_to_one(form, torchs):
+    logits = torch.tensor([-901.0, 50.0, 40.0, -900.0], dtype=torch.float64)
+    assert probabilities_of(logits[None].numpy(), form)[0] == pytest.approx(torchs(logits).numpy(), abs=1e-12)
+    found = likeliest(logits.numpy(), form, "abcd", 9)
+    assert [name for name, _ in found] == list("bcda")
+    assert likeliest(logits.numpy(), form, "abcd", 2) == found[:2]
 
 
-@pytest.mark.parametrize(
-    ("form", "logits", "order"), [("sigmoid", [40.0, 50.0, 1.0], "bac"), ("softmax", [-901.0, 0.0, -900.0], "bca")]
-)
-def test_the_likeliest_come_first_even_if_probabilities_are_rounded_to_one(form, logits, order):
-    found = likeliest(np.array(logits), form, "abc", 9)
-    assert [name for name, _ in found] == list(order)
-    assert len({probability for _, probability in found}) < 3
-    assert likeliest(np.array(logits), form, "abc", 2) == found[:2]
-
-
-def test_folders_give_their_images_or_those_of_their_subfolders_and_batches_do_not_matter(
-    made, photos, capsys, monkeypatch
-):
+def test_folders_give_their_images_or_those_of_subfolders_in_batches(made, photos, capsys, monkeypatch):
     flags = ["--checkpoint", str(made[0] / "model.onnx"), str(photos / "nested"), str(photos / "flat" / "001.png")]
     whole = predicted(capsys, *flags)
     names = [Path(row["image"]).relative_to(photos).as_posix() for row in whole]
@@ -205,7 +174,6 @@ def test_csv_has_a_row_for_each_image_and_class_and_the_table_a_line_an_image(ma
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     pairs = [(row["image"], each["name"]) for row in expected for each in row["classes"]]
     assert [(row["image"], row["class"]) for row in rows] == pairs
-    assert [row["rank"] for row in rows] == ["1", "2"] * 3
     assert predict.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(row["image"] in line for row, line in zip(expected, lines, strict=True))
@@ -241,49 +209,15 @@ def test_a_bad_image_stops_it_or_is_counted(made, here, capsys):
     assert predict.main([*flags, "mixed/0000.png", "--skip-bad-images"]) == 2
 
 
-def foreign(path: Path, **changes: str) -> None:
-    """The file of another program: one that passes its input on, with metadata like ours but for ``changes``."""
-    image, logits = (
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3, 8, 8]) for name in ("image", "logits")
-    )
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["image"], ["logits"])], "g", [image], [logits])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    meta = {"class_names": '["a"]', "image_size": "8", "probabilities": "softmax"} | changes
-    onnx.helper.set_model_props(model, {key: value for key, value in meta.items() if value})
-    path.write_bytes(model.SerializeToString())
-
-
 @pytest.mark.parametrize(
     "changes",  # of what the file says of itself
-    ["class_names=", "class_names=[1]", "class_names={", "image_size=big", "image_size=99999", "probabilities=none"],
+    ["", "class_names=[1]", "class_names={", "image_size=big", "image_size=99999", "probabilities=none"],
 )
-def test_an_onnx_file_of_another_program_is_refused(here, capsys, changes):
-    foreign(here / "x.onnx", **dict([changes.split("=")]))
+def test_an_onnx_file_of_another_program_is_refused(made, here, capsys, changes):
+    model = onnx.load(made[0] / "model.onnx")
+    meta = {each.key: each.value for each in model.metadata_props} | dict([changes.split("=")] if changes else ())
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, meta if changes else {})
+    onnx.save(model, "x.onnx")
     assert predict.main(["--checkpoint", "x.onnx", "cat.png"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "x.onnx" in line
-
-
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ("nowhere.onnx cat.png", "nowhere.onnx"),
-        ("damaged.onnx cat.png", "damaged.onnx"),
-        ("nowhere.pth cat.png", "nowhere.pth"),
-        ("damaged.onnx cat.png --top 0", "--top"),
-        ("damaged.onnx cat.png --json --csv", "--csv"),
-        ("damaged.onnx empty", "empty"),
-    ],
-)
-def test_what_predict_cannot_use_is_named(made, here, capsys, flags, culprit):
-    (here / "damaged.onnx").write_bytes((made[0] / "model.onnx").read_bytes()[:-1000])
-    (here / "empty").mkdir()
-    assert predict.main(["--checkpoint", *flags.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert culprit in line
-
-
-def test_without_onnxruntime_it_is_said(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert predict.main(["--checkpoint", "model.onnx", "cat.png"]) == 2
-    assert "pip install onnxruntime" in capsys.readouterr().err
+    assert "x.onnx" in capsys.readouterr().err

@@ -40,10 +40,6 @@ class Page(html.parser.HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def pixels_of(count: int, size: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack([picture(seed, size, size).transpose(2, 0, 1) for seed in range(count)]))
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> types.SimpleNamespace:
     """The page of a student whose classes, three old and two new, have hostile names."""
@@ -57,7 +53,8 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
         checkpoint_of(network, "resnet32", HOSTILE[:count], 16, tasks=tasks[: count - 2], classifier="head")
         for network, count in zip(networks, (3, 5), strict=True)
     )
-    test = Images(pixels_of(40, 16), torch.arange(40) % 5)
+    pixels = np.stack([picture(seed).transpose(2, 0, 1) for seed in range(40)])
+    test = Images(torch.from_numpy(pixels), torch.arange(40) % 5)
     found = evaluation.compare(*networks, before, after, test)
     report.of_student(path, before, after, test, found)
     return types.SimpleNamespace(path=path, page=Page(path), metrics=found.metrics, labels=test.labels)
@@ -79,6 +76,7 @@ def test_names_of_strangers_are_text(made):
     assert "<script>alert" not in made.page.source
     assert HOSTILE[0] in made.page.text
     assert any(HOSTILE[1] in each["alt"] for each in made.page.all("img"))
+    assert len(made.page.all("li")) == min(report.SHOWN, int((made.labels < 3).sum()))
     (policy,) = (each["content"] for each in made.page.all("meta") if "http-equiv" in each)
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
     assert "unsafe" not in policy
@@ -94,23 +92,6 @@ def test_it_is_accessible_and_needs_no_network(made):
     assert all("scope" in each for each in page.all("th"))
     targets = [each[name] for _, each in page.tags for name in ("src", "href") if name in each]
     assert all(target.startswith("data:") for target in targets)
-
-
-def test_the_gallery_takes_the_most_urgent_of_each_class_in_turn(monkeypatch):
-    monkeypatch.setattr(report, "SHOWN", 4)
-    labels = torch.tensor([0, 0, 0, 0, 1, 2])
-    assert report.in_turn(labels, torch.tensor([5.0, 9.0, 8.0, 7.0, 1.0, 2.0])) == [1, 2, 5, 4]
-
-
-def test_a_hundred_classes_at_224_px_stay_under_5_mb(tmp_path):
-    names = [f"class {number}" for number in range(100)]
-    noise = torch.randint(0, 256, (150, 3, 224, 224), generator=torch.Generator().manual_seed(0))
-    pixels = (0.9 * pixels_of(150, 224) + 0.1 * noise).to(torch.uint8)
-    saved = checkpoint_of(randomised("resnet32", 100, 224).float(), "resnet32", names, 224)
-    explained = torch.randn(150, 100), torch.rand(150, 7, 7)
-    report.of_teacher(tmp_path / "page.html", saved, Images(pixels, torch.arange(150) % 90), explained)
-    assert (tmp_path / "page.html").stat().st_size < 5_000_000
-    assert len(Page(tmp_path / "page.html").all("li")) == report.SHOWN
 
 
 # In a browser -----------------------------------------------------------------------------------------------------
@@ -134,12 +115,9 @@ def browser():
     opened.quit()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
-def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, browser, width, scheme):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, browser):
+    size = {"width": 360, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(made.path.as_uri())
@@ -147,10 +125,8 @@ def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, brows
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [each["params"]["request"]["url"] for each in sent if each["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith("data:")] == [made.path.as_uri()]
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     assert all(browser.execute_script("return [...document.images].map((image) => image.naturalWidth > 0)"))
-    page = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (page == "rgb(255, 255, 255)") == (scheme == "light")
 
     def shown(choice: str) -> list[str]:
         return browser.execute_script(

@@ -13,9 +13,7 @@ import torch
 from conftest import image_folder, picture, write_images
 from PIL import Image
 
-import config
 import demo
-import gradcam
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from lwm.evaluation import accuracies, predict, task_aware
@@ -36,17 +34,6 @@ def run(script: str, *flags: str) -> object:
     return ended.value.code
 
 
-def refused(capsys, main, *flags: str) -> str:
-    """Run a script that must refuse: exit code 2, and a last line on stderr, which is returned."""
-    capsys.readouterr()
-    assert main(list(flags)) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    line = said.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -58,10 +45,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def metrics_of(folder: Path) -> dict:
@@ -112,9 +95,6 @@ def test_demo_by_its_command_line(tmp_path, quick, teacher, student):
     last = rows(quick / "student_log.csv")[-1]
     assert metrics["student"] == pytest.approx({name: float(last[f"test_{name}"]) for name in metrics["student"]})
     assert np.sum(metrics["confusion"]) == 180
-    seen = [pair for pair in zip(*metrics["attention"].values(), strict=True) if None not in pair]
-    assert seen  # after an epoch some maps of a class may be all zero
-    assert all(0 < distance < 4 and 0 <= overlap <= 100 for distance, overlap in seen)
     group = metrics["tasks"][0]
     assert group["forgetting"] == pytest.approx(metrics["teacher"]["accuracy_old"] - group["accuracy"])
     assert {"demo.png", "demo_report.html"} <= {path.name for path in tmp_path.iterdir()}
@@ -134,16 +114,14 @@ def test_demo_judges_own_images_and_shows_those_without_classes(tmp_path, teache
     assert not (tmp_path / "flat" / "metrics.json").exists()
     other = tmp_path / "other.pth"  # the same classes, trained for larger images
     checkpoint.save(other, checkpoint.load(teacher) | {"image_size": 32})
-    assert "image_size" in refused(capsys, demo.main, "--teacher", str(other), *models[2:], str(tmp_path / "new"))
+    assert demo.main(["--teacher", str(other), *models[2:], str(tmp_path / "new")]) == 2
+    assert "image_size" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 
 
-def test_gradcam_by_its_command_line(tmp_path, student, capsys):
+def test_gradcam_by_its_command_line(tmp_path, student):
     Image.fromarray(picture(1, 40, 30)).save(tmp_path / "cat.png")
     base = ["--checkpoint", student, "--image", str(tmp_path / "cat.png"), "--output", str(tmp_path / "map.png")]
-    for flag, value in (("--class-name", "9"), ("--layer", "x"), ("--layer", "fc")):
-        assert flag in refused(capsys, gradcam.main, *base, flag, value)
-    assert not (tmp_path / "map.png").exists()
     assert run("gradcam.py", *base, "--class-name", "2", "--layer", "layer2") == 0
     assert Image.open(tmp_path / "map.png").size == (8, 8)
 
@@ -160,39 +138,6 @@ def test_every_method_replaces_a_student_when_asked_and_mixed_forms_are_warned_o
     old = weights(Path(teacher))
     assert all(torch.equal(value, before[name]) for name, value in old.items() if not name.startswith("fc"))
     assert torch.equal(before["fc.weight"][:2], old["fc.weight"])  # the last one's backbone and old rows are frozen
-
-
-# What they refuse -------------------------------------------------------------------------------------------------
-
-
-def test_a_run_never_replaces_a_model_unasked(quick, teacher, student, capsys):
-    before = files(quick)
-    output = ["--output-dir", str(quick), "--epochs", "2"]
-    assert "--overwrite" in refused(capsys, trainer.main, *SMALL, *output)
-    assert "--overwrite" in refused(capsys, incremental.main, "--teacher", teacher, *output)
-    own = ["--teacher", student, "--new-classes", "4", *output, "--overwrite"]
-    assert "--teacher" in refused(capsys, incremental.main, *own)
-    assert files(quick) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ("--new-classes 1,5", "'1'"),
-        ("--new-classes 2,x", "'x'"),
-        ("--old-classes 1,0", "--old-classes"),
-        ("--model resnet18", "--model"),
-        ("--image-size 16", "--image-size"),
-        ("--loss-form softmax --new-classes 2", "--new-classes"),
-        ("--student x.pth", "--resume"),
-        ("--method lwf --loss-form binary", "lwf"),
-    ],
-)
-def test_what_contradicts_the_teacher_is_named(tmp_path, teacher, capsys, flags, culprit):
-    output = tmp_path / "out"
-    said = refused(capsys, incremental.main, "--teacher", teacher, "--output-dir", str(output), *flags.split())
-    assert culprit in said
-    assert not output.exists()
 
 
 # Which images are read --------------------------------------------------------------------------------------------
@@ -281,18 +226,14 @@ def test_three_tasks_from_the_student_alone_and_one_single_class(tmp_path, stude
     assert [len(metrics_of(third)["classes"][who]) for who in ("teacher", "student")] == [4, 7]
 
 
-def test_the_example_of_two_and_two_on_cifar100(tmp_path, serve_cifar, monkeypatch):
-    """Only config.py is edited: the data set, the two groups, and a short run."""
-    taught = config.select_classes_2_1 + config.select_classes_2_2
+def test_two_and_two_classes_of_cifar100_are_downloaded_once(tmp_path, serve_cifar):
+    taught = ["apple", "aquarium_fish", "baby", "bear"]
     archive = serve_cifar("cifar100", ["worm", *reversed(taught)], train=6, test=2)
-    changes = {"DATASET": "cifar100", "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path), "EPOCHS": 1}
-    changes |= {"OLD_CLASSES": config.select_classes_2_1, "NEW_CLASSES": config.select_classes_2_2}
-    for name, value in changes.items():
-        monkeypatch.setattr(config, name, value)
-    teacher = ["--teacher", str(tmp_path / "teacher_model.pth")]
-    assert trainer.main([]) == 0
+    place = ["--dataset", "cifar100", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path)]
+    teacher = ["--teacher", str(tmp_path / "teacher_model.pth"), *place]
+    assert trainer.main([*place, "--epochs", "1", "--old-classes", "apple,aquarium_fish"]) == 0
     archive.unlink()
-    assert incremental.main(teacher) == 0
+    assert incremental.main([*teacher, "--epochs", "1", "--new-classes", "baby,bear"]) == 0
     assert demo.main([*teacher, "--student", str(tmp_path / "student_model.pth")]) == 0
-    assert metrics_of(tmp_path)["classes"]["names"] == ["apple", "aquarium_fish", "baby", "bear"]
+    assert metrics_of(tmp_path)["classes"]["names"] == taught
     assert np.sum(metrics_of(tmp_path)["confusion"], axis=1).tolist() == [2, 2, 2, 2]

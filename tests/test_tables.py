@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lwm.experiments import intervals, tables
+from lwm.experiments import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = dict.fromkeys(["accuracy", "accuracy_old", "accuracy_new", "task_aware", "forgetting"])
@@ -53,9 +53,9 @@ def test_differences_are_taken_in_pairs_by_seed_with_an_interval():
 
 def test_an_interval_of_few_seeds_holds_the_mean_19_times_of_20():
     draws = np.random.default_rng(0).normal(size=(2000, 3)).tolist()
-    held = [low <= 0 <= high for low, high in map(intervals.interval, draws)]
+    held = [low <= 0 <= high for low, high in map(tables.interval, draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert intervals.interval([2.0]) == intervals.interval([2.0, 2.0]) == (2.0, 2.0)
+    assert tables.interval([2.0]) == tables.interval([2.0, 2.0]) == (2.0, 2.0)
 
 
 def test_a_row_that_is_run_again_replaces_the_earlier_one_and_leaves_the_others_as_they_are(tmp_path):

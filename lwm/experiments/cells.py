@@ -14,8 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lwm import losses
 from lwm.evaluation import forgetting
 from lwm.experiments import controls
 from lwm.experiments.protocols import Protocol, class_order, groups_of, is_joint
-from lwm.experiments.tables import ROOT, beside, write_rows
+from lwm.experiments.tables import OURS, ROOT, beside, write_rows
 from lwm.runtime.checkpoint import load
 from lwm.runtime.errors import InputError, Interrupted, RunError
 
@@ -46,7 +45,6 @@ class Study:
     work_dir: Path
     table: Path
     threads: int = 1
-    writing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def common(self) -> list[str]:
@@ -82,36 +80,33 @@ class Study:
     def cell(self, seed: int, name: str, flags: str) -> None:
         own, groups = [*self.common, *flags.split(), "--seed", str(seed)], self.groups(seed)
         if is_joint(name):
-            everything = ["--old-classes", ",".join(itertools.chain(*groups))]
-            folder = self.folder(seed, name)
-            model = run_script("train_teacher_model.py", folder, [*own, *everything], self.threads)
-            row = self.add_row(seed, name, len(groups) - 1, model)
+            own += ["--old-classes", ",".join(itertools.chain(*groups))]
+            model = run_script("train_teacher_model.py", self.folder(seed, name), own, self.threads)
+            accuracy = self.add_rows(seed, name, len(groups) - 1, model)
         else:
             model = self.first_task(seed, first_form(flags))
-            row = self.add_row(seed, name, 0, model)
+            accuracy = self.add_rows(seed, name, 0, model)
             for task, group in enumerate(groups[1:], 1):
                 teacher, folder = model, self.folder(seed, name) / str(task)
-                more = ["--teacher", str(teacher), "--new-classes", ",".join(group)]
-                script = "incremental_learning_system.py"
-                model = run_script(script, folder, [*own, *more], self.threads, after=teacher)
-                row = self.add_row(seed, name, task, model)
-                self.add_old_classes(seed, name, task, teacher, model)
-        print(f"{name}, seed {seed}: {row['accuracy']:.1f} % after the last task", flush=True)
+                task_flags = [*own, "--teacher", str(teacher), "--new-classes", ",".join(group)]
+                model = run_script("incremental_learning_system.py", folder, task_flags, self.threads, after=teacher)
+                accuracy = self.add_rows(seed, name, task, model, teacher)
+        print(f"{name}, seed {seed}: {accuracy:.1f} % after the last task", flush=True)
 
-    def add_row(self, seed: int, name: str, task: int, model: Path) -> dict[str, Any]:
-        row = {"protocol": self.name, "method": name, "seed": seed, "task": task, **row_of(load(model))}
-        with self.writing:
-            write_rows(self.table, [row])
-        return row
+    def add_rows(self, seed: int, name: str, task: int, model: Path, teacher: Path | None = None) -> float:
+        """The row of a task; if it has a teacher, also a row for each old class with what demo.py says of it.
 
-    def add_old_classes(self, seed: int, name: str, task: int, teacher: Path, student: Path) -> None:
-        """What demo.py says of the old classes: a row for each of them."""
-        flags = [*self.common, "--teacher", str(teacher), "--student", str(student), "--classifier", "head"]
-        metrics = run_script("demo.py", student.parent / "demo", flags, self.threads, after=student)
+        Returns the accuracy over all classes, in percent.
+        """
         key = {"protocol": self.name, "method": name, "seed": seed, "task": task}
-        rows = [{**key, **row} for row in rows_of_classes(json.loads(metrics.read_text()))]
-        with self.writing:
-            write_rows(beside(self.table, "attention.csv"), rows)
+        row = row_of(load(model))
+        write_rows(self.table, [{**key, **row}])
+        if teacher is not None:
+            flags = [*self.common, "--teacher", str(teacher), "--student", str(model), "--classifier", "head"]
+            metrics = run_script("demo.py", model.parent / "demo", flags, self.threads, after=model)
+            rows = rows_of_classes(json.loads(metrics.read_text()))
+            write_rows(beside(self.table, "attention.csv"), [{**key, **each} for each in rows])
+        return row["accuracy"]
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -124,7 +119,6 @@ def row_of(saved: dict[str, Any]) -> dict[str, Any]:
     log = saved["training"].get("log") or [{f"test_{name}": value for name, value in by_head.items()}]
     history = [each["group_accuracy"] for each in saved["tasks"]]
     losses = [lost for lost in forgetting(history[:-1], history[-1]) if lost is not None]
-    others = ("ncm", "lda", "aligned")
     return {
         "accuracy": log[-1]["test_accuracy"],
         "accuracy_old": log[-1].get("test_accuracy_old"),
@@ -132,7 +126,7 @@ def row_of(saved: dict[str, Any]) -> dict[str, Any]:
         "task_aware": log[-1].get("test_task_aware"),
         "forgetting": statistics.mean(losses) if losses else None,
         "zero_maps": log[-1].get("zero_maps"),
-        **{name: saved["classifiers"].get(name, {}).get("accuracy") for name in others},
+        **{name: saved["classifiers"].get(name, {}).get("accuracy") for name in OURS},
         "beta": task["beta"] if "distillation" in log[-1] else None,
         "gamma": task["gamma"] if "attention" in log[-1] else None,
         **{name: task[name] for name in SETTINGS},
@@ -208,24 +202,24 @@ def stop(signum: int, frame: object) -> None:
 # Arguments --------------------------------------------------------------------------------------------------------
 
 
-def whole_number(flag: str, text: str, least: int, most: int) -> int:
-    number = int(text) if text.strip().isdecimal() and len(text) < 20 else -1
-    if not least <= number <= most:
-        raise InputError(f"{flag} is {text!r}: a whole number of at least {least} and at most {most} is needed")
-    return number
+def numbers(text: str) -> list[int]:
+    """Of a list with commas. Of a ValueError argparse makes a line."""
+    found = [int(word) for word in text.split(",")]
+    if not 0 <= min(found) <= max(found) < 2**32:
+        raise ValueError
+    return found
 
 
-def several(flag: str, text: str, among: list[str] | None = None) -> list[str]:
-    """The words of a list with commas. Raises InputError for one that is not ``among`` these, or is named twice."""
-    words = text.split(",")
-    for word in words:
-        if among is not None and word not in among:
-            raise InputError(f"{flag}: there is no {word!r}; there are {', '.join(among)}")
-        if words.count(word) > 1:  # two runs at once in one folder
-            raise InputError(f"{flag}: {word!r} is named twice")
-    return words
+def number_of_jobs(text: str) -> int:
+    if not 1 <= int(text) <= 1024:
+        raise ValueError
+    return int(text)
 
 
-def seeds_of(text: str) -> list[int]:
-    """Those of --seeds. Raises InputError for what is not valid."""
-    return [whole_number("--seeds", seed, 0, 2**32 - 1) for seed in several("--seeds", text)]
+def chosen(methods: str | None, variants: dict[str, str]) -> dict[str, str]:
+    """Those that are named, in a list with commas, or all. Raises InputError for one that is not there."""
+    names = methods.split(",") if methods else list(variants)
+    for name in names:
+        if name not in variants:
+            raise InputError(f"--methods: there is no {name!r}; there are {', '.join(variants)}")
+    return {name: variants[name] for name in names}

@@ -14,6 +14,7 @@ there. results/<protocol>/ gets compare_classifiers.csv and its table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 from lwm import classifiers
 from lwm.experiments import tables
-from lwm.experiments.cells import Study, seeds_of, several
+from lwm.experiments.cells import Study, numbers
 from lwm.experiments.protocols import PROTOCOLS, SEARCH, SEARCHED
 from lwm.images import datasets
 from lwm.images.batches import Images
@@ -54,13 +55,12 @@ class Task(NamedTuple):
     statistics: classifiers.ClassStatistics  # as a checkpoint keeps them
 
 
-def task_after(
-    tasks: Sequence[Task], networks: Sequence[Network], train: Images, test: Images, mean: list[float], std: list[float]
-) -> Task:
-    """The task after ``tasks``: ``networks`` are those after each of them, this one included."""
+def task_after(tasks: Sequence[Task], networks: Sequence[Network], train: Images, test: Images, saved: dict) -> Task:
+    """The task after ``tasks``: ``networks`` are those after each of them, this one included; ``saved`` is its file."""
+    features_of = partial(classifiers.features_of, mean=saved["mean"], std=saved["std"])
     first, earlier, now = networks[0], networks[-2:][0], networks[-1]
-    old, new, at_first = (classifiers.features_of(net, train.pixels, mean, std) for net in (earlier, now, first))
-    tested, first_tested = (classifiers.features_of(network, test.pixels, mean, std) for network in (now, first))
+    old, new, at_first = (features_of(network, train.pixels) for network in (earlier, now, first))
+    tested, first_tested = (features_of(network, test.pixels) for network in (now, first))
     with torch.no_grad():
         logits = now.fc(tested.float()).double()
     statistics = classifiers.update(tasks[-1].statistics if tasks else None, old, new, train.labels)
@@ -87,11 +87,11 @@ def sdc(tasks: Sequence[Task], sigma: float) -> Scores:
         yield -torch.cdist(test, means)
 
 
-def fetril(tasks: Sequence[Task], penalty: float) -> Scores:
+def fetril(tasks: Sequence[Task], C: float) -> Scores:
     """FeTrIL (Petit et al., WACV 2023, section 3): a linear SVM on real features of new and moved ones of old classes.
 
     For an old class stand the features of the new class whose mean is nearest by cosine, moved by the difference of the
-    means. The network is that of task 0 all along; ``penalty`` is the C of the SVM.
+    means. The network is that of task 0 all along; ``C`` is that of the SVM.
     """
     means = tasks[0].first[:0]
     for task in tasks:
@@ -103,7 +103,7 @@ def fetril(tasks: Sequence[Task], penalty: float) -> Scores:
             features.append(own + means[label] - new[other])
             labels.append(torch.full((len(own),), label))
         means = torch.cat([means, new])
-        svm = LinearSVC(C=penalty, dual=False, random_state=0)
+        svm = LinearSVC(C=C, dual=False, random_state=0)
         svm.fit(F.normalize(torch.cat(features), dim=1).numpy(), torch.cat(labels).numpy())
         scores = torch.from_numpy(svm.decision_function(F.normalize(task.first_test, dim=1).numpy()))
         yield scores if scores.ndim == 2 else torch.stack([-scores, scores], dim=1)  # of two classes one column
@@ -149,9 +149,10 @@ def mahalanobis(tasks: Sequence[Task], shrinkage: float) -> Scores:
         )
 
 
-def ours(tasks: Sequence[Task], make: Callable[[classifiers.ClassStatistics], classifiers.Linear]) -> Scores:
+def ours(tasks: Sequence[Task], make: Callable[..., classifiers.Linear], **option: float) -> Scores:
+    """One of ``classifiers``, as a checkpoint's statistics make it."""
     for task in tasks:
-        weight, bias = make(task.statistics)
+        weight, bias = make(task.statistics, **option)
         yield task.test @ weight.T + bias
 
 
@@ -159,20 +160,20 @@ def _means(features: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([features[labels == label].mean(0) for label in labels.unique()])
 
 
-def _with_shrinkage(make: Callable[..., classifiers.Linear]) -> dict[str, Callable[[Sequence[Task]], Scores]]:
-    return {f"shrinkage={s}": partial(ours, make=partial(make, shrinkage=s)) for s in (0.0, 0.3, 1.0, 3.0)}
+def _options(classify: Callable[..., Scores], name: str, *values: float) -> dict[str, Callable[..., Scores]]:
+    return {f"{name}={value}": partial(classify, **{name: value}) for value in values}
 
 
 # Four of each that has any. The table compares them with the best of our three, which have nine together.
 OPTIONS: dict[str, dict[str, Callable[[Sequence[Task]], Scores]]] = {
     "head": {"": head},
-    "sdc": {f"sigma={sigma}": partial(sdc, sigma=sigma) for sigma in (0.1, 0.2, 0.3, 1.0)},
-    "fetril": {f"C={c}": partial(fetril, penalty=c) for c in (0.1, 1.0, 10.0, 100.0)},
-    "dpcr": {f"penalty={penalty}": partial(dpcr, penalty=penalty) for penalty in (0.001, 0.01, 0.1, 1.0)},
-    "mahalanobis": {f"shrinkage={more}": partial(mahalanobis, shrinkage=more) for more in (0.3, 1.0, 3.0, 10.0)},
+    "sdc": _options(sdc, "sigma", 0.1, 0.2, 0.3, 1.0),
+    "fetril": _options(fetril, "C", 0.1, 1.0, 10.0, 100.0),
+    "dpcr": _options(dpcr, "penalty", 0.001, 0.01, 0.1, 1.0),
+    "mahalanobis": _options(mahalanobis, "shrinkage", 0.3, 1.0, 3.0, 10.0),
     "ncm": {"": partial(ours, make=classifiers.ncm)},
-    "lda": _with_shrinkage(classifiers.lda),
-    "aligned": _with_shrinkage(classifiers.aligned),
+    "lda": _options(partial(ours, make=classifiers.lda), "shrinkage", 0.0, 0.3, 1.0, 3.0),
+    "aligned": _options(partial(ours, make=classifiers.aligned), "shrinkage", 0.0, 0.3, 1.0, 3.0),
 }
 
 
@@ -186,8 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("protocol", choices=sorted({*SEARCH, *SEARCH.values()}))
     parser.add_argument("--data-dir", help="as for reproduce.py")
-    parser.add_argument("--methods", help=f"those that trained the networks (default: {','.join(METHODS)})")
-    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--seeds", type=numbers, default=[0], help="comma-separated (default: 0)")
     parser.add_argument("--work-dir", default="runs/reproduce", help="where reproduce.py has trained")
     options = parser.parse_args(argv)
     path = tables.ROOT / "results" / options.protocol / "compare_classifiers.csv"
@@ -198,39 +198,31 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace, path: Path, best: dict[tuple[str, str], str] | None) -> None:
     """Rows of every cell and classifier, each with its ``best`` option, or with all."""
-    methods = several("--methods", options.methods, METHODS) if options.methods else METHODS
-    command = tables.command_of("-m lwm.experiments.compare_classifiers", options, "data_dir methods seeds")
-    for seed in seeds_of(options.seeds):
-        for method in methods:
-            tasks = tasks_of(options, method, seed)
-            scores = {
-                (name, option): list(make(tasks))
-                for name, tried in OPTIONS.items()
-                for option, make in tried.items()
-                if not option or best is None or best[method, name] == option
-            }
-            for number, task in enumerate(tasks):
-                key = {"protocol": options.protocol, "method": method, "seed": seed, "task": number}
-                rows = [
-                    {**key, "classifier": name, "option": option, "accuracy": accuracy(each[number], task.test_labels)}
-                    for (name, option), each in scores.items()
-                ]
-                tables.write_rows(path, rows)
-            about = path.with_name("compare_classifiers_environment.json")
-            tables.record_call(about, command, torch.get_num_threads())
-            print(f"{method}, seed {seed}: done", flush=True)
-
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Over all classes, in percent."""
-    return 100 * (scores.argmax(1) == labels).double().mean().item()
+    command = tables.command_of("-m lwm.experiments.compare_classifiers", options)
+    for seed, method in itertools.product(options.seeds, METHODS):
+        tasks = tasks_of(options, method, seed)
+        scores = {
+            (name, option): list(classify(tasks))
+            for name, tried in OPTIONS.items()
+            for option, classify in tried.items()
+            if best is None or best[method, name] == option
+        }
+        for number, task in enumerate(tasks):
+            key = {"protocol": options.protocol, "method": method, "seed": seed, "task": number}
+            rows = []
+            for (name, option), each in scores.items():
+                right = each[number].argmax(1) == task.test_labels
+                accuracy = 100 * right.double().mean().item()
+                rows.append({**key, "classifier": name, "option": option, "accuracy": accuracy})
+            tables.write_rows(path, rows)
+        about = path.with_name("compare_classifiers_environment.json")
+        tables.record_call(about, command, torch.get_num_threads())
+        print(f"{method}, seed {seed}: done", flush=True)
 
 
 def best_options(search: Path) -> dict[tuple[str, str], str]:
     """Of each method and classifier the option with the highest average incremental accuracy in the CSV of a search."""
-    best: dict[tuple[str, str], str] = {}
-    for method, name, option in tables.ranked(tables.averages(search)):
-        best.setdefault((method, name), option)
+    best = {(method, name): option for method, name, option in reversed(tables.ranked(search))}
     if not best:
         raise InputError(f"the options come from a search: run this on {search.parent.name} first")
     return best
@@ -239,10 +231,9 @@ def best_options(search: Path) -> dict[tuple[str, str], str]:
 def tasks_of(options: argparse.Namespace, method: str, seed: int) -> list[Task]:
     """What the networks of a cell see after each of its tasks."""
     protocol = PROTOCOLS[options.protocol]
-    variants = protocol.methods or protocol.ablation
     name = method if protocol.methods else SEARCHED[options.protocol][method]
     study = Study(options.protocol, protocol, options.data_dir, Path(options.work_dir), Path())
-    paths = study.checkpoints(seed, name, variants[name])
+    paths = study.checkpoints(seed, name, (protocol.methods or protocol.ablation)[name])
     if not paths[-1].exists():
         command = f"reproduce.py {options.protocol} --methods {name!r} --seeds {seed}"
         raise InputError(f"{paths[-1]} is not there: {command} makes it")
@@ -258,8 +249,7 @@ def tasks_of(options: argparse.Namespace, method: str, seed: int) -> list[Task]:
             place = datasets.Place(protocol.dataset, options.data_dir or "", saved["tasks"][0]["hold_back"])
             source = datasets.open_source(place, saved["image_size"])
         networks.append(checkpoint.restore_model(saved))
-        train, test = source.train(group, names), source.test(names, names)
-        tasks.append(task_after(tasks, networks, train, test, saved["mean"], saved["std"]))
+        tasks.append(task_after(tasks, networks, source.train(group, names), source.test(names, names), saved))
     return tasks
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,66 +20,38 @@ from lwm.attention import closed_form_map
 from lwm.models import Output
 from lwm.runtime.errors import InputError
 
-Maps = tuple[Tensor, Tensor]  # student's with gradient, teacher's without
+NAMES = ("signed", "through-features", "through-head", "new-class", "teacher-class", "features")
 
 
-def signed(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """LwM's maps without the ReLU."""
-    return _maps(student, teacher, _top(student, old), relu=False)
-
-
-def through_features(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """The gradient reaches the student through the feature map A alone."""
-    return _maps(student._replace(head=_weight(student).detach()), teacher, _top(student, old))
-
-
-def through_head(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """The gradient reaches the student through the head, that is alpha, alone."""
-    return _maps(student._replace(features=student.features.detach()), teacher, _top(student, old))
-
-
-def new_class(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """Maps of the image's own class, both by the student's head since the teacher has none for it."""
-    return _maps(student, teacher._replace(head=_weight(student)), labels)
-
-
-def teacher_class(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """Maps of the teacher's top class, where LwM takes the student's top old class."""
-    return _maps(student, teacher, _top(teacher, old))
-
-
-def features(student: Output, teacher: Output, labels: Tensor, old: int) -> Maps:
-    """The feature maps (B, C, h, w) themselves."""
-    return student.features, teacher.features.detach()
-
-
-def _top(output: Output, old: int) -> Tensor:
-    return output.logits[:, :old].detach().argmax(1)
-
-
-def _weight(output: Output) -> Tensor:
-    if output.head is None:
+def compared(control: str, student: Output, teacher: Output, labels: Tensor, old: int) -> tuple[Tensor, Tensor]:
+    """What L_AD compares: the student's with gradient, the teacher's without. It begins with what lwm compares."""
+    features, head, teacher_head = student.features, student.head, teacher.head
+    if head is None or teacher_head is None:
         raise InputError("this control needs a network whose maps have a closed form; take resnet32")
-    return output.head
+    classes, relu = student.logits[:, :old].detach().argmax(1), True
+    match control:
+        case "signed":  # the maps without the ReLU
+            relu = False
+        case "through-features":  # the gradient reaches the student through the feature map A alone
+            head = head.detach()
+        case "through-head":  # through the head, that is alpha, alone
+            features = features.detach()
+        case "new-class":  # the image's own class, both by the student's head since the teacher has none for it
+            classes, teacher_head = labels, head
+        case "teacher-class":  # the teacher's top class, not the student's top old one
+            classes = teacher.logits[:, :old].detach().argmax(1)
+        case "features":  # the feature maps (B, C, h, w) themselves
+            return features, teacher.features.detach()
+    ours = closed_form_map(features, head, classes, relu)
+    return ours, closed_form_map(teacher.features, teacher_head, classes, relu).detach()
 
 
-def _maps(student: Output, teacher: Output, classes: Tensor, relu: bool = True) -> Maps:
-    ours = closed_form_map(student.features, _weight(student), classes, relu)
-    return ours, closed_form_map(teacher.features, _weight(teacher), classes, relu).detach()
+def _loss(control: str, student: Output, teacher: Output, labels: Tensor, old: int, settings: Any) -> losses.Terms:
+    terms = losses.distil(student, teacher, labels, old, settings)
+    return losses.with_attention(terms, *compared(control, student, teacher, labels, old), settings.gamma)
 
 
-def _method(compared: Callable[[Output, Output, Tensor, int], Maps]) -> losses.Method:
-    def loss(student: Output, teacher: Output, labels: Tensor, old: int, settings: Any) -> losses.Terms:
-        terms = losses.distil(student, teacher, labels, old, settings)
-        return losses.with_attention(terms, *compared(student, teacher, labels, old), settings.gamma)
-
-    return losses.Method(loss)
-
-
-METHODS = {
-    f"lwm-{compared.__name__.replace('_', '-')}": _method(compared)
-    for compared in (signed, through_features, through_head, new_class, teacher_class, features)
-}
+METHODS = {f"lwm-{control}": losses.Method(partial(_loss, control)) for control in NAMES}
 
 
 if __name__ == "__main__":

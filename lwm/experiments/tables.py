@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 from filelock import FileLock
+from scipy import stats
 
-from lwm.experiments.intervals import interval
 from lwm.runtime.errors import InputError
 from lwm.runtime.files import make_folder, write_atomically
 from lwm.runtime.hardware import machine
@@ -34,7 +34,7 @@ MEASURES = {
     "task_aware": "task-aware",
     "forgetting": "forgetting",
 }
-CLASSIFIERS = {"head": "accuracy", "ncm": "ncm", "lda": "lda", "aligned": "aligned"}  # name -> column
+OURS = ("ncm", "lda", "aligned")  # our classifiers, and the columns of what they get right
 # A table of results/ in a document, between two markers.
 BLOCK = re.compile(r"(<!-- (results/\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -71,18 +71,21 @@ def _typed(value: object) -> str:
 
 
 def _held(path: Path) -> FileLock:
-    """Of several processes one at a time changes what lies beside ``path``."""
+    """Of several processes and threads one at a time changes what lies beside ``path``."""
     return FileLock(path.with_name(".lock"))
 
 
-def command_of(script: str, options: argparse.Namespace, flags: str) -> list[str]:
-    """The call of a script for a protocol with those of ``flags`` that are set; a folder goes by its name alone."""
+def command_of(script: str, options: argparse.Namespace) -> list[str]:
+    """The call of a script for a protocol with the flags that are set; a folder goes by its name alone."""
     words = [*script.split(), options.protocol]
-    for name in flags.split():
-        value = getattr(options, name)
-        if value:
-            value = Path(value).name if name == "data_dir" else value
-            words += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
+    for name, value in vars(options).items():
+        if not value or name in ("protocol", "work_dir"):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if name == "data_dir":
+            words.append(Path(value).name)
+        elif value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
     return words
 
 
@@ -104,9 +107,9 @@ def recorded_calls(path: Path) -> list[dict[str, str]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def fingerprint(*paths: Path) -> str:
-    """SHA-256 of the CSVs that exist: a figure carries that of what it was drawn from."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a CSV: a figure carries that of what it was drawn from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def publish(tables: Mapping[Path, str]) -> None:
@@ -127,9 +130,7 @@ def filled(document: str) -> str:
     def block(found: re.Match[str]) -> str:
         path = ROOT / found[2]
         if not path.exists():
-            raise InputError(
-                f"a document shows {found[2]}, which is not there; run its protocol, or take the marker out"
-            )
+            raise InputError(f"a document shows {found[2]}, which is not there; run its protocol first")
         return f"{found[1]}\n{path.read_text()}\n{found[3]}"
 
     return BLOCK.sub(block, document)
@@ -140,9 +141,8 @@ def filled(document: str) -> str:
 
 def markdown(lines: Sequence[Mapping[str, object]]) -> str:
     """A table; its columns are the keys of the first line."""
-    rows = [list(lines[0]), ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    text = "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
-    return text.replace(f"| {' | '.join(['---'] * len(lines[0]))} |", "|---" * len(lines[0]) + "|")
+    header, *rows = (f"| {' | '.join(map(str, cells))} |\n" for cells in (lines[0], *(line.values() for line in lines)))
+    return "".join([header, "|---" * len(lines[0]) + "|\n", *rows])
 
 
 def mean_and_spread(values: Iterable[float], digits: int = 1) -> str:
@@ -154,19 +154,26 @@ def mean_and_spread(values: Iterable[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; of a single value, that value."""
+    mean = statistics.mean(values)
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
+    return float(mean - half), float(mean + half)
+
+
 def paired(ours: pd.Series, others: pd.Series) -> str:
-    """Mean of the differences by seed with its 95 % interval; both have the seeds as index."""
-    differences = [float(ours[seed]) - float(others[seed]) for seed in ours.index]
-    if any(value != value for value in differences):
+    """Mean of the differences with its 95 % interval over the seeds, the index of both, if three have both or more."""
+    differences = [float(ours[seed]) - float(others[seed]) for seed in ours.index if seed in others.index]
+    if len(differences) < 3 or any(value != value for value in differences):
         return NOT_THERE
     low, high = interval(differences)
     return f"{statistics.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def by_seed(rows: pd.DataFrame, column: str, seeds: Iterable[int] | None = None) -> pd.Series:
-    """For each seed the mean of ``column`` over the rows that have something there."""
+def by_seed(rows: pd.DataFrame, column: str) -> pd.Series:
+    """For each seed the mean of ``column`` over the rows that have something there, NaN without any."""
     means = rows.dropna(subset=[column]).groupby("seed")[column].agg(statistics.mean)
-    return means if seeds is None else means.reindex(list(seeds))
+    return means.reindex(rows["seed"].unique())
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def finished(rows: pd.DataFrame, method: str, tasks: int) -> pd.DataFrame:
     own = rows[rows["method"] == method]
     last = own[own["task"] == tasks - 1].set_index("seed")
     whole = own.groupby("seed").filter(lambda seed: len(seed) == tasks)
-    return last.assign(average=by_seed(whole, "accuracy", last.index))[list(MEASURES)].astype(float)
+    return last.assign(average=by_seed(whole, "accuracy"))[list(MEASURES)].astype(float)
 
 
 def methods_tables(rows: pd.DataFrame, methods: Iterable[str], tasks: int, references: Mapping[str, str]) -> str:
@@ -191,11 +198,11 @@ def methods_tables(rows: pd.DataFrame, methods: Iterable[str], tasks: int, refer
         cells = {name: mean_and_spread(ours[column]) for column, name in measures.items()}
         lines.append({"method": method, **cells, "seeds": len(ours)})
         others = finished(rows, references.get(method, ""), tasks)
-        ours = ours[ours.index.isin(others.index)]
-        if len(ours) >= 3:
+        seeds = len(ours.index.intersection(others.index))
+        if seeds >= 3:
             cells = {name: paired(ours[column], others[column]) for column, name in measures.items()}
             name = f"{method} − {references[method]}"  # noqa: RUF001
-            differences.append({"difference": name, **cells, "seeds": len(ours)})
+            differences.append({"difference": name, **cells, "seeds": seeds})
     return "\n".join(markdown(table) for table in (lines, differences) if table)
 
 
@@ -224,26 +231,33 @@ def classifiers_tables(rows: pd.DataFrame, classes: pd.DataFrame, methods: Seque
         own = own.groupby("seed").filter(lambda seed: len(seed) == tasks)
         parts = {"average incremental": own} if tasks > 2 else {}
         parts["all, last task"] = own[own["task"] == tasks - 1]
-        for name, column in CLASSIFIERS.items() if len(own) else ():
+        for name in ("head", *OURS) if len(own) else ():
             line: dict[str, object] = {"method": method, "classifier": name}
             for measure, part in parts.items():
-                ours, heads = by_seed(part, column), by_seed(part, "accuracy")
-                compared = name != "head" and len(ours) > 2
+                heads = by_seed(part, "accuracy")
+                ours = heads if name == "head" else by_seed(part, name)
                 line[measure] = mean_and_spread(ours)
-                line[f"over the head, {measure.split(',')[0]}"] = paired(ours, heads) if compared else NOT_THERE
+                line[f"over the head, {measure.split(',')[0]}"] = NOT_THERE if name == "head" else paired(ours, heads)
             lines.append(line | {"seeds": own["seed"].nunique()})
-    off = [_statistics_off(classes, methods, measure) for measure in ("mean", "covariance")]
-    return "\n".join(markdown(table) for table in (lines, *off) if lines and table)
+    tables = [lines, *(_statistics_off(classes, methods, measure) for measure in ("mean", "covariance"))]
+    return "\n".join(markdown(table) for table in tables if lines and table)
 
 
 def _statistics_off(classes: pd.DataFrame, methods: Sequence[str], measure: str) -> list[dict[str, object]]:
+    compensated, uncompensated = f"{measure}_off_compensated", f"{measure}_off_uncompensated"
     lines = []
-    for method in methods if f"{measure}_off_compensated" in classes else ():
-        own = classes[classes["method"] == method]
-        seeds = {how: by_seed(own, f"{measure}_off_{how}") for how in ("compensated", "uncompensated")}
-        if len(seeds["compensated"]):
-            cells = {f"{measure}s off, {how}": mean_and_spread(values, 2) for how, values in seeds.items()}
-            lines.append({"method": method, **cells, "seeds": len(seeds["compensated"])})
+    for method in methods if compensated in classes else ():
+        own = classes[(classes["method"] == method) & classes[compensated].notna()]
+        if own.empty:
+            continue
+        lines.append(
+            {
+                "method": method,
+                f"{measure}s off, compensated": mean_and_spread(by_seed(own, compensated), 2),
+                f"{measure}s off, uncompensated": mean_and_spread(by_seed(own, uncompensated), 2),
+                "seeds": own["seed"].nunique(),
+            }
+        )
     return lines
 
 
@@ -258,17 +272,16 @@ def attention_table(classes: pd.DataFrame, methods: Iterable[str]) -> str:
         own = classes[classes["method"] == method]
         if own.empty:
             continue
-        seeds = own["seed"].unique()
-        silent = own.assign(silent=100.0 * own["distance"].isna())
-        lost = own.assign(lost=own["accuracy_teacher"] - own["accuracy"])
+        lost = own["accuracy_teacher"] - own["accuracy"]
+        own = own.assign(silent=100.0 * own["distance"].isna(), lost=lost)
         lines.append(
             {
                 "method": method,
-                "distance of L_AD": mean_and_spread(by_seed(own, "distance", seeds), 3),
-                "overlap of the top fifth, %": mean_and_spread(by_seed(own, "overlap", seeds)),
-                "no map left, % of the classes": mean_and_spread(by_seed(silent, "silent")),
-                "accuracy lost, points": mean_and_spread(by_seed(lost, "lost")),
-                "seeds": len(seeds),
+                "distance of L_AD": mean_and_spread(by_seed(own, "distance"), 3),
+                "overlap of the top fifth, %": mean_and_spread(by_seed(own, "overlap")),
+                "no map left, % of the classes": mean_and_spread(by_seed(own, "silent")),
+                "accuracy lost, points": mean_and_spread(by_seed(own, "lost")),
+                "seeds": own["seed"].nunique(),
             }
         )
     return markdown(lines)
@@ -277,25 +290,25 @@ def attention_table(classes: pd.DataFrame, methods: Iterable[str]) -> str:
 # Classifiers of the field ----------------------------------------------------------------------------------------
 
 
-def averages(path: Path) -> pd.DataFrame:
-    """Accuracy over all classes: "average" over the tasks and after the "last", a row by (method, classifier, option,
-    seed). A seed of which not all tasks are there, since something stopped between them, is left out.
+def averages(path: Path) -> dict[tuple[str, str, str], pd.DataFrame]:
+    """(method, classifier, option) -> accuracy over all classes, a row a seed: "average" over the tasks, and "last".
+
+    A seed of which not all tasks are there, since something stopped between them, is left out.
     """
     rows = read_rows(path)
     if rows.empty:
-        return rows
-    key = ["method", "classifier", "option", "seed"]
-    seeds = rows.fillna({"option": ""}).groupby(key, sort=False)["accuracy"]
+        return {}
+    key = ["method", "classifier", "option"]
+    seeds = rows.fillna({"option": ""}).groupby([*key, "seed"], sort=False)["accuracy"]
     made = seeds.agg(average=statistics.mean, last="last", tasks="size")
-    return made[made["tasks"] == made["tasks"].max()]
+    made = made[made["tasks"] == made["tasks"].max()]
+    return {name: seeds.droplevel(key) for name, seeds in made.groupby(key, sort=False)}
 
 
-def ranked(seeds: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(method, classifier, option) of ``averages``, that with the highest average incremental accuracy first."""
-    if seeds.empty:
-        return []
-    means = seeds.groupby(level=[0, 1, 2], sort=False)["average"].agg(statistics.mean)
-    return list(means.sort_values(ascending=False, kind="stable").index)
+def ranked(path: Path) -> list[tuple[str, str, str]]:
+    """(method, classifier, option), that with the highest average incremental accuracy first."""
+    means = {key: statistics.mean(seeds["average"]) for key, seeds in averages(path).items()}
+    return sorted(means, key=means.__getitem__, reverse=True)
 
 
 def comparison_table(path: Path, search: Path) -> str:
@@ -303,17 +316,14 @@ def comparison_table(path: Path, search: Path) -> str:
 
     Ours is lwm with the one of our classifiers that is best in the CSV of the ``search``.
     """
-    found, lines = ranked(averages(search)), []
-    ours = next((key for key in found if key[0] == "lwm" and key[1] in ("ncm", "lda", "aligned")), None)
-    groups = averages(path).groupby(level=[0, 1, 2], sort=False)
-    cells = {key: seeds.droplevel([0, 1, 2]) for key, seeds in groups}
-    for key, other in cells.items():
-        line = dict(zip(("trained with", "classifier", "option"), key, strict=True))
+    best = next((key for key in ranked(search) if key[0] == "lwm" and key[1] in OURS), None)
+    compared, lines = averages(path), []
+    ours = compared.get(best) if best else None
+    for key, other in compared.items():
+        line: dict[str, object] = dict(zip(("trained with", "classifier", "option"), key, strict=True))
         line["average incremental"], line["all, last task"] = (mean_and_spread(other[c]) for c in ("average", "last"))
-        best = cells[ours] if ours in cells and key != ours else other[:0]
-        best = best[best.index.isin(other.index)]
         for column in ("average", "last"):
-            compared = len(best) >= 3
-            line[f"ours over it, {column}"] = paired(best[column], other[column]) if compared else NOT_THERE
+            difference = NOT_THERE if ours is None or key == best else paired(ours[column], other[column])
+            line[f"ours over it, {column}"] = difference
         lines.append(line | {"seeds": len(other)})
     return markdown(lines)

@@ -8,7 +8,6 @@ there. All of it can be deleted at any time.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import json
@@ -51,8 +50,7 @@ def decoded(
         except OSError as error:
             raise InputError(f"--cache-dir {cache_dir}: cannot be written ({error.strerror})") from error
         except concurrent.futures.BrokenExecutor as error:
-            reason = "a process that decodes images has ended, perhaps for lack of memory"
-            raise RunError(f"{reason}; start again, with fewer CPU cores (taskset) if it stays so") from error
+            raise RunError("a process that decodes images has ended, perhaps for lack of memory") from error
     bad = {int(index): text for index, text in json.loads((entry / "bad.json").read_text()).items()}
     if bad and not skip_bad_images:
         raise InputError(next(iter(bad.values())))
@@ -87,10 +85,8 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
     size = len(paths) * image_bytes
     free = shutil.disk_usage(entry.parent).free
     if size > free:
-        raise InputError(
-            f"--cache-dir {entry.parent}: {len(paths)} images at {image_size} px take {size / 1e6:.0f} MB and "
-            f"{free / 1e6:.0f} MB are free; choose another folder"
-        )
+        room = f"{len(paths)} images take {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
+        raise InputError(f"--cache-dir {entry.parent}: {room}; choose another folder")
     if size > WORTH_SAYING:
         log.info(f"decoding {len(paths)} images once, {size / 1e6:.0f} MB, into {entry}")
     temporary = entry.with_name(f".{entry.name}.tmp")
@@ -99,39 +95,33 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
     try:
         temporary.mkdir()
         bad: dict[int, str] = {}
-        pixels, kept = temporary / "pixels", 0
-        with pixels.open("wb") as file:
-            for first, chunk, wrong in _chunks(paths, image_size, skip_bad_images):
-                file.write(chunk.data)
-                kept += len(chunk)
-                bad |= {first + index: text for index, text in wrong.items()}
+        with (temporary / "pixels").open("wb") as file:
+            for number, (pixels, wrong) in enumerate(_chunks(paths, image_size, skip_bad_images)):
+                file.write(pixels.data)
+                bad |= {number * CHUNK + index: text for index, text in wrong.items()}
             file.flush()
             os.fsync(file.fileno())
         (temporary / "bad.json").write_text(json.dumps(bad))
-        (temporary / "bytes").write_text(str(kept * image_bytes))
+        (temporary / "bytes").write_text(str((len(paths) - len(bad)) * image_bytes))
         temporary.rename(entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _chunks(
-    paths: Sequence[Path], image_size: int, skip_bad_images: bool
-) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
-    """The images in order, some at a time: the index of the first, the pixels that could be read, the errors."""
+def _chunks(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> Iterator[tuple[np.ndarray, dict]]:
+    """The images in order, CHUNK at a time: the pixels that could be read, and the errors by index in the chunk."""
     parts = [paths[first : first + CHUNK] for first in range(0, len(paths), CHUNK)]
     decode = functools.partial(decode_all, image_size=image_size, skip_bad_images=skip_bad_images)
     # Of a shared machine a scheduler may have left few cores to this process; macOS cannot say.
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress.bar(total=len(paths), desc="decoding", unit="image"))
-        results: Iterator[tuple[np.ndarray, dict[int, str]]] = map(decode, parts)
-        if len(paths) >= WORTH_WORKERS and workers > 1:
-            # Started anew rather than forked: torch's threads would not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the process that writes
-            pool = concurrent.futures.ProcessPoolExecutor(workers, context, *deaf)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(decode, parts)
-        for number, (pixels, wrong) in enumerate(results):
-            bar.update(len(pixels) + len(wrong))
-            yield number * CHUNK, pixels, wrong
+    if len(paths) < WORTH_WORKERS or workers == 1:
+        yield from progress.bar(map(decode, parts), total=len(parts), desc="decoding")
+        return
+    # Started anew rather than forked: torch's threads would not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the process that writes
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, *deaf)
+    try:
+        yield from progress.bar(pool.map(decode, parts), total=len(parts), desc="decoding")
+    finally:
+        pool.shutdown(cancel_futures=True)

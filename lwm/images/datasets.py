@@ -93,42 +93,32 @@ class Source:
         """Raises InputError for the first of these classes that has no test images."""
         for name in wanted:
             if not self.has_test(name):
-                raise InputError(
-                    f"{_say(self.place)} has training images of class {name!r} but no test images: "
-                    "add some, or remove the folder test, and a fifth of the training images is set apart"
-                )
+                way_out = "add some, or remove the folder test, and a fifth of the training images is set apart"
+                raise InputError(f"{_say(self.place)} has no test images of class {name!r}: {way_out}")
 
     def has_test(self, name: str) -> bool:
-        if name not in self.classes["train" if self.place.hold_back else "test"]:
-            return False
-        try:
-            return len(self._chosen("test", name)) > 0
-        except InputError:  # a folder with too few images to set some apart
-            return False
+        return name in self.classes["train" if self.place.hold_back else "test"] and bool(self._chosen("test", name))
 
     def _read(self, split: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
         names = [self._chosen(split, name) for name in wanted]
-        self._require_enough(split, wanted, list(map(len, names)), [0] * len(names))
+        self._require_enough(split, wanted, list(map(len, names)))
         pixels, bad = self.decode(list(itertools.chain.from_iterable(names)))  # at once: one file of a cache
         starts = list(itertools.accumulate(map(len, names), initial=0))
         skipped = [sum(start <= index < end for index in bad) for start, end in itertools.pairwise(starts)]
         kept = [len(listed) - lost for listed, lost in zip(names, skipped, strict=True)]
-        self._require_enough(split, wanted, kept, skipped)
+        self._require_enough(split, wanted, kept)
         for name, count, lost in zip(wanted, kept, skipped, strict=True):
             if lost:
-                where = f"class {name!r} in {_say(self.place)}"
-                log.warning(f"{where}: {lost} of {count + lost} images ({split}) cannot be read and are skipped")
+                about = f"{lost} of {count + lost} images ({split}) cannot be read and are skipped"
+                log.warning(f"class {name!r} in {_say(self.place)}: {about}")
         labels = torch.tensor([list(outputs).index(name) for name in wanted])
         return Images(torch.from_numpy(pixels), labels.repeat_interleave(torch.tensor(kept)))
 
-    def _require_enough(self, split: str, wanted: Sequence[str], kept: Sequence[int], skipped: Sequence[int]) -> None:
-        for name, count, lost in zip(wanted, kept, skipped, strict=True):
-            where = f"class {name!r} in {_say(self.place)}"
-            if lost and not count:
-                raise InputError(f"{where}: none of its {lost} images can be read")
-            if split == "train" and count < 2:
-                shown = "one image" if count else "no image"
-                raise InputError(f"{where} has {shown} to train on; two are the least that works")
+    def _require_enough(self, split: str, wanted: Sequence[str], counts: Sequence[int]) -> None:
+        for name, count in zip(wanted, counts, strict=True):
+            if count < (2 if split == "train" else 1):
+                about = f"class {name!r} in {_say(self.place)} has {count} images that can be read ({split})"
+                raise InputError(f"{about}; two to train on and one to judge by are the least that works")
 
     def _chosen(self, split: str, name: str) -> Sequence:
         if not self.place.hold_back:
@@ -207,32 +197,28 @@ def read_own_images(
     Returns the images, a caption for each, and the classes that have no image. Raises InputError if there are no
     images, or if no subfolder is named like a class.
     """
-    if not folder.is_dir():
-        raise InputError(f"--images {folder}: no such folder")
-    flat = image_files(folder)
+    flat = image_files(folder) if folder.is_dir() else []
     if flat:
         kept, pixels = decode_files(flat, image_size, skip_bad_images)
-        return (
-            Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)),
-            [printable(path.name) for path in kept],
-            list(class_names),
-        )
-    parts: list[Tensor] = []
-    labels: list[int] = []
-    gone: list[str] = []
+        captions = [printable(path.name) for path in kept]
+        return Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)), captions, list(class_names)
+    parts: dict[int, Tensor] = {}
     for label, name in enumerate(class_names):
         files = image_files(folder / name) if (folder / name).is_dir() else []
-        if not files:
-            gone.append(name)
-            continue
-        parts.append(torch.from_numpy(decode_files(files, image_size, skip_bad_images)[1]))
-        labels += [label] * len(parts[-1])
+        if files:
+            parts[label] = torch.from_numpy(decode_files(files, image_size, skip_bad_images)[1])
     if not parts:
         raise InputError(
-            f"--images {folder}: holds no images, and no subfolder with images of a class that the student knows "
-            f"({_some(class_names)})"
+            f"--images {folder}: no folder with images, nor with a subfolder of images of a class that the student "
+            f"knows ({_some(class_names)})"
         )
-    return Images(torch.cat(parts), torch.tensor(labels)), [f"true: {class_names[i]}" for i in labels], gone
+    labels = [label for label, part in parts.items() for _ in part]
+    gone = [name for label, name in enumerate(class_names) if label not in parts]
+    return (
+        Images(torch.cat(list(parts.values())), torch.tensor(labels)),
+        [f"true: {class_names[i]}" for i in labels],
+        gone,
+    )
 
 
 def _say(place: Place) -> str:
@@ -296,11 +282,8 @@ def _cifar(place: Place, image_size: int) -> Source:
             if made:
                 with contextlib.suppress(OSError):  # it stays if something was downloaded to it
                     Path(place.data_dir).rmdir()
-            tried = "the download failed" if place.download else "it is not downloaded to there"
-            raise InputError(
-                f"{place.dataset}: not in {place.data_dir} and {tried} ({error}); "
-                f"put {kind.filename} there and run again"
-            ) from error
+            about = f"{place.dataset}: not in {place.data_dir}, and not downloaded to there ({error})"
+            raise InputError(f"{about}; put {kind.filename} there and run again") from error
 
     names = split_of("train").classes
 
@@ -327,11 +310,8 @@ def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Pat
 
     def listing(split: str, name: str) -> list[Path]:
         if has_test:
-            found = image_files(root / split / name)
-            if not found and split == "train":
-                raise InputError(f"class {name!r}: no images in {root / split / name}")
-            return found
-        return _hash_split(image_files(root / "train" / name), name, root)[split]
+            return image_files(root / split / name)
+        return _hash_split(image_files(root / "train" / name), name)[split]
 
     def decode(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
         if cache_dir:
@@ -343,14 +323,8 @@ def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Pat
     return Source(place, classes, listing, decode)
 
 
-def _hash_split(paths: list[Path], name: str, root: Path) -> dict[str, list[Path]]:
+def _hash_split(paths: list[Path], name: str) -> dict[str, list[Path]]:
     """The same split for every seed, machine and order of the files; new files do not move it, save in a tiny class."""
-    if len(paths) < 2:
-        count = "no image" if not paths else "one image"
-        raise InputError(
-            f"class {name!r} has {count} in {root / 'train' / name}; without a folder test two are needed, "
-            "one to train on and one to judge by"
-        )
 
     def share(path: Path) -> float:
         written = f"{name}/{path.name}".encode(errors="surrogateescape")  # a name need not be text

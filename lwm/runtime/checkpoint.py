@@ -256,8 +256,14 @@ def _check_whole(checkpoint: Any) -> None:
         _require(all(map(_scalar, others)), "a setting of a task is not valid")
         _require(len(task["group_accuracy"]) <= len(tasks), "group_accuracy has more groups than there are tasks")
     _check_weights(checkpoint)
-    if checkpoint["statistics"]:
-        _check_statistics(checkpoint["statistics"], checkpoint["model"]["fc.weight"])
+    if checkpoint["statistics"]:  # those of every class, as classifiers.ClassStatistics has them
+        _check(checkpoint["statistics"], STATISTICS, "statistics")
+        means, covariances, of = (checkpoint["statistics"][name] for name in STATISTICS)
+        classes, width = checkpoint["model"]["fc.weight"].shape
+        fits = (means.shape, covariances.shape[1:]) == ((classes, width), (width, width))
+        _require(fits and len(of) == classes and max(of) < len(covariances), "the statistics do not fit the head")
+        good = all(part.dtype == torch.float32 and part.isfinite().all() for part in (means, covariances))
+        _require(good, "the statistics are not finite numbers of single precision")
     if training or not checkpoint["finished"]:
         _check(training, TRAINING, "training")
         _check(tasks[-1], dict.fromkeys(SETTINGS, _scalar), "the last task")
@@ -283,24 +289,11 @@ def _check_weights(checkpoint: dict[str, Any]) -> None:
     _require(not odd, f"the weights do not fit {architecture} ({odd[:1]})")
     for name, like in expected.items():
         tensor = weights[name]
-        _require(isinstance(tensor, Tensor), f"the weights {name!r} are no tensor")
-        fits = (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+        fits = isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
         _require(fits, f"the weights {name!r} do not fit {architecture} with {len(classes)} classes")
         _require(bool(tensor.isfinite().all()), f"the weights {name!r} are not finite")
         negative = name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any())
         _require(not negative, f"the statistics {name!r} are negative")
-
-
-def _check_statistics(statistics: dict[str, Any], head: Tensor) -> None:
-    """Those of every class, as classifiers.ClassStatistics has them; ``head`` is the last layer's weight (N, C)."""
-    _check(statistics, STATISTICS, "statistics")
-    (classes, width), (means, covariances, of) = head.shape, (statistics[name] for name in STATISTICS)
-    fits = (means.shape, covariances.shape[1:]) == ((classes, width), (width, width))
-    fits = fits and len(of) == classes and max(of) < len(covariances)
-    _require(fits, "the statistics do not fit the head")
-    for tensor in (means, covariances):
-        good = tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
-        _require(good, "the statistics are not finite numbers of single precision")
 
 
 # The optimiser ----------------------------------------------------------------------------------------------------
@@ -336,10 +329,9 @@ def checked_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -
     try:
         for number, entry in saved["state"].items():
             like, momentum = parameters[number], entry["momentum_buffer"]
-            if momentum is not None and ((momentum.shape, momentum.dtype) != (like.shape, like.dtype)):
+            fits = momentum is None or (momentum.shape, momentum.dtype) == (like.shape, like.dtype)
+            if not fits or (momentum is not None and not momentum.isfinite().all()):
                 raise ValueError
-            if momentum is not None and not momentum.isfinite().all():
-                raise ValueError
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError("cannot resume: the saved state of the optimiser is damaged") from error
     return {"state": saved["state"], "param_groups": groups}

@@ -75,10 +75,6 @@ def replicated(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def unwrapped(model: nn.Module) -> Any:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def same_buffers(model: nn.Module) -> None:
     """Give every process the running statistics of the first."""
     if size() > 1:
@@ -102,18 +98,18 @@ def gathered(part: Tensor, count: int) -> Tensor:
 
 def summed(values: Tensor) -> Tensor:
     """The sum over the processes; ``values`` is left as it is."""
-    return _reduced(values, dist.ReduceOp.SUM) if size() > 1 else values
+    if size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
 
 
 def largest(number: int) -> int:
     """The largest of the processes' numbers."""
-    return int(_reduced(torch.tensor(number), dist.ReduceOp.MAX)) if size() > 1 else number
-
-
-def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    values = values.clone()
-    dist.all_reduce(values, operation)
-    return values
+    whole = torch.tensor(number)
+    if size() > 1:
+        dist.all_reduce(whole, dist.ReduceOp.MAX)
+    return int(whole)
 
 
 def require_same(**values: Any) -> None:
@@ -122,10 +118,7 @@ def require_same(**values: Any) -> None:
         return
     everyone: list[dict[str, Any]] = [{}] * size()
     dist.all_gather_object(everyone, values)
-    for name, value in everyone[0].items():
-        for number, other in enumerate(everyone):
-            if other[name] != value:
-                raise InputError(
-                    f"{name}: process {number} has {other[name]} and process 0 has {value}; every machine needs the "
-                    "same images, teacher and checkpoint under the same names"
-                )
+    for name, first in everyone[0].items():
+        own = [other[name] for other in everyone]
+        if any(value != first for value in own):
+            raise InputError(f"the processes have different {name}: {own}; every machine needs the same files")

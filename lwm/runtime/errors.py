@@ -90,13 +90,18 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
                 reason = (str(error) or "MemoryError").splitlines()[0]
                 code, text = 1, f"error: out of memory; fewer or smaller images take less ({reason})"
             else:
-                error.add_note(_to_report())
+                torch, version = sys.modules.get("torch"), sys.modules["lwm"].__version__
+                versions = f"version {version}, Python {platform.python_version()}, torch {torch and torch.__version__}"
+                error.add_note(
+                    "\nThis is a fault of learning-without-memorizing. Please report it with all of the above, the "
+                    f"command, and this: {versions}, {platform.platform()}"
+                )
                 raise
-        if process_number():
+        if process_number() and text:
             # What the user gave is the same for all processes of a machine: its first one says what is wrong with it.
             told = code != 1 and os.environ.get("LOCAL_RANK") != "0"
-            text = "" if not text or told else f"process {process_number()}: {text}"
-            if code == 2 and told:  # torchrun ends all as soon as one has ended, and the first one is to speak before
+            text = "" if told else f"process {process_number()}: {text}"
+            if told and code == 2:  # torchrun ends all as soon as one has ended, and the first one is to speak before
                 time.sleep(3)
         _say(text)
         if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -104,16 +109,6 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         return code
 
     return wrapped
-
-
-def _to_report() -> str:
-    """What stands below the traceback of an error that nobody has foreseen."""
-    torch, version = sys.modules.get("torch"), sys.modules["lwm"].__version__
-    return (
-        "\nThis is a fault of learning-without-memorizing. Please report it with all of the above, the command, and "
-        f"this: version {version}, Python {platform.python_version()}, torch {torch and torch.__version__}, "
-        f"{platform.platform()}"
-    )
 
 
 def _say(text: str) -> None:

@@ -14,17 +14,16 @@ def require_folder(where: str, folder: str | Path) -> None:
 
     ``where`` is the flag or the constant that names it.
     """
+    about = f"{where} is {str(folder)!r}"
     for path in (Path(folder), *Path(folder).parents):
         try:
             path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise InputError(f"{where} is {str(folder)!r}: {error.strerror}; take another folder") from error
-        if not path.is_dir():
-            raise InputError(f"{where} is {str(folder)!r}: {path} is no folder; take another folder")
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise InputError(f"{where} is {str(folder)!r}: {path} cannot be written; take another folder")
+            raise InputError(f"{about}: {error.strerror}; take another folder") from error
+        if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+            raise InputError(f"{about}: {path} is no folder or cannot be written; take another folder")
         return
 
 

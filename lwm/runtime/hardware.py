@@ -58,9 +58,7 @@ def pick_device(name: str) -> torch.device:
 
 def warn_of_emulation(precision: str, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
-        log.warning(
-            "this processor is not known to have bf16: it may take ten times as long as fp32 (--precision fp32)"
-        )
+        log.warning("this processor is not known to have bf16, which may then take ten times as long as fp32")
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -60,10 +60,8 @@ def failures_named(device: torch.device, batch_size: int, what_is_left: Callable
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise RunError(
-            "a batch of one image is too small for batch-norm in this network at this image size: another --batch-size "
-            f"leaves no such rest; {what_is_left()}"
-        ) from error
+        reason = "a batch of one image is too small for batch-norm in this network; take another --batch-size"
+        raise RunError(f"{reason}; {what_is_left()}") from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunError):
             raise
@@ -71,7 +69,5 @@ def failures_named(device: torch.device, batch_size: int, what_is_left: Callable
             raise RunError(f"another process of this run has ended; {what_is_left()}") from error
         if not is_lack_of_memory(error):
             raise
-        raise RunError(
-            f"out of memory on {device} with --batch-size {batch_size}: lower --batch-size (a run with another one "
-            f"begins anew); {what_is_left()}"
-        ) from error
+        reason = f"out of memory on {device} with --batch-size {batch_size}; a lower one begins anew and takes less"
+        raise RunError(f"{reason}; {what_is_left()}") from error

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +42,24 @@ def describe_task(settings: Any, classes: Sequence[str], learning_rate: float, f
     }
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The files of a run, ``role`` being "teacher" or "student", and the checkpoint it goes on from, if any."""
+    """The files of a run, and the checkpoint ``resumed`` from ``source``, if any; ``role`` is "teacher" or "student".
 
-    role: str
-    folder: Path
-    source: Path
-    resumed: dict[str, Any] | None
-    seen: tuple[int, int] | None = None  # what the model's file was when the run was opened
-    command: str = ""  # with which an interrupted run goes on
+    ``seen`` is what the model's file was when the run was opened, and with ``command`` an interrupted run goes on.
+    """
 
-    @property
-    def model(self) -> Path:
-        return self.folder / f"{self.role}_model.pth"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.role}_log.csv"
-
-    @property
-    def curves(self) -> Path:
-        return self.folder / f"{self.role}_curves.png"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / f"{self.role}_report.html"
+    def __init__(
+        self,
+        role: str,
+        folder: Path,
+        source: Path,
+        resumed: dict[str, Any] | None,
+        seen: tuple[int, int] | None = None,
+        command: str = "",
+    ) -> None:
+        self.folder, self.source, self.resumed, self.seen, self.command = folder, source, resumed, seen, command
+        self.model, self.log = folder / f"{role}_model.pth", folder / f"{role}_log.csv"
+        self.curves, self.report = folder / f"{role}_curves.png", folder / f"{role}_report.html"
 
     def check_resumed(self, checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
         """Raises InputError if the run to go on from was another run; says what differs and does no harm.
@@ -83,11 +74,7 @@ class RunFolder:
             raise InputError(f"cannot resume: {self.source} holds a network alone, without the state of a run")
         then, now = resumed["tasks"][-1], checkpoint["tasks"][-1]
         pairs = [(key, resumed[key], checkpoint[key]) for key in ("architecture", "image_size", "class_names")]
-        pairs += [
-            (key, then[key], now[key])
-            for key in ("dataset", *TASK_SETTINGS, "learning_rate")
-            if self.role == "student" or key not in OF_STUDENTS
-        ]
+        pairs += [(key, then[key], now[key]) for key in ("dataset", *TASK_SETTINGS, "learning_rate")]
         pairs += [("teacher (hash of its weights)", training["teacher"], identity["teacher"])]
         pairs += [("training images (number, hash of their pixels)", training["images"], identity["images"])]
         # Measured anew on these images: another processor may round the last digit otherwise.
@@ -96,18 +83,12 @@ class RunFolder:
             pairs.append((key, one, other))
         for key, one, other in pairs:
             if one != other:
-                raise InputError(
-                    f"cannot resume: {key} was {one} and is now {other}; "
-                    "set it back, or begin anew with --overwrite or another --output-dir"
-                )
+                way_out = "set it back, or begin anew with --overwrite or another --output-dir"
+                raise InputError(f"cannot resume: {key} was {one} and is now {other}; {way_out}")
         planned, epochs = training["epochs"], identity["epochs"]
-        if epochs != planned and not resumed["finished"]:
-            raise InputError(
-                f"cannot resume: the run was planned with --epochs {planned} and is now to have {epochs}; "
-                f"finish it with --epochs {planned} first"
-            )
-        if epochs < planned:
-            raise InputError(f"cannot resume: the run already has {planned} epochs; give --epochs {planned} or more")
+        if epochs < planned or (epochs != planned and not resumed["finished"]):
+            more = " or more" if resumed["finished"] else ", and more once it is finished"
+            raise InputError(f"cannot resume: the run was planned for {planned} epochs; give --epochs {planned}{more}")
         for key, one in training["machine"].items():
             other = identity["machine"].get(key)
             if one != other:
@@ -127,9 +108,8 @@ class RunFolder:
         with _held(self.folder):
             if _identity(self.model) != self.seen:
                 raise InputError(f"{self.model} has been written by another run in the meantime; start this one again")
-            for stale in self.folder.glob(".*.tmp"):
-                if stale.name.startswith((".teacher_", ".student_")):
-                    stale.unlink(missing_ok=True)
+            for stale in (*self.folder.glob(".teacher_*.tmp"), *self.folder.glob(".student_*.tmp")):
+                stale.unlink()
             yield
 
     def save(self, checkpoint: dict[str, Any]) -> None:
@@ -181,19 +161,14 @@ def open_run_folder(settings: Any, role: str) -> RunFolder:
         raise InputError(f"{own} is the --teacher itself and would be replaced; choose another --output-dir")
     if settings.student and not settings.resume:
         raise InputError("--student names a run to go on from, and that needs --resume (or RESUME in config.py)")
-    resumed = None
-    source = Path(settings.student) if settings.student else own
-    if settings.resume:
-        if settings.student or seen:
-            resumed = checkpoints.load(source)
-        else:
-            log.info(f"nothing to resume from at {own}: a fresh start")
+    resumed, source = None, Path(settings.student or own)
+    if settings.resume and (settings.student or seen):
+        resumed = checkpoints.load(source)
+    elif settings.resume:
+        log.info(f"nothing to resume from at {own}: a fresh start")
     replaces = seen and not (resumed and source.resolve() == own.resolve())
     if replaces and not settings.overwrite:
-        raise InputError(
-            f"{own} exists; --overwrite replaces it, --resume goes on from it (without --student), "
-            "--output-dir writes elsewhere"
-        )
+        raise InputError(f"{own} exists; --overwrite replaces it, --resume goes on, --output-dir writes elsewhere")
     return RunFolder(role, folder, source, resumed, seen, _command_to_go_on(settings.arguments))
 
 
@@ -203,9 +178,7 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise InputError(
-            f"--output-dir {folder} is in use by another run; wait for it, or choose another folder"
-        ) from error
+        raise InputError(f"--output-dir {folder} is in use by another run; wait, or take another folder") from error
     except OSError as error:
         raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
     except NotImplementedError:
@@ -221,10 +194,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        return path.stat().st_ino, path.stat().st_mtime_ns
-    except OSError:
-        return None
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def _command_to_go_on(arguments: Sequence[str]) -> str:

@@ -73,10 +73,9 @@ def names(help: str) -> Any:
         return [name.strip() for name in text.split(",")]
 
     def check(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        names = value if isinstance(value, list | tuple) else []
+        if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
-        if not value or not all(value):
-            raise ValueError("at least one class name is needed, and none may be empty")
         odd = [name for name in value if UNPRINTABLE.search(name)]
         if odd:
             raise ValueError(f"the class name {odd[0]!a} has characters that cannot be printed")

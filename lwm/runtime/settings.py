@@ -123,7 +123,7 @@ _PHOTOS: dict[str, Any] = {"model": "resnet32", "image_size": 32, "epochs": 20, 
 _PHOTOS |= {"gamma": 0.1, "lr": 0.1, "incremental_lr": 0.1, "weight_decay": 5e-4, "flip": True}
 _DIGITS = _PHOTOS | {"model": "resnet18", "epochs": 10, "batch_size": 64, "lr": 0.03, "incremental_lr": 0.0125}
 _DIGITS |= {"weight_decay": 0.0, "flip": False}
-# Chosen on other classes than those reported: docs/results-settings.md says how.
+# Chosen on other classes than those reported: docs/settings-search.md says how.
 RECOMMENDED: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     "cifar10": _PHOTOS,
@@ -157,17 +157,20 @@ def read_settings(
     checks = {name: metadata["check"] for name, metadata in CONSTANTS.items()}
     checks |= {name: setting_types.one_of(names) for name, names in own_choices.items()}
     read, required, optional = (words.split() for words in SCRIPTS[script])
-    arguments = vars(_parser(script, read, required, optional, page, own_choices).parse_args(argv))
+    arguments = vars(_parser(script, page, own_choices).parse_args(argv))
     _check_page(page)
     values: dict[str, Any] = {name: arguments.pop(name) for name in required + optional if name in arguments}
     for name, value in values.items():
         _checked(_flag(name), setting_types.check_text, value)
     if "old_classes_file" in values:
-        arguments["old_classes"] = _lines_of(values["old_classes_file"], "old_classes" in arguments)
+        if "old_classes" in arguments:
+            raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
+        arguments["old_classes"] = _lines_of(values["old_classes_file"])
     for name, metadata in CONSTANTS.items():
         value = arguments.get(name, getattr(page, name.upper(), None))
         if isinstance(value, str) and name in arguments:
-            value = _parsed(metadata["parse"], value)
+            with contextlib.suppress(ValueError):  # the check says what is needed
+                value = metadata["parse"](value)
         if value is not None and (name in read or name in arguments):
             value = _checked(_where(name, arguments), checks[name], value)
         values[name] = value
@@ -212,31 +215,21 @@ def load_page() -> ModuleType:
 def cifar100_classes() -> list[str]:
     """All of them, in the order of their names, as config.py has them in groups of ten."""
     page = load_page()
-    groups = [getattr(page, f"select_classes_{first}_{first + 10}") for first in range(0, 100, 10)]
-    return [name for group in groups for name in group]
+    return [name for first in range(0, 100, 10) for name in getattr(page, f"select_classes_{first}_{first + 10}")]
 
 
-def _parser(
-    script: str,
-    read: list[str],
-    required: list[str],
-    optional: list[str],
-    page: ModuleType,
-    own_choices: dict[str, tuple[str, ...]],
-) -> OneLineParser:
+def _parser(script: str, page: ModuleType, own_choices: dict[str, tuple[str, ...]]) -> OneLineParser:
+    read, required, optional = (words.split() for words in SCRIPTS[script])
     parser = OneLineParser(
-        prog=f"{script}.py",
-        allow_abbrev=False,
-        description=_DESCRIPTIONS[script],
-        argument_default=argparse.SUPPRESS,
+        f"{script}.py", description=_DESCRIPTIONS[script], allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for name in required + optional:
         parser.add_argument(_flag(name), help=FILES[name]["help"], required=name in required)
     for name, metadata in CONSTANTS.items():
         default = getattr(page, name.upper(), None)
-        shown = _shown(default, lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value))
         if default is None:
-            shown = "none" if name in OPTIONAL else "recommended for the data set"
+            default = "none" if name in OPTIONAL else "recommended for the data set"
+        shown = _shown(default, lambda value: ",".join(map(str, value)) if isinstance(value, list) else str(value))
         names = own_choices.get(name, metadata.get("choices", ()))
         help = ": ".join([metadata["help"], *([", ".join(names)] if names else [])]) + f" (default: {shown})"
         options: dict[str, Any] = {"metavar": name.upper()}
@@ -247,20 +240,17 @@ def _parser(
 
 
 def _check_page(page: ModuleType) -> None:
-    constants = [name.upper() for name in CONSTANTS]
-    for name in vars(page):
-        if name.isupper() and name not in constants:
+    constants, there = [name.upper() for name in CONSTANTS], [name for name in vars(page) if name.isupper()]
+    for name in there:
+        if name not in constants:
             near = difflib.get_close_matches(name, constants, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"config.py: {name} is not a setting{hint}")
+            raise InputError(f"config.py: {name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
     for name in constants:
-        if not hasattr(page, name):
+        if name not in there:
             raise InputError(f"config.py: {name} is missing; None stands for the recommended value")
 
 
-def _lines_of(path: str, named_too: bool) -> list[str]:
-    if named_too:
-        raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
+def _lines_of(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -291,10 +281,3 @@ def _shown(value: Any, write: Callable[[Any], str] = repr) -> str:
     except Exception:  # anything can stand in config.py: Python writes no number of 5000 digits
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _parsed(parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError:
-        return text  # the check says what is needed
