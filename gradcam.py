@@ -28,10 +28,13 @@ from lwm.runtime.settings import read_settings
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("gradcam", argv, classifier=NAMES)
     output = Path(settings.output)
-    require_folder("--output", output.parent)
-    for name in ("checkpoint", "image"):
-        if output.resolve() == Path(getattr(settings, name)).resolve():
-            raise InputError(f"--output {output} is the --{name} itself and would be replaced; take another name")
+    with settings.naming("output"):
+        require_folder("its folder", output.parent)
+        if output.is_dir():
+            raise InputError(f"{output} is a folder; the name of a PNG file is needed")
+        for name in ("checkpoint", "image"):
+            if output.resolve() == Path(getattr(settings, name)).resolve():
+                raise InputError(f"{output} is the --{name} itself and would be replaced; take another name")
     with settings.naming("checkpoint"):
         checkpoint = load(settings.checkpoint)
         model, checkpoint = answer_with(restore_model(checkpoint).eval(), checkpoint, settings.classifier)

@@ -10,22 +10,21 @@ import collections
 import csv
 import os
 import random
+import signal
 import struct
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tinyruns import forked
+
 from lwm.runtime import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"teacher": "train_teacher_model.py", "student": "incremental_learning_system.py"}
 TINY = ["--model", "resnet32", "--image-size", "8", "--batch-size", "16"]
 SAVES = ["--save-interval", "2", "--save-interval-steps", "3"]
 TIMES = {"images_per_second", "seconds"}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def differences(role: str, one: Path, other: Path) -> dict[str, int]:
@@ -65,45 +64,37 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".*"))
 
 
-def command(role: str, folder: Path, epochs: int, teacher: Path) -> list[str]:
-    flags = [*TINY, *SAVES, "--epochs", str(epochs), "--output-dir", str(folder)]
-    if role == "student":
-        flags += ["--teacher", str(teacher / "teacher_model.pth")]
-    return [sys.executable, str(ROOT / SCRIPTS[role]), *flags]
-
-
 def kill_and_resume(
-    line: list[str], role: str, folder: Path, kills: int, seconds: float, moments: random.Random
+    act: Callable[[list[str]], int], flags: list[str], model: Path, kills: int, seconds: float, moments: random.Random
 ) -> collections.Counter:
-    """Kill the run ``kills`` times within some ``seconds`` of training, and go on each time but the last.
-
-    Counts the kills and those inside a save; fewer if the run has ended before.
+    """Kill the run ``act(flags)`` of ``model`` ``kills`` times within some ``seconds`` of training, and go on each time
+    but the last. Counts the kills and those inside a save; fewer if the run has ended before.
     """
     counts: collections.Counter = collections.Counter()
     aims = [True, False] * (kills // 2) + [False] * (kills % 2)
     moments.shuffle(aims)
     for at_a_save in aims:
-        there = set(left_behind(folder))
-        child = subprocess.Popen([*line, "--resume"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-        while child.poll() is None and not _holds_the_lock(child, folder):  # which it does while it trains
+        there = set(left_behind(model.parent))
+        child = forked(act, [*flags, "--resume"])
+        while child.exitcode is None and not _holds(child, model.with_name(".lock")):  # which it does while it trains
             time.sleep(0.002)
         time.sleep(moments.uniform(0, seconds / kills))
-        while at_a_save and child.poll() is None and not _fresh(folder, there):
+        while at_a_save and child.exitcode is None and not _fresh(model.parent, there):
             pass
         child.kill()
-        if child.wait() == 0:
+        child.join()
+        if child.exitcode == 0:
             return counts
-        assert child.returncode < 0, f"{' '.join(line)} --resume failed"
+        assert child.exitcode == -signal.SIGKILL, f"{' '.join(flags)} --resume failed"
         counts["kills"] += 1
-        counts["inside a save"] += bool(_fresh(folder, there))
-        if (model := folder / f"{role}_model.pth").exists():
+        counts["inside a save"] += bool(_fresh(model.parent, there))
+        if model.exists():
             checkpoint.load(model)  # it is whole
     return counts
 
 
-def _holds_the_lock(child: subprocess.Popen, folder: Path) -> bool:
+def _holds(child: BaseProcess, lock: Path) -> bool:
     """Rather than one that was killed before it, whose file is still there."""
-    lock = folder / ".lock"
     descriptors = Path("/proc", str(child.pid), "fd")
     try:
         return any(os.path.samefile(path, lock) for path in descriptors.iterdir())

@@ -199,7 +199,7 @@ CASES = [
     # The protocols.
     case(reproduce, "digits", "'digits'", "digits-2+2"),
     case(reproduce, "digits-2+2 --seed 1", "--seed", "--seeds?"),
-    case(reproduce, "digits-2+2 --seeds 0,4294967296", "--seeds", "'4294967296'"),
+    case(reproduce, "digits-2+2 --seeds 0,4294967296", "--seeds", "4294967296"),
     case(reproduce, "digits-2+2 --jobs 0", "--jobs"),
     case(reproduce, "digits-2+2 --methods ewc", "--methods", "'ewc'"),
     case(reproduce, "digits-2+2 --work-dir file/x", "--work-dir is 'file/x'"),

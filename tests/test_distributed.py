@@ -1,6 +1,6 @@
 """Several processes on one machine: the same training as one, one writer, one voice, one end.
 
-torchrun starts the scripts by their command lines, and this file for what the processes tell each other.
+torchrun starts the scripts by their command lines; where it adds nothing, processes are forked with what it sets.
 """
 
 from __future__ import annotations
@@ -8,38 +8,44 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
 import pytest
 import torch
+from tinyruns import ROOT, SMALL, forked
 
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from lwm.runtime import checkpoint, distributed
 from lwm.runtime.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SMALL = ["--model", "resnet32", "--image-size", "8"]
 # Unequal shares; crops and mirror images, which are drawn for the whole batch; steps so small that rounding stays so.
 STUDENT = ["--epochs", "2", "--batch-size", "63", "--batch-norm", "frozen", "--flip", "--incremental-lr", "0.001"]
 
 
-def started(*command: str | Path) -> subprocess.Popen:
+def together(folder: Path, act: Callable, *arguments: object) -> tuple[list[int], str]:
+    """The exit codes of two processes of a job that call ``act``, and what both print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    job |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    said = folder / "said"
+    both = [forked(act, *arguments, said=said, RANK=str(rank), LOCAL_RANK=str(rank), **job) for rank in range(2)]
+    for child in both:
+        child.join(120)
+    return [child.exitcode for child in both], said.read_text()
+
+
+def torchrun(*command: str) -> subprocess.Popen:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*TORCHRUN, *map(str, command)], env=ENVIRONMENT, cwd=ROOT, text=True, **pipes)
-
-
-def torchrun(*command: str | Path) -> tuple[int, str, str]:
-    """The exit code, and what all processes wrote to stdout and stderr."""
-    process = started(*command)
-    said = process.communicate(timeout=300)
-    return process.returncode, *said
+    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True, **pipes)
 
 
 def wait_for(path: Path) -> None:
@@ -56,7 +62,7 @@ def student_of(teacher: str, folder: Path) -> list[str]:
 # What they tell each other ----------------------------------------------------------------------------------------
 
 
-def process_of_the_cases(teacher: str, folder: Path) -> None:
+def process_of_the_cases(teacher: str, folder: Path) -> int:
     """A student in ``folder / "whole"``, and in a file of each process what the others have told it in the end."""
     leave = distributed.leave
 
@@ -75,7 +81,7 @@ def process_of_the_cases(teacher: str, folder: Path) -> None:
         leave()
 
     distributed.leave = tell_and_leave
-    incremental.main(student_of(teacher, folder / "whole")[1:])
+    return incremental.main(student_of(teacher, folder / "whole")[1:])
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +95,9 @@ def teacher(tmp_path_factory) -> str:
 def cases(teacher, tmp_path_factory) -> tuple[Path, str]:
     """The folder that two processes of the cases have written to, and what they printed."""
     folder = tmp_path_factory.mktemp("cases")
-    code, printed, said = torchrun(__file__, teacher, folder)
-    assert code == 0, said
-    return folder, printed
+    codes, said = together(folder, process_of_the_cases, teacher, folder)
+    assert codes == [0, 0], said
+    return folder, said
 
 
 def test_what_the_processes_tell_each_other(cases):
@@ -137,19 +143,19 @@ def assert_close(one: dict, other: dict) -> None:
 
 
 def test_two_processes_train_as_one_and_speak_and_write_once(cases, teacher, tmp_path):
-    folder, printed = cases[0] / "whole", cases[1]
+    folder, said = cases[0] / "whole", cases[1]
     assert incremental.main(student_of(teacher, tmp_path)[1:]) == 0
     assert_close(saved_in(tmp_path), saved_in(folder))
     start, end = checkpoint.load(teacher)["model"], saved_in(folder)["model"]
     moved = [name for name in start if name[:2] != "fc" and not torch.allclose(start[name], end[name], atol=1e-4)]
     assert len(moved) > 30  # it was a training
     assert saved_in(folder)["training"]["machine"]["processes"] == 2
-    assert printed.count("student_model.pth") == 1
+    assert said.count("student_model.pth") == said.count("epoch 2/2") == 1
     assert {path.name for path in folder.iterdir()} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_job_that_a_signal_stops_goes_on_to_the_same_bits_and_with_one_process_too(cases, teacher, tmp_path):
-    process = started(*student_of(teacher, tmp_path), "--save-interval-steps", "3")
+    process = torchrun(*student_of(teacher, tmp_path), "--save-interval-steps", "3")
     wait_for(tmp_path / "student_model.pth")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
@@ -158,40 +164,40 @@ def test_a_job_that_a_signal_stops_goes_on_to_the_same_bits_and_with_one_process
     assert again, said
     stopped = (tmp_path / "student_model.pth").read_bytes()
     assert not saved_in(tmp_path)["finished"]
-    code, _, said = torchrun(*again[1].split())
-    assert code == 0, said
+    script, *flags = again[1].split()
+    assert script == "incremental_learning_system.py"
+    codes, said = together(tmp_path, incremental.main, flags)
+    assert codes == [0, 0], said
     one, other = saved_in(cases[0] / "whole"), saved_in(tmp_path)
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     (tmp_path / "student_model.pth").write_bytes(stopped)
-    assert incremental.main(again[1].split()[1:]) == 0
+    assert incremental.main(flags) == 0
     assert_close(one, saved_in(tmp_path))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="a process's children are found by Linux's /proc")
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_killed_process_ends_the_job_with_a_line_and_no_orphan(teacher, tmp_path, number):
-    process = started(*student_of(teacher, tmp_path), "--save-interval-steps", "2", "--epochs", "1000")
+def test_a_killed_process_ends_the_job_with_a_line_and_no_orphan(teacher, tmp_path):
+    process = torchrun(*student_of(teacher, tmp_path), "--save-interval-steps", "2", "--epochs", "1000")
     wait_for(tmp_path / "student_model.pth")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
-    os.kill(int(children[number]), signal.SIGKILL)
+    os.kill(int(children[0]), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    (line,) = (line for line in said.splitlines() if re.match("(process 1: )?error: ", line))
-    assert line.startswith("process 1: ") == (number == 0)
+    (line,) = (line for line in said.splitlines() if re.match("(process .: )?error: ", line))
+    assert line.startswith("process 1: ")
     assert f"{tmp_path}/student_model.pth" in line
     assert not any(Path("/proc", child).exists() for child in children)
     assert not saved_in(tmp_path)["finished"]
 
 
-def test_bad_input_is_said_once(tmp_path):
-    code, _, said = torchrun("train_teacher_model.py", *SMALL, "--output-dir", tmp_path / "out", "--batch-size", "3")
-    assert code != 0
-    (line,) = (line for line in said.splitlines() if "error: " in line and "--batch-size" in line)
-    assert line.startswith("error: ")
-    assert "terminate called" not in said  # connections that are not left end in an abort
+@pytest.mark.parametrize(("flag", "value"), [("--lr", "-1"), ("--batch-size", "3")])  # before they have met, and after
+def test_bad_input_is_said_once(tmp_path, flag, value):
+    flags = [*SMALL, "--output-dir", str(tmp_path / "out"), flag, value]
+    codes, said = together(tmp_path, trainer.main, flags)
+    assert codes == [2, 2]  # a connection that is not left ends in an abort
+    assert [line for line in said.splitlines() if flag in line and line.startswith("error: ")] == [
+        said.splitlines()[-1]
+    ]
+    assert said.count("error: ") == 1
     assert not (tmp_path / "out" / "teacher_model.pth").exists()
-
-
-if __name__ == "__main__":
-    process_of_the_cases(sys.argv[1], Path(sys.argv[2]))

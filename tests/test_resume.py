@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import image_folder
-from killing import command, differences, kill_and_resume, left_behind
+from killing import SAVES, TINY, differences, kill_and_resume, left_behind
 from tinyruns import RUN, SMALL, STEPS, at_step, first, interrupt, one_line, said_where
 
 import config
@@ -59,8 +59,7 @@ def stopped(run, monkeypatch, capsys) -> Callable[..., None]:
 # The same bits ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2])
-@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize(("role", "step"), [("teacher", 1), ("teacher", STEPS), ("student", STEPS + 2)])
 def test_a_run_that_stops_once_ends_with_the_same_bits(tmp_path, whole, run, stopped, role, step):
     stopped(role, tmp_path, step)
     assert run(role, tmp_path, "--resume") == 0
@@ -101,15 +100,14 @@ def test_what_a_killed_run_had_not_saved_is_done_again(tmp_path, whole, run, mon
     assert differences("student", whole, tmp_path) == {}
 
 
-@pytest.mark.parametrize("step", [3, STEPS])
-def test_a_run_with_more_epochs_goes_on_to_the_same_bits_too(tmp_path, whole, run, stopped, step):
+def test_a_run_with_more_epochs_goes_on_to_the_same_bits_too(tmp_path, whole, run, stopped):
     more = ["--resume", "--epochs", "4"]
     one, other = tmp_path / "left alone", tmp_path / "stopped"
     for folder in (one, other):
         folder.mkdir()
         shutil.copy(whole / "student_model.pth", folder)
     assert run("student", one, *more) == 0
-    stopped("student", other, step, *more)
+    stopped("student", other, 3, *more)
     assert run("student", other, *more) == 0
     assert differences("student", one, other) == {}
     rates = [row["lr"] for row in checkpoint.load(other / "student_model.pth")["training"]["log"]]
@@ -119,15 +117,16 @@ def test_a_run_with_more_epochs_goes_on_to_the_same_bits_too(tmp_path, whole, ru
 def test_kills_change_no_bit(tmp_path, whole):
     """Real processes and SIGKILL, two of four inside a save."""
     left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
-    alone, line = (command("student", folder, 6, first(whole).parent) for folder in (left_alone, killed))
+    flags = [*TINY, *SAVES, "--epochs", "6", "--teacher", str(first(whole)), "--output-dir"]
     started = time.perf_counter()
-    assert incremental.main(alone[2:]) == 0
+    assert incremental.main([*flags, str(left_alone)]) == 0
     # Within half of the time that it takes: it is not to end before.
     seconds = (time.perf_counter() - started) / 2
-    counts = kill_and_resume(line, "student", killed, 4, seconds, random.Random(0))
+    model, moments = killed / "student_model.pth", random.Random(0)
+    counts = kill_and_resume(incremental.main, [*flags, str(killed)], model, 4, seconds, moments)
     assert counts["kills"] == 4
     assert counts["inside a save"] >= 1
-    assert incremental.main([*line[2:], "--resume"]) == 0
+    assert incremental.main([*flags, str(killed), "--resume"]) == 0
     assert differences("student", left_alone, killed) == {}
     assert left_behind(killed) == []
 

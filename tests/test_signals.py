@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from killing import ENVIRONMENT, SAVES, TINY, differences, left_behind
-from tinyruns import ROOT, RUN, at_step, first, interrupt, one_line, said_where
+from killing import SAVES, TINY, differences, left_behind
+from tinyruns import ROOT, RUN, at_step, first, forked, interrupt, one_line, said_where
 
 import incremental_learning_system as incremental
-from lwm import training
+from lwm import losses, training
 from lwm.images import datasets
 from lwm.runtime import checkpoint
 from lwm.runtime.run_folder import RunFolder
@@ -23,18 +25,14 @@ from lwm.runtime.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
 
 
-def start(line: list[str] | str, **options) -> subprocess.Popen:
-    def heed_ctrl_c():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    options |= {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, text=True, preexec_fn=heed_ctrl_c, **options)
-
-
-def wait_until(there: Callable[[], object], child: subprocess.Popen) -> None:
+def wait_until(there: Callable[[], object], exit_code: Callable[[], int | None]) -> None:
     while not there():
-        assert child.poll() is None, child.stderr.read()
+        assert exit_code() is None
         time.sleep(0.005)
+
+
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_signals_save_and_the_printed_commands_go_on_as_they_stand(tmp_path, whole):
@@ -46,8 +44,9 @@ def test_signals_save_and_the_printed_commands_go_on_as_they_stand(tmp_path, who
     command = shlex.join([sys.executable, "incremental_learning_system.py", *flags, "--output-dir", str(folder)])
     for signum in (signal.SIGTERM, signal.SIGINT):
         before = model.stat().st_ino if model.exists() else None
-        child = start(f"exec {command}", shell=True, cwd=ROOT)
-        wait_until(lambda before=before: model.exists() and model.stat().st_ino != before, child)
+        pipes = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        child = subprocess.Popen(f"exec {command}", shell=True, cwd=ROOT, text=True, preexec_fn=heed_ctrl_c, **pipes)
+        wait_until(lambda before=before: model.exists() and model.stat().st_ino != before, child.poll)
         child.send_signal(signum)
         _, said = child.communicate()
         assert child.returncode == 128 + signum
@@ -59,35 +58,35 @@ def test_signals_save_and_the_printed_commands_go_on_as_they_stand(tmp_path, who
     assert left_behind(folder) == []
 
 
+def run_slowly(stepping: Path, flags: list[str]) -> int:
+    """A run whose first step takes a minute, and makes a file ``stepping``."""
+
+    def slow(*arguments):
+        stepping.touch()
+        time.sleep(60)
+
+    losses.METHODS["lwm"] = dataclasses.replace(losses.METHODS["lwm"], loss=slow)
+    return incremental.main(flags)
+
+
 def test_a_second_run_is_refused_and_a_second_signal_stops_the_first_at_once(tmp_path, whole, run, monkeypatch, capsys):
     folder, stepping = tmp_path / "out", tmp_path / "stepping"
     with monkeypatch.context() as patch:
         at_step(patch, 3, interrupt)
         assert run("student", folder) == 143
     before = (folder / "student_model.pth").read_bytes()
-    code = f"""
-import dataclasses, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import incremental_learning_system
-from lwm import losses
-def slow(*arguments):
-    open({str(stepping)!r}, "w")
-    time.sleep(60)
-losses.METHODS["lwm"] = dataclasses.replace(losses.METHODS["lwm"], loss=slow)
-incremental_learning_system.main()
-"""
     flags = ["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), "--resume"]
-    child = start([sys.executable, "-c", code, *flags])
-    wait_until(stepping.exists, child)
+    child = forked(run_slowly, stepping, flags, said=tmp_path / "said")
+    wait_until(stepping.exists, lambda: child.exitcode)
     for role in ("student", "teacher"):
         capsys.readouterr()
         assert run(role, folder, "--resume") == 2
         assert f"--output-dir {folder} is in use" in one_line(capsys)
-    child.send_signal(signal.SIGINT)
-    assert any("stopping" in line for line in child.stderr)
-    child.send_signal(signal.SIGINT)
-    child.communicate()
-    assert child.returncode == -signal.SIGINT
+    os.kill(child.pid, signal.SIGINT)
+    wait_until(lambda: "stopping" in (tmp_path / "said").read_text(), lambda: child.exitcode)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    assert child.exitcode == -signal.SIGINT
     assert (folder / "student_model.pth").read_bytes() == before
     assert run("student", folder, "--resume") == 0  # a lock that is left holds up nobody
     assert differences("student", whole, folder) == {}

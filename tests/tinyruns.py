@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import train_teacher_model as trainer
 from lwm import losses
@@ -16,6 +23,28 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "resnet32", "--image-size", "8"]
 STEPS = 5  # of an epoch
 RUN = ["--epochs", "2", "--save-interval", "2"]  # so the first epoch's end is saved only where the run stops there
+
+
+# Children are forked from a process that has imported what takes seconds, and has run nothing yet.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torchvision", "sklearn.covariance", "matplotlib.pyplot"])
+
+
+def forked(act: Callable, *arguments: Any, said: Path | None = None, **environment: str) -> BaseProcess:
+    """A started process of its own that calls ``act``, with one thread; what it prints goes to the file ``said``."""
+    child = SERVER.Process(target=_in_a_child, args=(act, arguments, said or Path(os.devnull), environment))
+    child.start()
+    return child
+
+
+def _in_a_child(act: Callable, arguments: tuple, said: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    sys.exit(act(*arguments))
 
 
 def first(whole: Path) -> Path:
