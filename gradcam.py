@@ -28,8 +28,8 @@ from lwm.runtime.settings import read_settings
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("gradcam", argv, classifier=NAMES)
     output = Path(settings.output)
+    require_folder("--output", output.parent)
     with settings.naming("output"):
-        require_folder("its folder", output.parent)
         if output.is_dir():
             raise InputError(f"{output} is a folder; the name of a PNG file is needed")
         for name in ("checkpoint", "image"):

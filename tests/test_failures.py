@@ -97,14 +97,14 @@ def test_a_term_that_is_not_finite_is_named_with_its_step(tmp_path, whole, run, 
     """At the third step of the second epoch, though the loop looks only after the fourth."""
 
     def spoil(terms):
-        broken = terms["attention"] * math.inf
-        return terms | {"attention": broken, "total": terms["total"] + broken}
+        broken = terms["classification"] * math.nan
+        return terms | {"classification": broken, "total": terms["total"] + broken}
 
     with monkeypatch.context() as patch:
         at_step(patch, STEPS + 3, spoil)
         assert run("student", tmp_path, "--save-interval-steps", "2") == 1
     said = one_line(capsys)
-    assert "epoch 2/2, step 3 of 5: the loss term 'attention' is inf" in said
+    assert "epoch 2/2, step 3 of 5: the loss term 'classification' is nan" in said
     assert f"the last checkpoint, {tmp_path / 'student_model.pth'}, is whole" in said
     assert batches_done(tmp_path) == 2
     assert run("student", tmp_path, "--resume") == 0

@@ -21,7 +21,7 @@ def test_every_flag_that_the_documents_name_exists():
         {f"--{no}{f.name.replace('_', '-')}" for f in fields(Settings) for no in ("", "no-")} | {"--help"} | TORCHRUN
     )
     for script in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("lwm/experiments/*.py")]:
-        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
     text = "".join(path.read_text() for path in PAGES if path.name != "CHANGELOG.md")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
     assert named

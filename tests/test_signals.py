@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from killing import SAVES, TINY, differences, left_behind
-from tinyruns import ROOT, RUN, at_step, first, forked, interrupt, one_line, said_where
+from tinyruns import ROOT, RUN, at_step, first, forked, interrupt, one_line, said_where, wait_until
 
 import incremental_learning_system as incremental
 from lwm import losses, training
@@ -25,12 +24,6 @@ from lwm.runtime.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("small_and_heeding_ctrl_c")
 
 
-def wait_until(there: Callable[[], object], exit_code: Callable[[], int | None]) -> None:
-    while not there():
-        assert exit_code() is None
-        time.sleep(0.005)
-
-
 def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -38,7 +31,7 @@ def heed_ctrl_c() -> None:
 def test_signals_save_and_the_printed_commands_go_on_as_they_stand(tmp_path, whole):
     """SIGTERM, then SIGINT to the command that was printed, in a shell; and the one that this prints, to the end."""
     left_alone, folder = tmp_path / "left alone", tmp_path / "stop ped"
-    flags = [*TINY, *SAVES, "--epochs", "6", "--teacher", str(first(whole))]
+    flags = [*TINY, *SAVES, "--epochs", "3", "--teacher", str(first(whole))]
     assert incremental.main([*flags, "--output-dir", str(left_alone)]) == 0
     model = folder / "student_model.pth"
     command = shlex.join([sys.executable, "incremental_learning_system.py", *flags, "--output-dir", str(folder)])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,6 +46,13 @@ def _in_a_child(act: Callable, arguments: tuple, said: Path, environment: dict[s
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     sys.exit(act(*arguments))
+
+
+def wait_until(there: Callable[[], object], exit_code: Callable[[], int | None]) -> None:
+    """Wait, unless the process of that ``exit_code`` has ended."""
+    while not there():
+        assert exit_code() is None
+        time.sleep(0.005)
 
 
 def first(whole: Path) -> Path:
