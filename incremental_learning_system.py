@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
 
-    torch.manual_seed(settings.seed)
     teacher = models.fold_batch_norm(restore_model(teacher_checkpoint)).requires_grad_(False)
     student = restore_model(teacher_checkpoint)
+    torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":
         models.start_at_prior(student, first=len(old))
