@@ -24,8 +24,10 @@ import train_teacher_model as trainer
 from lwm.runtime import checkpoint, distributed
 from lwm.runtime.errors import InputError
 
-# Unequal shares; crops and mirror images, which are drawn for the whole batch; steps so small that rounding stays so.
-STUDENT = ["--epochs", "2", "--batch-size", "63", "--batch-norm", "frozen", "--flip", "--incremental-lr", "0.001"]
+# Batches are shared as 8 + 7, and crops and mirror images are drawn for the whole batch. Steps are small: rounding
+# stays below 1e-6; a wrong weight of the shares makes 4e-4.
+SHARED = ["--hold-back", "0.5", "--batch-size", "15", "--flip", "--batch-norm", "frozen"]
+STUDENT = ["--epochs", "2", "--incremental-lr", "0.001", *SHARED]
 
 
 def together(folder: Path, act: Callable, *arguments: object) -> tuple[list[int], str]:
@@ -129,7 +131,7 @@ def saved_in(folder: Path) -> dict:
 def assert_close(one: dict, other: dict) -> None:
     """The weights and logs of two runs that add their sums in another order."""
     for name, expected in one["model"].items():
-        torch.testing.assert_close(other["model"][name], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other["model"][name], expected, rtol=0, atol=5e-6)
     for row, expected in zip(other["training"]["log"], one["training"]["log"], strict=True):
         assert row == pytest.approx(expected | {"images_per_second": row["images_per_second"]}, rel=1e-5)
 
