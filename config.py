@@ -1,6 +1,6 @@
 """Everything a user sets. Edit this page and run the scripts, or give the flag of the same name, which wins.
 
-None means the recommended value for the data set; the script says which value that is when it uses it.
+None means the recommended value for the data set and its images; the script says which value that is when it uses it.
 """
 # ruff: noqa: SIM905
 
@@ -27,6 +27,7 @@ NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top
 # The network.
 MODEL = None  # resnet18, resnet32, resnet110, or a network of torchvision such as resnet50 or mobilenet_v2
 IMAGE_SIZE = None  # px; images are scaled and cut to this square
+STEM = None  # how a ResNet-18 begins: imagenet, unpooled, fine or cifar, each with finer maps and slower than the last
 MEAN = None  # of the channels, 0..1, as [0.485, 0.456, 0.406]; None: the training images', or with --weights ImageNet's
 STD = None  # likewise their standard deviation
 
@@ -42,6 +43,7 @@ BATCH_NORM = "train"  # while the student learns: train, or frozen at the old ru
 EPOCHS = None  # passes over the training images; 0 with --weights: the teacher is taken as it is
 BATCH_SIZE = None  # images in a step of the optimiser
 LR = None  # learning rate of the teacher, the peak of a cosine schedule
+WARM_UP = None  # share of the steps in which the rate rises to its peak
 INCREMENTAL_LR = None  # likewise of the student
 BACKBONE_LR = None  # learning rate of everything but the head; None: the same as the head's
 FREEZE = 0  # the first so many stages of the network are not trained, as people do with few images
@@ -49,7 +51,7 @@ BALANCED = False  # draw the classes equally often, for folders in which they ha
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = None  # of all parameters
 FLIP = None  # mirror training images at random; never for digits, whose mirror images are no digits
-PRECISION = "fp32"  # fp32, bf16 for the networks' passes (losses stay fp32), or auto: bf16 if the hardware has it
+PRECISION = "auto"  # fp32, bf16 for the networks' passes (losses stay fp32), or auto: bf16 if the hardware has it
 CACHE_DIR = "cache"  # where the decoded images of a folder are kept; can be deleted
 SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images

@@ -20,12 +20,12 @@ from lwm.images.batches import to_input
 from lwm.images.datasets import Place, find_test_images, open_source, test_places
 from lwm.losses import METHODS, loss_form
 from lwm.reporting import plots, report, tensorboard
-from lwm.runtime import distributed, hardware, progress
+from lwm.runtime import distributed, hardware, progress, recommended
 from lwm.runtime.checkpoint import fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-from lwm.training import Training
+from lwm.training import Training, what_failed
 
 
 @one_line_errors
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         log.info(f"no test images of {', '.join(gone)}: their accuracy is left empty")
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
+    pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
+    settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
 
     teacher = models.fold_batch_norm(restore_model(teacher_checkpoint)).requires_grad_(False)
     student = restore_model(teacher_checkpoint)
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         attention.require_closed_form(teacher, to_input(train.pixels[:8], *channels))
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     checkpoint = {
-        **{key: teacher_checkpoint[key] for key in ("architecture", "image_size", "mean", "std")},
+        **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
         "tasks": [*teacher_checkpoint["tasks"], describe_task(settings, new, settings.incremental_lr)],
@@ -151,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         log.info(
             "the teacher has no statistics of its classes, so the head alone answers (--statistics from task 0 on)"
         )
+    if method.loss and (failure := what_failed(saved["training"]["log"], len(new))):
+        log.warning(failure)
     if log_row.get("zero_maps", 0) > 0.5:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")
     say(f"the student is in {run_folder.model}, the page in {run_folder.report}")

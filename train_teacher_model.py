@@ -18,22 +18,22 @@ import torchvision
 
 from lwm import classifiers, evaluation, models
 from lwm.images.batches import channel_statistics
-from lwm.images.datasets import Place, find_test_images, open_source
+from lwm.images.datasets import Place, find_test_images, open_source, side_of
 from lwm.losses import METHODS, classify, loss_form
 from lwm.reporting import plots, report, tensorboard
-from lwm.runtime import distributed, hardware, progress
+from lwm.runtime import distributed, hardware, progress, recommended
 from lwm.runtime.checkpoint import load, load_weights
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-from lwm.training import Training
+from lwm.training import Training, what_failed
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    settings = read_settings("train_teacher_model", argv, method=METHODS)
+    settings = read_settings("train_teacher_model", argv, method=METHODS, stem=models.STEMS)
     classes = list(settings.old_classes)
     if len(classes) < 2:
         raise InputError(
@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     form = loss_form(settings, "softmax" if settings.weights else "binary")
     settings, device = hardware.prepare(dataclasses.replace(settings, loss_form=form))
     run_folder = open_run_folder(settings, "teacher")
-    if run_folder.resumed and not settings.epochs:
+    if run_folder.resumed and settings.epochs == 0:
         raise InputError(f"{settings.where('epochs')} is 0: there is no training to resume; take --no-resume")
 
     place, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
-    if settings.epochs:
+    settings = recommended.image_size(settings, side_of(place, classes))
+    if settings.epochs != 0:
         with settings.naming("data_dir"):
             source = open_source(place, settings.image_size, settings.skip_bad_images, cache)
         with settings.naming("old_classes"):
@@ -54,23 +55,27 @@ def main(argv: list[str] | None = None) -> None:
         train, test = source.train(classes, classes), source.test(classes, classes)
         counts = f"{len(train.labels)} training and {len(test.labels)} test images"
         log.info(f"{counts} of {len(classes)} classes, on {device}")
+        settings = recommended.by_images(settings, len(train.labels), "lr", pretrained=bool(settings.weights))
     else:  # the old images may be gone
         places = {name: [place] for name in classes}
         test, _ = find_test_images(places, settings.image_size, settings.skip_bad_images, cache)
 
+    weights = read_weights(settings) if settings.weights else {}
     torch.manual_seed(settings.seed)
     with settings.naming("model"):
-        model = models.build(settings.model, len(classes), settings.image_size)
+        stem = settings.stem or models.stem_of(settings.model, weights)
+        model = models.build(settings.model, len(classes), settings.image_size, stem)
     if settings.loss_form == "binary":
         models.start_at_prior(model, first=0)
-    if settings.weights:
-        begin_with_weights(model, settings)
+    if weights:
+        begin_with_weights(model, weights, settings)
     with settings.naming("freeze"):
         models.freeze(model, settings.freeze)
     model = hardware.to_device(model, device)
     mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
     checkpoint = {
         "architecture": settings.model,
+        "stem": model.stem,
         "class_names": classes,
         "image_size": settings.image_size,
         "mean": list(settings.mean or mean),
@@ -117,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.epochs:
         plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
         board.maps(test.pixels, explained[1].unsqueeze(1), settings.epochs)
+    if settings.epochs and (failure := what_failed(saved["training"]["log"], len(classes))):
+        log.warning(failure)
     (accuracy,) = saved["tasks"][0]["group_accuracy"]
     shown = "no test images" if accuracy is None else f"test accuracy {accuracy:.1f} %"
     say = progress.results(settings)
@@ -124,20 +131,22 @@ def main(argv: list[str] | None = None) -> None:
     progress.print_json(settings, {"model": str(run_folder.model), "test_accuracy": accuracy})
 
 
-def begin_with_weights(model: models.Network, settings: Settings) -> None:
-    """Load --weights into the model. Raises InputError if they do not fit."""
+def read_weights(settings: Settings) -> dict[str, torch.Tensor]:
+    """The state_dict that --weights names. Raises InputError."""
     with settings.naming("weights"):
-        if settings.weights == "imagenet":
-            try:
-                weights = torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
-            except ValueError as error:
-                raise InputError(f"torchvision has no weights for {settings.model}") from error
-            except OSError as error:
-                raise InputError(
-                    f"torchvision's weights for {settings.model} cannot be downloaded ({error})"
-                ) from error
-        else:
-            weights = load_weights(settings.weights)
+        if settings.weights != "imagenet":
+            return load_weights(settings.weights)
+        try:
+            return torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
+        except ValueError as error:
+            raise InputError(f"torchvision has no weights for {settings.model}") from error
+        except OSError as error:
+            raise InputError(f"torchvision's weights for {settings.model} cannot be downloaded ({error})") from error
+
+
+def begin_with_weights(model: models.Network, weights: dict[str, torch.Tensor], settings: Settings) -> None:
+    """Load ``weights`` into the model. Raises InputError if they do not fit."""
+    with settings.naming("weights"):
         outputs, wanted = models.load_torchvision(model, weights), len(settings.old_classes)
     if outputs != wanted:
         if not settings.epochs:

@@ -90,10 +90,14 @@ def distil(student: Output, teacher: Output, labels: Tensor, old: int, settings:
     CVPR 2017, section 4).
     """
     classification = classification_loss(student.logits, labels, old, settings.loss_form)
+    of_teacher = teacher.logits.detach()
+    # Less the teacher's own entropy, which no student can fall below: the gradient is the same, and 0 means alike.
     if settings.loss_form == "softmax":
-        distillation = distillation_softmax(student.logits[:, :old], teacher.logits, settings.temperature)
+        distillation = distillation_softmax(student.logits[:, :old], of_teacher, settings.temperature)
+        distillation = distillation - distillation_softmax(of_teacher, of_teacher, settings.temperature)
     else:
-        distillation = distillation_sigmoid(student.logits[:, :old], teacher.logits)
+        distillation = distillation_sigmoid(student.logits[:, :old], of_teacher)
+        distillation = distillation - distillation_sigmoid(of_teacher, of_teacher)
     total = classification + settings.beta * distillation
     return {"total": total, "classification": classification, "distillation": distillation}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from lwm.images.batches import Images, augment, batch_order, draw_augmentation, to_input
 from lwm.losses import Terms
@@ -21,6 +22,8 @@ from lwm.runtime.hardware import has_room_for, moved, random_state, set_random_s
 from lwm.runtime.interrupts import StopSignal, failures_named
 from lwm.runtime.run_folder import Row, RunFolder
 
+FORECAST_STEPS, FORECAST_SECONDS = 20, 30  # whichever is first; then a long run says how long it will take
+LONG = 600  # seconds
 CHECK_INTERVAL = 50  # steps between looks at whether every loss term is still finite: a look waits for the device
 
 
@@ -49,7 +52,7 @@ def train_one_epoch(
         (weight * terms["total"]).backward()
         optimizer.step()
         schedule.step()
-        correct = 100 * (output.logits.argmax(1) == labels).float().mean()
+        correct = 100 * (output.logits[:, old:].argmax(1) == labels - old).float().mean()  # among the new classes
         batches.record(terms | {"correct": correct})
 
 
@@ -108,7 +111,8 @@ class Training:
             weight_decay=settings.weight_decay,
         )
         self.steps = -(-len(images.labels) // settings.batch_size)  # of an epoch
-        self.schedule = CosineAnnealingLR(self.optimizer, max(1, (self.planned - len(self.log)) * self.steps))
+        steps = max(1, (self.planned - len(self.log)) * self.steps)
+        self.schedule = LambdaLR(self.optimizer, lambda step: share_of_rate(step, steps, settings.warm_up))
         self.batches: ResumableBatches | None = None  # of the epoch that is not done yet
         if resumed:
             self._go_on(resumed)
@@ -147,7 +151,7 @@ class Training:
 
     def epochs(self) -> Iterator[Row]:
         """Train the epochs that are left; of each its row of the log, to which the caller may add."""
-        started, done = time.perf_counter(), len(self.log)
+        self.started, self.done_here, self.is_forecast, done = time.perf_counter(), 0, False, len(self.log)
         for number in range(done + 1, self.planned + 1):
             self._to_train_mode()
             self.batches = self.batches or ResumableBatches(self)
@@ -163,7 +167,7 @@ class Training:
             )
             row, self.batches = self.batches.row(number), None
             self.log.append(row)
-            self.seconds_left = (time.perf_counter() - started) / (number - done) * (self.planned - number)
+            self.seconds_left = (time.perf_counter() - self.started) / (number - done) * (self.planned - number)
             yield row
             signum = self.stop.agreed()  # asked once: it may come at any moment
             if signum and not self.is_due(row):
@@ -171,6 +175,19 @@ class Training:
             self.run_folder.write_log(self.log)
             if signum and number < self.planned:
                 self._interrupt(signum, f"stopped after epoch {number}")
+
+    def forecast(self) -> None:
+        """Once, after some steps of this run: a line if the rest of it takes long."""
+        self.done_here += 1
+        passed = time.perf_counter() - self.started
+        if self.is_forecast or (self.done_here < FORECAST_STEPS and passed < FORECAST_SECONDS):
+            return
+        self.is_forecast = True
+        done = len(self.log) * self.steps + (self.batches.done if self.batches else 0)
+        seconds = passed / self.done_here * (self.planned * self.steps - done)
+        if seconds > LONG:
+            about = f"some {seconds / 60:.0f} minutes to go for {self.planned} epochs"
+            log.info(f"{about}; smaller images (--image-size) or fewer --epochs take less")
 
     def is_due(self, row: Row) -> bool:
         """Whether the epoch is to be evaluated and saved."""
@@ -284,6 +301,7 @@ class ResumableBatches:
             if saves or last or self.done % CHECK_INTERVAL == 0:
                 self._check_terms(about)
             self.seconds = time.perf_counter() - started  # after the check, which waits for the device
+            training.forecast()
             if not bar.disable and self.done % 20 == 1:
                 bar.set_postfix(
                     {name: f"{term:.3g}" for name, term in zip(self.names, self.latest.tolist(), strict=True)}
@@ -351,6 +369,31 @@ class ResumableBatches:
                 f"{self.sums[self.names.index(name)]}; a lower learning rate may help; "
                 f"{self.training.run_folder.what_is_left()}"
             )
+
+
+def share_of_rate(step: int, steps: int, warm_up: float) -> float:
+    """Of the peak rate at ``step`` of ``steps``: a line up to it for the share ``warm_up``, then half a cosine."""
+    rising = round(warm_up * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+
+def what_failed(log: list[Row], classes: int) -> str | None:
+    """What to say of a training of so many ``classes`` that has learned too little; None if it has learned.
+
+    That is a training accuracy that ends nearer to chance than to 100 %.
+    """
+    accuracies = [row["accuracy"] for row in log]
+    chance, last = 100 / classes, accuracies[-1]
+    if classes == 1 or last >= (chance + 100) / 2:
+        return None
+    fifth = max(1, len(log) // 5)
+    rises = last > max(accuracies[:-fifth], default=chance) + 2
+    end = "still rises; try more --epochs"
+    if not rises:
+        end = "rises no more; try a lower learning rate, larger images, or --weights of a trained network"
+    return f"training failed: accuracy on its own images ends at {last:.0f} % (chance: {chance:.0f} %) and {end}"
 
 
 def _parameters(model: Network, backbone_lr: float | None) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lwm.models.from_torchvision import FromTorchvision
-from lwm.models.resnet import DEEPER, CifarResNet, ImageNetResNet, Network
+from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, Network, recommended_stem
 from lwm.models.resnet import Output as Output
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -17,14 +17,19 @@ from torch.nn.utils import fuse_conv_bn_eval
 from lwm.runtime.errors import InputError
 
 
-def build(architecture: str, classes: int, image_size: int) -> Network:
+def build(architecture: str, classes: int, image_size: int, stem: str = "") -> Network:
     """A freshly initialised network with ``classes`` outputs for images of ``image_size`` px.
 
-    ``resnet32`` and ``resnet110``, or any classification network of torchvision that FromTorchvision can cut.
-    Raises InputError for a name that is none of these.
+    ``resnet32`` and ``resnet110``, or any classification network of torchvision that FromTorchvision can cut. Those of
+    ``DEEPER`` begin with ``stem``, by default the recommended one for the size. Raises InputError for a name that is
+    none of these, and for a stem that the network does not have.
     """
     if architecture in DEEPER:
-        return ImageNetResNet(architecture, classes, image_size)
+        if (stem := stem or recommended_stem(image_size)) not in STEMS:
+            raise InputError(f"there is no stem {stem!r}; {', '.join(STEMS)} are known")
+        return ImageNetResNet(architecture, classes, stem)
+    if stem:
+        raise InputError(f"{architecture} has one stem only; the choice is for {', '.join(DEEPER)}")
     if architecture == "resnet32":
         return CifarResNet(5, classes)
     if architecture == "resnet110":
@@ -32,14 +37,21 @@ def build(architecture: str, classes: int, image_size: int) -> Network:
     return FromTorchvision(architecture, classes, image_size)
 
 
+def stem_of(architecture: str, weights: Mapping[str, Tensor]) -> str:
+    """The stem with which these ``weights`` were trained, as far as they tell; for ``build``."""
+    if architecture not in DEEPER or "conv1.weight" not in weights:
+        return ""
+    return "cifar" if weights["conv1.weight"].shape[-1] == STEMS["cifar"].kernel else "imagenet"
+
+
 @functools.lru_cache(maxsize=16)  # every checkpoint that is read is compared with it
-def empty_state(architecture: str, classes: int, image_size: int) -> Mapping[str, Tensor]:
+def empty_state(architecture: str, classes: int, image_size: int, stem: str = "") -> Mapping[str, Tensor]:
     """Names, shapes and kinds of the network's tensors, without their memory. Raises InputError."""
     try:
         with torch.device("meta"):
-            return build(architecture, classes, image_size).state_dict()
+            return build(architecture, classes, image_size, stem).state_dict()
     except NotImplementedError:  # not all operations are there without memory: it is given back
-        return build(architecture, classes, image_size).to("meta").state_dict()
+        return build(architecture, classes, image_size, stem).to("meta").state_dict()
 
 
 def fold_batch_norm(model: Network) -> Network:

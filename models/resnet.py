@@ -1,7 +1,7 @@
 """ResNet-18 and its larger kin (He et al., CVPR 2016, table 1), and the CIFAR ResNets of that paper (section 4.2).
 
     network      feature map (C, h, w) at 32 px    parameters, 10 classes
-    ResNet-18    512, 4, 4                         11.17 M
+    ResNet-18    512, 4, 4  (stem "cifar")         11.17 M
     ResNet-32     64, 8, 8                          0.46 M
     ResNet-110    64, 8, 8                          1.73 M
 
@@ -25,7 +25,37 @@ DEEPER: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int]
     "resnet50": (Bottleneck, [3, 4, 6, 3], {}),
     "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], {"groups": 32, "width_per_group": 4}),
 }
-IMAGENET_STEM_FROM = 64  # px; below it a 7x7 stride-2 convolution and a pooling leave too little to look at
+
+
+class Stem(NamedTuple):
+    """How a network of ``DEEPER`` begins, and whether its last stage halves the map as well."""
+
+    kernel: int  # of the first convolution, px
+    stride: int
+    pools: bool  # by a 3x3 max-pooling
+    last_stride: int
+
+    @property
+    def shrinks(self) -> int:
+        """How many pixels of the image a cell of the last map stands for, in each direction."""
+        return self.stride * (2 if self.pools else 1) * 4 * self.last_stride
+
+
+STEMS = {  # the cheapest first: of one image the next ones take 4, 7 and 16 times as long
+    "imagenet": Stem(7, 2, pools=True, last_stride=2),
+    "unpooled": Stem(7, 2, pools=False, last_stride=2),
+    "fine": Stem(7, 2, pools=False, last_stride=1),
+    "cifar": Stem(3, 1, pools=False, last_stride=2),
+}
+FEWEST_CELLS = 7  # of a map, in each direction, that one can look at
+SMALL_IMAGES = 64  # px; below it the stem is the field's for such images, whatever the number of cells
+
+
+def recommended_stem(image_size: int) -> str:
+    """The cheapest of ``STEMS`` whose last map has ``FEWEST_CELLS`` in each direction (docs/settings-search.md)."""
+    if image_size < SMALL_IMAGES:
+        return "cifar"
+    return next(name for name, stem in STEMS.items() if -(-image_size // stem.shrinks) >= FEWEST_CELLS)
 
 
 class Output(NamedTuple):
@@ -45,6 +75,7 @@ class Network(nn.Module):
     avgpool: nn.Module
     fc: nn.Linear
     last_layer: str  # the name of the layer that makes the features
+    stem = ""  # of STEMS, where the architecture has a choice
     closed_form: bool  # whether nothing but pooling stands between the features and ``fc``
 
     def stages(self) -> list[list[nn.Module]]:
@@ -63,12 +94,12 @@ class Network(nn.Module):
 
 
 class ImageNetResNet(ResNet, Network):
-    """torchvision's network of that name (``DEEPER``), parameter names included; the CIFAR stem below 64 px."""
+    """torchvision's network of that name (``DEEPER``), parameter names included, with a ``stem`` of ``STEMS``."""
 
     last_layer = "layer4"
     closed_form = True
     # torchvision does not say of what kind its own are.
-    conv1: nn.Module
+    conv1: nn.Conv2d
     bn1: nn.Module
     relu: nn.Module
     maxpool: nn.Module
@@ -77,13 +108,20 @@ class ImageNetResNet(ResNet, Network):
     layer3: nn.Module
     layer4: nn.Module
 
-    def __init__(self, architecture: str, classes: int, image_size: int):
+    def __init__(self, architecture: str, classes: int, stem: str):
         block, layers, widths = DEEPER[architecture]
         super().__init__(block, layers, num_classes=classes, **widths)
-        if image_size < IMAGENET_STEM_FROM:
-            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        self.stem = stem
+        kernel, stride, pools, last_stride = STEMS[stem]
+        if kernel != self.conv1.kernel_size[0]:
+            self.conv1 = nn.Conv2d(3, 64, kernel, stride, padding=kernel // 2, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if not pools:
             self.maxpool = nn.Identity()
+        if last_stride == 1:
+            for module in self.layer4.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
 
     def stages(self) -> list[list[nn.Module]]:
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]

@@ -112,6 +112,7 @@ def randomised(architecture: str, classes: int, image_size: int, seed: int = 0) 
 def task_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
     """What a checkpoint says of a task, as far as a finished one needs it."""
     values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
+    values |= {"pretrained": False}
     return {"classes": list(names), "method": "lwm"} | values | changes
 
 
@@ -119,6 +120,7 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
     """A whole checkpoint of a network, without ``format`` and ``version``: ``checkpoint.save`` writes those."""
     return {
         "architecture": architecture,
+        "stem": getattr(model, "stem", ""),
         "image_size": image_size,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],

@@ -54,8 +54,8 @@ def base(monkeypatch) -> Iterator[dict[str, Any]]:
     """A whole checkpoint; what it names resnet32 is Tiny."""
     build = models.build
 
-    def build_tiny(architecture: str, classes: int, image_size: int) -> models.Network:
-        return Tiny(classes) if architecture == "resnet32" else build(architecture, classes, image_size)
+    def build_tiny(architecture: str, classes: int, image_size: int, stem: str = "") -> models.Network:
+        return Tiny(classes) if architecture == "resnet32" else build(architecture, classes, image_size, stem)
 
     monkeypatch.setattr(models, "build", build_tiny)
     models.empty_state.cache_clear()

@@ -19,7 +19,7 @@ def test_parameter_counts(architecture, count):
 
 def test_resnet18_is_torchvisions_but_for_the_stem_of_small_images():
     torch.manual_seed(0)
-    theirs, ours = torchvision.models.resnet18(num_classes=10), models.build("resnet18", 10, 64)
+    theirs, ours = torchvision.models.resnet18(num_classes=10), models.build("resnet18", 10, 224)
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 64, 64)
     for mode in (True, False):  # training first: the running statistics must go the same way
@@ -34,8 +34,12 @@ def test_resnet18_is_torchvisions_but_for_the_stem_of_small_images():
 @pytest.mark.parametrize(
     ("architecture", "image_size", "shape"),
     [
+        ("resnet18", 32, (512, 4, 4)),  # as in the field's figures
         ("resnet18", 63, (512, 8, 8)),
-        ("resnet18", 64, (512, 2, 2)),
+        ("resnet18", 64, (512, 8, 8)),
+        ("resnet18", 96, (512, 12, 12)),
+        ("resnet18", 112, (512, 7, 7)),
+        ("resnet18", 193, (512, 7, 7)),
         ("resnet18", 224, (512, 7, 7)),
         ("resnet32", 32, (64, 8, 8)),
         ("resnet110", 64, (64, 16, 16)),

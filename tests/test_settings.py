@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lwm.runtime.errors import InputError
-from lwm.runtime.settings import CONSTANTS, OPTIONAL, RECOMMENDED, SCRIPTS, Settings, read_settings
+from lwm.runtime.recommended import OF_DATASET, RATES
+from lwm.runtime.settings import CONSTANTS, OPTIONAL, SCRIPTS, Settings, read_settings
 
 TRAINER, STEP, DEMO, GRADCAM = SCRIPTS
 FILES = {
@@ -205,15 +206,15 @@ def test_class_lists_keep_their_order_and_spelling(names):
     assert read(TRAINER, ["--old-classes=" + ",".join(names)]).old_classes == tuple(names)
 
 
-@pytest.mark.parametrize("dataset", RECOMMENDED)
+@pytest.mark.parametrize("dataset", OF_DATASET)
 def test_none_takes_the_recommended_value_and_says_so(dataset, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lwm"), "propagate", True)
     settings = read(STEP, "--epochs 3", DATASET=dataset, GAMMA=0)
     said = {line.split(" = ")[0].lower() for line in caplog.messages}
-    assert said == (set(RECOMMENDED[dataset]) & set(SCRIPTS[STEP][0].split())) - {"epochs", "gamma"}
-    assert all(getattr(settings, name) == RECOMMENDED[dataset][name] for name in said)
+    assert said == (set(OF_DATASET[dataset]) & set(SCRIPTS[STEP][0].split())) - {"epochs", "gamma", *RATES}
+    assert all(getattr(settings, name) == OF_DATASET[dataset][name] for name in said)
     assert (settings.epochs, settings.gamma) == (3, 0.0)
-    assert all(CONSTANTS[name]["check"](value) == value for name, value in RECOMMENDED[dataset].items())
+    assert all(CONSTANTS[name]["check"](value) == value for name, value in OF_DATASET[dataset].items() if value)
     assert all(getattr(read(STEP), name) is None for name in OPTIONAL)
     caplog.clear()
     read(STEP, "--quiet", DATASET=dataset)

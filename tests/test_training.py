@@ -6,6 +6,7 @@ import copy
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
@@ -235,3 +236,33 @@ def test_images_for_which_the_device_has_no_room_stay_behind_and_train_to_the_sa
     _, after = fit(tmp_path, teacher, student)
     monkeypatch.setattr(training, "has_room_for", lambda pixels, device: False)
     assert not changed(after, fit(tmp_path, teacher, other)[1])
+
+
+def test_the_rate_rises_in_a_line_and_falls_by_a_cosine():
+    rates = [training.share_of_rate(step, 100, 0.1) for step in range(101)]
+    assert np.allclose(np.diff(rates[:11]), 1 / 11)
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+    without = [training.share_of_rate(step, 100, 0.0) for step in range(100)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    for own in without:
+        assert own == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step(), schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "classes", "failed"),
+    [
+        ([20, 46, 46, 46, 46], 5, "no more"),
+        ([20, 30, 40, 50, 57], 5, "still rises"),
+        ([20, 60, 70, 70, 70], 5, None),
+        ([100.0], 1, None),
+        ([50.0], 2, "no more"),
+        ([1, 20, 30, 40, 52], 100, None),
+    ],
+)
+def test_a_training_that_has_not_learned_is_said_to_have_failed(accuracies, classes, failed):
+    said = training.what_failed([{"accuracy": value} for value in accuracies], classes)
+    assert (said is None) if failed is None else failed in said

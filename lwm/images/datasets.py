@@ -143,6 +143,17 @@ def open_source(place: Place, image_size: int, skip_bad_images: bool = False, ca
     raise InputError(f"no data set {place.dataset!r}: digits, cifar10, cifar100 and folder are known")
 
 
+def side_of(place: Place, wanted: Sequence[str]) -> int | None:
+    """STUB"""
+    from PIL import Image
+
+    if place.dataset != "folder" or not Path(place.data_dir, "train").is_dir():
+        return None
+    files = [p for name in wanted for p in Path(place.data_dir, "train", name).iterdir()]
+    sides = sorted(min(Image.open(p).size) for p in files[:: max(1, len(files) // 50)])
+    return sides[len(sides) // 2]
+
+
 def test_places(tasks: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
     """Where each class of a checkpoint's ``tasks`` may have test images: as recorded, to be read alone, and ``here``.
 

@@ -1,7 +1,7 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and lists, and the whole hand-over between tasks.
 
 format, version      what this file is
-architecture, image_size, mean, std, loss_form     how to build the network and feed it
+architecture, stem, image_size, mean, std, loss_form     how to build the network and feed it
 class_names          in the order of the outputs, which is the order in which they were taught
 tasks                one dict a task: its classes, where their images were, method, settings, accuracies
 model                the network's state_dict
@@ -37,7 +37,7 @@ from lwm.runtime.files import write_atomically
 from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
-VERSION = 4
+VERSION = 5
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 
 
@@ -80,7 +80,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 def restore_model(checkpoint: dict[str, Any]) -> models.Network:
     """The network of a loaded checkpoint, on the CPU."""
-    model = models.build(checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"])
+    model = models.build(
+        checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"], checkpoint["stem"]
+    )
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -181,11 +183,12 @@ TASK = {
     **dict.fromkeys(("dataset", "data_dir", "method"), str),
     "hold_back": _number(0, 0.5),
     "epochs": _number(0, 10**6, int),
+    "pretrained": bool,
     "group_accuracy": [PERCENT],
 }
 # Besides, of the task that a run may go on with.
-SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "batch_size", "momentum", "weight_decay", "flip"]
-SETTINGS += ["precision", "seed", "backbone_lr", "freeze", "balanced", "learning_rate"]
+SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "batch_size", "warm_up", "momentum"]
+SETTINGS += ["weight_decay", "flip", "precision", "seed", "backbone_lr", "freeze", "balanced", "learning_rate"]
 POSITION = {
     "batches": _number(1, 10**9, int),
     "order": _random_state,
@@ -206,7 +209,7 @@ TRAINING = {
 }
 STATISTICS = {"means": Tensor, "covariances": Tensor, "of": [_number(0, 10**6, int)]}
 CHECKPOINT = {
-    "architecture": str,
+    **dict.fromkeys(("architecture", "stem"), str),
     "image_size": _number(8, 1024, int),
     "mean": [_number(-1e3, 1e3, float)],
     "std": [_number(1e-6, 1e3, float)],
@@ -284,7 +287,7 @@ def _check_log(log: list[dict[str, Any]], epochs: int, finished: bool, of_studen
 def _check_weights(checkpoint: dict[str, Any]) -> None:
     """Names, shapes and types as the architecture has them, which is built without memory; every number finite."""
     architecture, classes, weights = checkpoint["architecture"], checkpoint["class_names"], checkpoint["model"]
-    expected = models.empty_state(architecture, len(classes), checkpoint["image_size"])
+    expected = models.empty_state(architecture, len(classes), checkpoint["image_size"], checkpoint["stem"])
     odd = sorted(map(str, expected.keys() ^ weights.keys()))
     _require(not odd, f"the weights do not fit {architecture} ({odd[:1]})")
     for name, like in expected.items():

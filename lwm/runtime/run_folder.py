@@ -22,7 +22,7 @@ Row = dict[str, Any]
 # Recorded for each task, and compared when a run goes on.
 TASK_SETTINGS = (
     *("method", "loss_form", "beta", "gamma", "temperature", "batch_norm"),
-    *("batch_size", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
+    *("batch_size", "warm_up", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
     *("backbone_lr", "freeze", "balanced"),
 )
 OF_STUDENTS = ("beta", "gamma", "temperature", "batch_norm")  # None of task 0
@@ -37,6 +37,7 @@ def describe_task(settings: Any, classes: Sequence[str], learning_rate: float, f
         "data_dir": str(Path(settings.data_dir).resolve()),
         **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS},
         "learning_rate": learning_rate,
+        "pretrained": first and bool(settings.weights),
         "epochs": settings.epochs,
         "group_accuracy": [],
     }

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from lwm.runtime import setting_types
+from lwm.runtime import recommended, setting_types
 from lwm.runtime.errors import InputError, be_quiet, log
 
 
@@ -30,6 +30,7 @@ class Settings:
     new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top")
     model: str = setting_types.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
     image_size: int = setting_types.number("side of the square images, px", int, 8, 1024)
+    stem: str | None = setting_types.choice("how a ResNet-18 and its like begin", open=True)
     mean: tuple[float, ...] | None = setting_types.channels("mean of the channels", -1000)
     std: tuple[float, ...] | None = setting_types.channels("standard deviation of the channels", 1e-3)
     method: str = setting_types.choice("method of the student", open=True)
@@ -41,6 +42,7 @@ class Settings:
     epochs: int = setting_types.number("epochs", int, 0, 10_000)
     batch_size: int = setting_types.number("images in a batch", int, 2, 10**9)
     lr: float = setting_types.number("learning rate of the teacher", float, 0, above=True)
+    warm_up: float = setting_types.number("share of the steps in which the rate rises to its peak", float, 0, 0.9)
     incremental_lr: float = setting_types.number("learning rate of the student", float, 0, above=True)
     backbone_lr: float | None = setting_types.number("learning rate of everything but the head", float, 0, above=True)
     freeze: int = setting_types.number("the first so many stages of the network are not trained", int, 0)
@@ -93,14 +95,18 @@ class Settings:
 
 CONSTANTS = {f.name: f.metadata for f in fields(Settings) if "check" in f.metadata}
 FILES = {f.name: f.metadata for f in fields(Settings) if "file" in f.metadata}  # of the command line alone
-OPTIONAL = ("mean", "std", "backbone_lr", "loss_form")  # None has a meaning of its own
+OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem")  # None has a meaning of its own
 _TRAINING = (
-    "dataset data_dir method loss_form epochs batch_size backbone_lr freeze balanced momentum weight_decay flip "
-    "precision cache_dir skip_bad_images hold_back seed device deterministic statistics save_interval "
+    "dataset data_dir method loss_form epochs batch_size warm_up backbone_lr freeze balanced momentum weight_decay "
+    "flip precision cache_dir skip_bad_images hold_back seed device deterministic statistics save_interval "
     "save_interval_steps resume overwrite quiet json tensorboard output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads, files that it needs, other files
-    "train_teacher_model": (f"old_classes model image_size mean std lr {_TRAINING}", "", "weights old_classes_file"),
+    "train_teacher_model": (
+        f"old_classes model image_size stem mean std lr {_TRAINING}",
+        "",
+        "weights old_classes_file",
+    ),
     "incremental_learning_system": (
         f"new_classes incremental_lr beta gamma temperature batch_norm classifier {_TRAINING}",
         "teacher",
@@ -118,17 +124,6 @@ _DESCRIPTIONS = {
     "incremental_learning_system": "Teach a model new classes from their images alone; saves student_model.pth.",
     "demo": "Judge teacher and student on test images and show what they look at.",
     "gradcam": "Draw where a network looks for a class in an image.",
-}
-_PHOTOS: dict[str, Any] = {"model": "resnet32", "image_size": 32, "epochs": 20, "batch_size": 128, "beta": 1.0}
-_PHOTOS |= {"gamma": 0.1, "lr": 0.1, "incremental_lr": 0.1, "weight_decay": 5e-4, "flip": True}
-_DIGITS = _PHOTOS | {"model": "resnet18", "epochs": 10, "batch_size": 64, "lr": 0.03, "incremental_lr": 0.0125}
-_DIGITS |= {"weight_decay": 0.0, "flip": False}
-# Chosen on other classes than those reported: docs/settings-search.md says how.
-RECOMMENDED: dict[str, dict[str, Any]] = {
-    "digits": _DIGITS,
-    "cifar10": _PHOTOS,
-    "cifar100": _PHOTOS,
-    "folder": _PHOTOS | {"model": "resnet18", "image_size": 64},
 }
 
 
@@ -180,12 +175,16 @@ def read_settings(
     values["arguments"] = tuple(sys.argv[1:] if argv is None else argv)
     if "dataset" in read:
         dataset = _checked(_where("dataset", arguments), checks["dataset"], values["dataset"])
-        for name, value in RECOMMENDED[dataset].items():
-            if name in read and values[name] is None:
+        for name, value in recommended.OF_DATASET[dataset].items():
+            follows = name in recommended.RATES or value is None or (name == "image_size" and "weights" in values)
+            if name in read and values[name] is None and not follows:
                 values[name] = value
                 log.info(f"{name.upper()} = {value} (recommended for {dataset})")
     for name in read:
-        if values[name] is None and name not in OPTIONAL:  # no value is recommended: the check says what is needed
+        if values[name] is None and name not in (
+            *OPTIONAL,
+            *recommended.FOLLOWING,
+        ):  # no value is recommended: the check says what is needed
             _checked(_where(name, ()), checks[name], None)
     if "epochs" in read and values["epochs"] == 0 and not values.get("weights"):
         raise InputError(f"{_where('epochs', arguments)} is 0: nothing would be learned; only --weights need none")
