@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -54,13 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         row = follow(code, photos, chosen, options.size, options.flags.split(), folder)
         key = {"protocol": "own-images", "method": name, "seed": number, "task": 1}
         tables.write_rows(results / "accuracy.csv", [{**key, **row}])
-    rows = tables.read_rows(results / "accuracy.csv")
-    lines = []
+    rows, lines = tables.read_rows(results / "accuracy.csv"), []
     for run, own in rows.groupby("method", sort=False):
-        means = {name: statistics.mean(own[name]) for name in ("teacher", "accuracy", "old", "new", "head", "minutes")}
-        lines.append(
-            {"commit, size, flags": run, "splits": len(own), **{name: f"{value:.1f}" for name, value in means.items()}}
-        )
+        means = own[["teacher", "accuracy", "old", "new", "head", "minutes"]].mean().map("{:.1f}".format)
+        lines.append({"commit, size, flags": run, "splits": len(own), **means})
     tables.publish({results / "table.md": tables.markdown(lines)})
 
 
