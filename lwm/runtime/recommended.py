@@ -16,14 +16,14 @@ OF_DATASET: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     "cifar10": _PHOTOS,
     "cifar100": _PHOTOS,
-    "folder": _PHOTOS | {"model": "resnet18", "image_size": None},
+    "folder": _PHOTOS | {"model": "resnet18", "image_size": None, "incremental_lr": 0.03},
 }
 RATES = ("lr", "incremental_lr")
 FOLLOWING = ("image_size", "batch_size", "epochs", *RATES)  # the images, if the data set has no value of its own
 BATCH = 128
 SMALLEST_BATCH = 16
 BATCHES = 40  # of an epoch, about: of few images a batch is smaller, which makes more steps of the same work
-FEWEST_EPOCHS, FEWEST_STEPS = 20, 1500
+FEWEST_EPOCHS, FEWEST_STEPS = 20, 800
 SIDES = (32, 64, 96)  # px: the largest that is no larger than the images
 PRETRAINED_SIDE = 224  # px, that of torchvision's weights
 PRETRAINED = 0.1  # of the rate: a larger one destroys what the weights know
