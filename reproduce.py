@@ -30,7 +30,7 @@ from lwm.runtime.hardware import pick_device, warn_of_emulation
 from lwm.runtime.settings import OneLineParser, load_page
 
 # Of config.py what shapes a result and has no flag in a protocol.
-OPEN = {"METHOD": "lwm", "LOSS_FORM": None, "BACKBONE_LR": None, "MEAN": None, "STD": None, "STATISTICS": True}
+OPEN = dict.fromkeys(("LOSS_FORM", "BACKBONE_LR", "STEM", "MEAN", "STD")) | {"METHOD": "lwm", "STATISTICS": True}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -88,5 +88,6 @@ def test_no_room_imports_from_above():
     assert {name for name, other in edges if other == "config"} <= SCRIPTS | {"lwm.runtime.settings"}
     below = {other for name, other in edges if room_of(name) == "models" and room_of(other) != "models"}
     assert below == {"lwm.runtime.errors"}
-    assert GRAPH["lwm.runtime.settings"] == {"config", "lwm.runtime.setting_types", "lwm.runtime.errors"}
+    own = {"config", *(f"lwm.runtime.{name}" for name in ("setting_types", "recommended", "errors"))}
+    assert GRAPH["lwm.runtime.settings"] == own
     assert not GRAPH["config"] | GRAPH["lwm"]

@@ -57,7 +57,7 @@ PHOTO_METHODS = METHODS | {
 # What digits-search-3x2 chose, likewise. The others take DIGITS, which is what it chose for each of them.
 DIGITS_METHODS = METHODS | {"frozen": f"{METHODS['frozen']} --incremental-lr 0.1"}
 # Said even where it is the default of config.py, which users edit.
-SAME = "--momentum 0.9 --temperature 2 --batch-norm train --freeze 0 --no-balanced --hold-back 0"
+SAME = "--warm-up 0 --momentum 0.9 --temperature 2 --batch-norm train --freeze 0 --no-balanced --hold-back 0"
 DIGITS = f"{SAME} --model resnet18 --image-size 32 --epochs 10 --batch-size 64 --lr 0.03 --incremental-lr 0.0125"
 DIGITS += " --weight-decay 0 --no-flip --beta 1 --gamma 0.1 --precision fp32"
 PHOTOS = f"{SAME} --model resnet32 --image-size 32 --epochs 20 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
