@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from tinyruns import ROOT, SMALL, forked, wait_until
+from tinyruns import FP32, ROOT, SMALL, forked, wait_until
 
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
@@ -27,7 +27,7 @@ from lwm.runtime.errors import InputError
 # Batches are shared as 8 + 7, and crops and mirror images are drawn for the whole batch. Steps are small: rounding
 # stays below 1e-6; a wrong weight of the shares makes 4e-4.
 SHARED = ["--hold-back", "0.5", "--batch-size", "15", "--flip", "--batch-norm", "frozen"]
-STUDENT = ["--epochs", "2", "--incremental-lr", "0.001", *SHARED]
+STUDENT = [*FP32, "--epochs", "2", "--incremental-lr", "0.001", *SHARED]
 
 
 def together(folder: Path, act: Callable, *arguments: object) -> tuple[list[int], str]:
