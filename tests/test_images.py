@@ -46,12 +46,6 @@ SHARE = ALPHA[:, :, None] / 255.0
 GREYS = np.stack([GREY] * 3, 2)
 
 
-def sixteen(brightest: int) -> tuple[Image.Image, np.ndarray]:
-    """A dark image of 16 bits stays dark: what counts is the depth of the file, not its brightest pixel."""
-    values = np.linspace(0, brightest, 256).round().astype(np.uint16).reshape(16, 16)
-    return Image.fromarray(values), np.stack([values / 257.0] * 3, 2).round()
-
-
 # Name of the file -> the image, its pixels as they are to be read, by how much they may differ, options of Pillow.
 KINDS: dict[str, tuple[Image.Image, np.ndarray, float, dict]] = {
     **{f"plain{suffix}": (Image.fromarray(IMAGE), IMAGE, 0, {}) for suffix in (".png", ".bmp", ".tiff")},
@@ -64,9 +58,6 @@ KINDS: dict[str, tuple[Image.Image, np.ndarray, float, dict]] = {
     "clear palette.png": (PALETTE, ON_WHITE[INDICES], 0, {"transparency": 0}),
     "clear.png": (Image.fromarray(np.dstack([IMAGE, ALPHA])), IMAGE * SHARE + 255 * (1 - SHARE), 1, {}),
     "clear grey.png": (Image.fromarray(np.dstack([GREY, ALPHA])), GREYS * SHARE + 255 * (1 - SHARE), 1, {}),
-    "16 bits.png": (*sixteen(65535), 1, {}),
-    "16 bits dark.png": (*sixteen(200), 1, {}),
-    "16 bits dark.tiff": (*sixteen(20000), 1, {}),
 }
 
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from lwm.images.files import decode_all
 from lwm.runtime import progress
-from lwm.runtime.errors import InputError, RunError, log
+from lwm.runtime.errors import InputError, RunError, log, start_log
 
-VERSION = 1  # to be raised when a file would be decoded to other pixels
+VERSION = 2  # to be raised when a file would be decoded to other pixels
 CHUNK = 250  # images that are decoded at a time
 WORTH_WORKERS = 2000  # images; below it the workers take longer to start than they save
 WORTH_SAYING = 10**8  # bytes
@@ -119,9 +119,14 @@ def _chunks(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> It
         return
     # Started anew rather than forked: torch's threads would not survive a fork.
     context = multiprocessing.get_context("spawn")
-    deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the process that writes
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, *deaf)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (log.level,))
     try:
         yield from progress.bar(pool.map(decode, parts), total=len(parts), desc="decoding")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(level: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    start_log()
+    log.setLevel(level)

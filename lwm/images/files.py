@@ -8,16 +8,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from lwm.images import depth
 from lwm.runtime import progress
 from lwm.runtime.errors import InputError, log
 
@@ -27,15 +31,16 @@ JPEG_WORK = 10**10  # scans x pixels, some seconds: a progressive JPEG of 100 kB
 
 # Pillow hands EPS to Ghostscript and WMF to Windows, and opens what lies inside an IPTC file as any format, EPS too.
 # The JPEG or JPEG 2000 inside a BLP or ICNS file may be larger than the file says, which is found when it is decoded.
-REFUSED_FORMATS = {"BLP", "EPS", "ICNS", "IPTC", "WMF"}
-OPENCV_ONLY_SUFFIXES = {".exr", ".hdr", ".pic", ".ras", ".sr"}
+# Of FITS it takes signed values for unsigned, and leaves their zero point out.
+REFUSED_FORMATS = {"BLP", "EPS", "FITS", "ICNS", "IPTC", "WMF"}
+OPENCV_ONLY_SUFFIXES = {".hdr", ".pic", ".ras", ".sr"}
 # Photographs that neither reads: taken for images, so that they are named or counted, and do not vanish. Many raw ones
 # are TIFF files, whose first image is a small preview.
 RAW_SUFFIXES = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}
-UNREAD_SUFFIXES = RAW_SUFFIXES | {".avif", ".heic", ".heif", ".jxl"}
-# How the files start that OpenCV alone reads: Radiance, OpenEXR, PAM. It gets no others, since it would be a second
-# parser for a file that broke the first, and its libraries write to stderr.
-OPENCV_ONLY_STARTS = (b"#?RADIANCE", b"#?RGBE", b"v/1\x01", b"P7")
+UNREAD_SUFFIXES = RAW_SUFFIXES | {".avif", ".exr", ".fit", ".fits", ".heic", ".heif", ".jxl"}
+# How the files start that OpenCV alone reads: Radiance, PAM. It gets no others, since it would be a second parser for
+# a file that broke the first, and its libraries write to stderr. Its packages are built without OpenEXR.
+OPENCV_ONLY_STARTS = (b"#?RADIANCE", b"#?RGBE", b"P7")
 # The memory that reading a pixel takes, its file aside: the most that was measured over a format's variants; 24 for
 # the formats that are not here, whose decoders keep the image in several forms.
 BYTES_A_PIXEL = dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA"), 6)
@@ -127,15 +132,63 @@ def _check_file(path: str | Path) -> None:
 
 
 def _decode_with_pillow(path: str | Path, size: int) -> Image.Image:
-    Image.init()
-    with Image.open(path, formats=[kind for kind in Image.ID if kind not in REFUSED_FORMATS]) as opened:
+    with _opened(path) as opened:
+        opened.tile = [_mended(tile) for tile in opened.tile]
         _check_work(path, opened)
-        with _without_stderr() if opened.format == "TIFF" else contextlib.nullcontext():
-            opened.load()
+        lower = _lower_bytes(path, opened.tile)
+        _load(opened)
         orientation = opened.getexif().get(ExifTags.Base.Orientation) if len(opened.info.get("exif", "")) < 2**20 else 1
         # Turned when it is small: a second copy of a large photo would double the memory.
-        small = _fit(_to_rgb(opened), size)
+        small = _fit(_to_rgb(opened, lower), size)
         return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
+
+
+def _opened(path: str | Path) -> ImageFile.ImageFile:
+    Image.init()
+    return Image.open(path, formats=[kind for kind in Image.ID if kind not in REFUSED_FORMATS])
+
+
+def _load(opened: ImageFile.ImageFile) -> None:
+    with _without_stderr() if opened.format == "TIFF" else contextlib.nullcontext():
+        opened.load()
+
+
+def _mended(tile: ImageFile._Tile) -> ImageFile._Tile:
+    """Two ways in which Pillow would lose or mix up bytes: what it reads is then what the file has."""
+    name, *more = _arguments(tile)
+    if tile.codec_name == "libtiff" and name in ("I;16BS", "I;32BS", "F;32BF"):  # libtiff has swapped them already
+        return tile._replace(args=(name.replace("B", "N"), *more))
+    if tile.codec_name == "ppm" and (name, *more) == ("RGB", 65535):  # it would round them to 8 bits
+        return tile._replace(codec_name="raw", args=("RGB;16B", 0, 1))
+    return tile
+
+
+def _arguments(tile: ImageFile._Tile) -> tuple:
+    """Of its decoder; the first one says how a pixel's bytes lie."""
+    return tile.args if isinstance(tile.args, tuple) else (tile.args,)
+
+
+def _lower_bytes(path: str | Path, tiles: list[ImageFile._Tile]) -> Image.Image | None:
+    """The lower bytes of colours with 16 bits, of which Pillow keeps the upper ones; None if it has all there is.
+
+    They are read as if the file had the other byte order.
+    """
+    swapped, other = [], {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    for tile in tiles:
+        name, *more = _arguments(tile)
+        if not re.fullmatch("(LA|RGB[AX]?);16[LBN]", str(name)):
+            return None
+        # Pillow has no other order for LA: its four bytes are taken for four channels.
+        name = "RGBA" if name == "LA;16B" else name[:-1] + other[name[-1]]
+        swapped.append(tile._replace(args=(name, *more) if more else name))
+    if not swapped:  # a decoder that is no codec of Pillow's own
+        return None
+    with _opened(path) as again:
+        again.tile = swapped
+        _load(again)
+    if swapped[0].args == "RGBA":
+        return Image.merge("RGBA", [again.getchannel(channel) for channel in (1, 1, 1, 3)])
+    return again
 
 
 @contextlib.contextmanager
@@ -151,13 +204,18 @@ def _without_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_work(path: str | Path, image: Image.Image) -> None:
+def _check_work(path: str | Path, image: ImageFile.ImageFile) -> None:
     """Refuses, by what the header says, what would take too much memory or time."""
     pixels, cost, scans = image.width * image.height, BYTES_A_PIXEL.get(image.format or "", 24), 1
     if isinstance(image, TiffImageFile):  # a whole tile is decoded, however small the image
         pixels = max(pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0)))
+        bits = image.tag_v2.get(258, (1,))
+        if image.tag_v2.get(284) == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow mixes up their bytes
+            raise InputError("has channels of 16 bits in separate planes; save them pixel by pixel, or remove it")
     if image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
         cost = max(cost, 12)  # it becomes RGB in several steps
+    if image.mode.startswith("RGB") and any(";16" in str(tile.args) for tile in image.tile):
+        cost = max(cost, 24)  # it is decoded twice
     if "progressive" in image.info:
         cost = max(cost, 10)
         scans = Path(path).read_bytes().count(b"\xff\xda")
@@ -174,16 +232,40 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel; floats: 0..1 if none is larger, or 0..255
-        scale = 1 / 257 if image.mode != "F" else 255 if np.max(image.getextrema()) <= 1 else 1
-        image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
-    elif image.has_transparency_data:
-        white = Image.new("RGB", image.size, "white")
+def _to_rgb(image: Image.Image, lower: Image.Image | None) -> Image.Image:
+    """On white, and scaled as docs/own-data.md says; ``lower`` has the lower bytes of colours with 16 bits."""
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    signed = 2 in tags.get(339, ())
+    if image.mode == "La":
+        image = image.convert("LA")
+    if lower is not None:
+        colours = Image.fromarray(depth.to_bytes(lambda: _wide_strips(image, lower, slice(3))))
+        if image.mode == "RGBA":
+            colours.putalpha(Image.fromarray(depth.to_bytes(lambda: _wide_strips(image, lower, 3), stretch=False)))
+        image = colours
+    elif image.mode.startswith("I") or image.mode == "F" or (image.mode == "L" and signed):
+        unsigned = image.mode == "I" and tags.get(258) == (32,) and not signed
+        kind = np.int8 if image.mode == "L" else np.uint32 if unsigned else None
+        grey = depth.to_bytes(lambda: (strip.view(kind) if kind else strip for strip in _strips(image)))
+        # Pillow turns what is printed on white, photometric interpretation 0, only if it has 8 bits.
+        image = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)
+    if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white.paste(image, mask=image)
-        return white
+        if np.max(image.getchannel("A").getextrema()) >= depth.LEVELS:  # else nothing would be left of it
+            white = Image.new("RGB", image.size, "white")
+            white.paste(image, mask=image)
+            return white
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[np.ndarray]:
+    for top in range(0, image.height, depth.STRIP):
+        yield np.asarray(image.crop((0, top, image.width, min(top + depth.STRIP, image.height))))
+
+
+def _wide_strips(upper: Image.Image, lower: Image.Image, channels: int | slice) -> Iterator[np.ndarray]:
+    for high, low in zip(_strips(upper), _strips(lower), strict=True):
+        yield high[..., channels].astype(np.uint16) << 8 | low[..., channels]
 
 
 def _decode_with_opencv(path: str | Path) -> Image.Image:
@@ -191,16 +273,20 @@ def _decode_with_opencv(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:
         if file.read(10).startswith(OPENCV_ONLY_STARTS):
             cv2 = import_opencv()
-            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if pixels is None:
-        raise InputError("is not an image that Pillow or OpenCV reads; repair, convert or remove it")
-    return Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+        raise InputError("is not an image of a kind that is read (docs/own-data.md); repair, convert or remove it")
+    if pixels.dtype != np.uint8:
+        pixels = depth.tone_mapped(pixels) if pixels.dtype.kind == "f" else pixels
+        whole = pixels
+        pixels = depth.to_bytes(lambda: (whole[top : top + depth.STRIP] for top in range(0, len(whole), depth.STRIP)))
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
 
 
 def import_opencv() -> ModuleType:
     """The cv2 module. Raises InputError if the system lacks the libraries that it draws windows with."""
-    # Read when cv2 is first imported. Its decoders take up to 24 bytes a pixel, so 1.2 GB as in MEMORY.
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+    # Read when cv2 is first imported. Reading a pixel takes up to 28 bytes, so 1.2 GB as in MEMORY.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what is wrong with an image is said by its reader
     try:
         import cv2
