@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -35,6 +36,10 @@ from lwm.runtime.settings import OneLineParser, read_constant
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
+AXES = {0: "batch", 2: "height", 3: "width"}
+OPSETS = range(18, 24)  # below it torch would convert, above it knows none
+# The first onnxruntime that reads a file of this format (ONNX's IR version) and opset.
+RUNTIMES = ((8, 18, "1.14"), (9, 19, "1.15"), (9, 20, "1.17"), (10, 21, "1.18"), (10, 22, "1.21"), (11, 23, "1.23"))
 
 
 @one_line_errors
@@ -47,9 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
     parser.add_argument("--classifier", help=f"auto, {', '.join(NAMES)} (default: as in config.py)")
     parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")
+    parser.add_argument("--opset", type=int, help=f"{OPSETS[0]} to {OPSETS[-1]} (default: the one that torch chooses)")
     parser.add_argument("--overwrite", action="store_true", help="replace an ONNX file that is there")
     options = parser.parse_args(argv)
+    if options.opset is not None and options.opset not in OPSETS:
+        raise InputError(f"--opset is {options.opset}: {OPSETS[0]} to {OPSETS[-1]} is needed")
     output = Path(options.output)
+    if output.suffix.lower() != ".onnx":
+        raise InputError(f"--output {output}: an ONNX file is written; let the name end in .onnx")
     require_folder("--output", output.parent)
     if output.exists() and (not options.overwrite or output.resolve() == Path(options.checkpoint).resolve()):
         raise InputError(f"--output {output} exists; take another name, or replace an earlier export with --overwrite")
@@ -71,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "classifier": checkpoint["classifier"],
     }
     whole = WithNormalisation(network, checkpoint["mean"], checkpoint["std"], options.maps).eval()
-    content = onnx_file(whole, checkpoint["image_size"], options.input, metadata)
+    content = onnx_file(whole, checkpoint["image_size"], options.input, metadata, options.opset)
     difference = largest_difference(whole, content, checkpoint["image_size"], options.input)
     if not difference <= LARGEST_DIFFERENCE:
         raise RunError(f"the outputs of onnxruntime and torch differ by {difference:.2g}: nothing was written")
@@ -80,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     write_atomically(output, content)
     print(f"largest difference between torch and onnxruntime: {difference:.1e}")
     classes = f"{len(checkpoint['class_names'])} classes, classifier {checkpoint['classifier']}"
-    print(f"{output}: {classes}, {len(content) / 1e6:.1f} MB")
+    print(f"{output}: {classes}, {len(content) / 1e6:.1f} MB, {needs(content)}")
 
 
 class WithNormalisation(nn.Module):
@@ -104,9 +114,11 @@ class WithNormalisation(nn.Module):
         return output.logits, closed_form_map(output.features, output.head, output.logits.argmax(1))
 
 
-def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str]) -> bytes:
+def onnx_file(
+    whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str], opset: int | None = None
+) -> bytes:
     """Height and width are free, unless the network's graph ties them to ``image_size``. Raises RunError."""
-    free = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    free = dict.fromkeys(AXES, torch.export.Dim.AUTO)
     # The exporter speaks of its own workings, on stdout, by warnings and by its log.
     logging.disable(logging.WARNING)
     try:
@@ -118,6 +130,7 @@ def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: di
                 dynamic_shapes=(free,),
                 input_names=["image"],
                 output_names=["logits", "map"] if whole.maps else ["logits"],
+                opset_version=opset,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -126,8 +139,32 @@ def onnx_file(whole: WithNormalisation, image_size: int, kind: str, metadata: di
         logging.disable(logging.NOTSET)
     assert program is not None  # dynamo=True returns one
     proto = program.model_proto
+    name_axes(proto.graph)
     onnx.helper.set_model_props(proto, metadata)
     return proto.SerializeToString()
+
+
+def name_axes(graph: onnx.GraphProto) -> None:
+    """The free axes of the input get the names of AXES, wherever torch's own ("s40") stand, in sums too."""
+    sides = graph.input[0].type.tensor_type.shape.dim
+    names: dict[str, str] = {}
+    for axis, name in AXES.items():
+        names.setdefault(sides[axis].dim_param, name)  # a square alone: height and width have one name in the graph
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param:
+                side.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), side.dim_param)
+    for axis, name in AXES.items():
+        if sides[axis].dim_param:
+            sides[axis].dim_param = name
+
+
+def needs(content: bytes) -> str:
+    """The opset, and the first onnxruntime that reads it."""
+    proto = onnx.load_from_string(content)
+    (opset,) = (each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+    fits = (runtime for format, last, runtime in RUNTIMES if proto.ir_version <= format and opset <= last)
+    return f"opset {opset}, for onnxruntime {next(fits, RUNTIMES[-1][2])} or later"
 
 
 def example(count: int, height: int, width: int, kind: str) -> Tensor:

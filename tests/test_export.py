@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import checkpoint_of, picture, randomised, write_images
+from PIL import Image
 
 import export
 import predict
@@ -93,19 +95,105 @@ def test_it_answers_and_explains_as_torch_does_on_images_of_any_size(made, shape
     assert maps.max() > 0
 
 
-def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_reader_needs(here):
-    model = saved(here / "model.pth", "mobilenet_v3_small", 32, "softmax")
-    flags = ["--checkpoint", "model.pth", "--output", "deep/model.onnx"]
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """A folder with model.pth, and deep/model.onnx of it with all defaults; and the network, which has no maps."""
+    folder = tmp_path_factory.mktemp("floats")
+    model = saved(folder / "model.pth", "mobilenet_v3_small", 32, "softmax")
+    flags = ["--checkpoint", str(folder / "model.pth"), "--output", str(folder / "deep" / "model.onnx")]
     assert export.main([*flags, "--maps"]) == 2  # they have no closed form
-    assert not Path("deep").exists()
+    assert not (folder / "deep").exists()
     assert export.main(flags) == 0
+    return folder, model
+
+
+def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_reader_needs(floats):
+    folder, model = floats
     pixels = pictures(3, 32, 32)
-    (logits,) = answers("deep/model.onnx", pixels.astype(np.float32) / 255)
+    (logits,) = answers(folder / "deep" / "model.onnx", pixels.astype(np.float32) / 255)
     with torch.no_grad():
         assert np.abs(logits - model(normalised(pixels)).logits.numpy()).max() < 1e-4
-    meta = {each.key: each.value for each in onnx.load("deep/model.onnx").metadata_props}
+    meta = {each.key: each.value for each in onnx.load(folder / "deep" / "model.onnx").metadata_props}
     assert json.loads(meta["class_names"]) == NAMES
     assert (meta["image_size"], meta["probabilities"]) == ("32", "softmax")
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "P"])
+def test_the_code_in_the_docs_answers_as_predict_does_for_an_oblong_photograph_on_its_side(floats, here, kind, capsys):
+    shutil.copy(floats[0] / "deep" / "model.onnx", "student.onnx")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.fromarray(picture(5, 300, 100)).convert(kind)
+    if kind == "RGBA":
+        photo.putalpha(Image.fromarray(picture(6, 300, 100)[:, :, 0]))
+    photo.save("cat.png", exif=exif)
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "own-data.md").read_text(), re.S)
+    names: dict = {}
+    exec(code, names)
+    ((_, logits),) = predict.answers(predict.open_onnx("student.onnx"), [Path("cat.png")], False)
+    assert np.abs(names["logits"][0] - logits).max() < 0.02
+    squeezed = photo.convert("RGB").resize((32, 32))
+    pixels = np.float32(squeezed).transpose(2, 0, 1)[None] / 255
+    assert np.abs(answers("student.onnx", pixels)[0][0] - logits).max() > 0.1  # so that the reading matters
+    found = predicted(capsys, "--checkpoint", "student.onnx", "cat.png", "--top", "1")
+    assert found[0]["classes"][0]["name"] == NAMES[names["logits"][0].argmax()]
+
+
+class Tied(torch.nn.Module):
+    """Its graph has one name for height and width, or, ``fixed``, none."""
+
+    maps = False
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.fixed = fixed
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if self.fixed:
+            return image.reshape(-1, 3 * 16 * 16)
+        return image + image.transpose(2, 3)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_axes_have_names_also_if_height_and_width_are_one(fixed):
+    content = export.onnx_file(Tied(fixed), 16, "float32", {})
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    assert axes_of(content) == (["batch", 3, 16, 16] if fixed else ["batch", 3, "height", "width"])
+
+
+def axes_of(content: bytes) -> list[str | int]:
+    (given,) = onnx.load_from_string(content).graph.input
+    return [side.dim_param or side.dim_value for side in given.type.tensor_type.shape.dim]
+
+
+def test_axes_of_a_network_have_names(made):
+    content = (made[0] / "model.onnx").read_bytes()
+    assert axes_of(content) == ["batch", 3, "height", "width"]
+    graph = onnx.load_from_string(content).graph
+    shapes = [[side.dim_param for side in each.type.tensor_type.shape.dim] for each in graph.output]
+    assert [shape[0] for shape in shapes] == ["batch", "batch"]
+    assert "height" in shapes[1][1]
+    assert "width" in shapes[1][2]
+
+
+def test_an_opset_can_be_chosen_and_what_reads_it_is_said(made, here, capsys):
+    flags = ["--checkpoint", str(made[0] / "model.pth"), "--output", "x.onnx"]
+    for bad in ("17", "24", "-1"):
+        assert export.main([*flags, "--opset", bad]) == 2
+    assert export.main([*flags, "--opset", "18"]) == 0
+    model = onnx.load("x.onnx")
+    assert [each.version for each in model.opset_import if not each.domain] == [18]
+    assert "opset 18" in capsys.readouterr().out
+    for format, opset, runtime in ((8, 18, "1.14"), (9, 20, "1.17"), (10, 18, "1.18"), (10, 20, "1.18")):
+        model.ir_version, model.opset_import[0].version = format, opset
+        assert export.needs(model.SerializeToString()).split()[-3] == runtime
+
+
+@pytest.mark.parametrize("name", ["x.tflite", "x", "x.onnx.gz"])
+def test_another_suffix_is_refused(made, here, name, capsys):
+    assert export.main(["--checkpoint", str(made[0] / "model.pth"), "--output", name]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not any(here.iterdir())
 
 
 @pytest.mark.parametrize("spoil", [2, float("nan")])
@@ -119,7 +207,7 @@ def test_a_file_that_answers_otherwise_is_not_written(made, here, monkeypatch, c
     monkeypatch.setattr(export, "onnx_file", spoiled)
     checkpoint_path = shutil.copy(made[0] / "model.pth", here)
     (here / "model.onnx").write_text("earlier")
-    for name, code in (("model.onnx", 1), ("model.pth", 2)):  # the checkpoint itself is never replaced
+    for name, code in (("model.onnx", 1), ("model.pth", 2)):  # what is no ONNX file is never replaced
         before = (here / name).read_bytes()
         flags = ["--checkpoint", str(checkpoint_path), "--output", name, "--overwrite"]
         assert export.main([*flags, "--input", "uint8", "--maps"]) == code

@@ -61,7 +61,7 @@ def value_range(low: float, high: float, floating: bool) -> tuple[float, float]:
 def tone_mapped(radiance: np.ndarray) -> np.ndarray:
     """Radiance float32 (H, W, C), changed in place to 0..1: as it is if none is above 1, else x (1 + x/w^2) / (1 + x).
 
-    Reinhard's extended curve, where w is the largest value. A median above 1 is first made 1, as by a camera's exposure.
+    Reinhard's extended curve; w is the largest value. A median above 1 is first made 1, as by a camera's exposure.
     """
     step = max(1, max(radiance.shape) // 500)
     exposure = max(1.0, float(np.median(radiance[::step, ::step])))
