@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -47,8 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="any checkpoint of this project")
-    parser.add_argument("--output", required=True, help="the ONNX file to write")
+    path = os.path.expanduser
+    parser.add_argument("--checkpoint", required=True, type=path, help="any checkpoint of this project")
+    parser.add_argument("--output", required=True, type=path, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
     parser.add_argument("--classifier", help=f"auto, {', '.join(NAMES)} (default: as in config.py)")
     parser.add_argument("--maps", action="store_true", help="the Grad-CAM map of the answer as a second output")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("images", nargs="+", metavar="image-or-folder")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint (.pth), or an ONNX file of export.py")
+    parser.add_argument("images", nargs="+", type=os.path.expanduser, metavar="image-or-folder")
+    checkpoint = "a checkpoint (.pth), or an ONNX file of export.py"
+    parser.add_argument("--checkpoint", required=True, type=os.path.expanduser, help=checkpoint)
     parser.add_argument("--top", default=3, type=int, help="so many of the likeliest classes (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     parser.add_argument("--csv", action="store_true", help="CSV on stdout, a row an image and class")

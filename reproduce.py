@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -41,7 +42,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("protocol", choices=PROTOCOLS, metavar="protocol", help="one of those below")
-    parser.add_argument("--data-dir", help="the folder of a protocol on photos, with train/ (and test/)")
+    data = "the folder of a protocol on photos, with train/ (and test/)"
+    parser.add_argument("--data-dir", type=os.path.expanduser, help=data)
     parser.add_argument(
         "--groups", type=cells.numbers, help="of the protocol folder: classes of each task, as in 10,5,5"
     )
@@ -50,7 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ablation", action="store_true", help="the ablation's variants in place of the methods")
     jobs = "cells at once; the CPU cores are shared out (default: 1)"
     parser.add_argument("--jobs", type=cells.number_of_jobs, default=1, help=jobs)
-    parser.add_argument("--work-dir", default="runs/reproduce")
+    parser.add_argument("--work-dir", type=os.path.expanduser, default="runs/reproduce")
     parser.add_argument("--table", action="store_true", help="only make the tables and figures again from the CSVs")
     return parser.parse_args(argv)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 
 import export
 import predict
+import reproduce
 from lwm.attention import autograd_map
 from lwm.probabilities import likeliest, probabilities_of
 from lwm.runtime import checkpoint
@@ -150,7 +152,7 @@ class Tied(torch.nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         if self.fixed:
-            return image.reshape(-1, 3 * 16 * 16)
+            return image + torch.zeros(1, 3, 16, 16)
         return image + image.transpose(2, 3)
 
 
@@ -309,3 +311,34 @@ def test_an_onnx_file_of_another_program_is_refused(made, here, capsys, changes)
     onnx.save(model, "x.onnx")
     assert predict.main(["--checkpoint", "x.onnx", "cat.png"]) == 2
     assert "x.onnx" in capsys.readouterr().err
+
+
+def test_home_is_expanded(made, here, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(here))
+    write_images(here / "cats", 1)
+    shutil.copy(made[0] / "model.onnx", here)
+    assert predicted(capsys, "--checkpoint=~/model.onnx", "~/cats")[0]["image"] == str(here / "cats" / "000.png")
+    assert export.main(["--checkpoint=~/none.pth", "--output=~/x.onnx"]) == 2
+    assert f"{here / 'none.pth'}" in capsys.readouterr().err
+    options = reproduce.arguments(["folder", "--data-dir=~/cats", "--work-dir", "~/work"])
+    assert (options.data_dir, options.work_dir) == (str(here / "cats"), str(here / "work"))
+
+
+@pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize("name", ["猫.png", "gone 猫.png"])
+def test_names_that_the_terminal_has_no_characters_for_are_written_in_escapes(made, here, encoding, name):
+    model = onnx.load(made[0] / "model.onnx")
+    (classes,) = (each for each in model.metadata_props if each.key == "class_names")
+    classes.value = json.dumps(["猫", "狗", "牛", "羊"])
+    onnx.save(model, "x.onnx")
+    Image.fromarray(picture(1)).save("猫.png")
+    environment = {key: value for key, value in os.environ.items() if key not in ("LANG", "LC_ALL", "LC_CTYPE")}
+    environment |= encoding | {"PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    flags = ["--checkpoint", "x.onnx", name]
+    done = subprocess.run(
+        [sys.executable, ROOT / "predict.py", *flags], env=environment, capture_output=True, cwd=here, check=False
+    )
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == (2 if name.startswith("gone") else 0)
+    assert len((done.stdout + done.stderr).splitlines()) == 1
+    assert done.returncode or b"\\u" in done.stdout

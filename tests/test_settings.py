@@ -177,6 +177,31 @@ def test_no_epochs_are_for_weights_alone():
     assert read(DEMO, "--epochs 0").epochs == 0
 
 
+def test_home_is_expanded_in_every_path_of_the_page_and_of_the_command_line(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = read(
+        STEP, ["--teacher", "~/t.pth", "--data-dir=~/data", "--student", "~"], OUTPUT_DIR="~/runs", CACHE_DIR="~x~"
+    )
+    assert (settings.teacher, settings.data_dir, settings.student) == ("/home/me/t.pth", "/home/me/data", "/home/me")
+    assert (settings.output_dir, settings.cache_dir) == ("/home/me/runs", "~x~")
+    settings = read(GRADCAM, "--image ~/cat.png --output=~/x.png --class-name ~ --layer ~")
+    assert (settings.image, settings.output) == ("/home/me/cat.png", "/home/me/x.png")
+    assert (settings.class_name, settings.layer) == ("~", "~")
+
+
+def test_flags_that_a_script_does_not_read_are_named_in_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lwm"), "propagate", True)
+    read(GRADCAM, "--gamma 5 --classifier lda --no-balanced")
+    (line,) = caplog.messages
+    assert "gradcam.py" in line
+    assert "--gamma" in line
+    assert "--balanced" in line
+    assert "--classifier" not in line
+    caplog.clear()
+    read(GRADCAM, "--classifier lda")
+    assert caplog.messages == []
+
+
 def test_old_classes_come_from_a_file_a_line_each(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_bytes(b"\xef\xbb\xbftabby cat\r\n  dog \n\n\xc3\x84rmel, der\n")  # Windows marks UTF-8 so

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -186,9 +187,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("protocol", choices=sorted({*SEARCH, *SEARCH.values()}))
-    parser.add_argument("--data-dir", help="as for reproduce.py")
+    parser.add_argument("--data-dir", type=os.path.expanduser, help="as for reproduce.py")
     parser.add_argument("--seeds", type=numbers, default=[0], help="comma-separated (default: 0)")
-    parser.add_argument("--work-dir", default="runs/reproduce", help="where reproduce.py has trained")
+    work = "where reproduce.py has trained"
+    parser.add_argument("--work-dir", type=os.path.expanduser, default="runs/reproduce", help=work)
     options = parser.parse_args(argv)
     path = tables.ROOT / "results" / options.protocol / "compare_classifiers.csv"
     search = path.parent.with_name(SEARCH.get(options.protocol, options.protocol)) / path.name

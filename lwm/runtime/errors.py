@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import platform
@@ -49,7 +50,13 @@ class _Lines(logging.Formatter):
 
 
 def start_log() -> None:
-    """Let the log go to stderr as it is now; of the processes of a torchrun job only the first one speaks."""
+    """Let the log go to stderr as it is now; of the processes of a torchrun job only the first one speaks.
+
+    A name that a terminal's encoding has no characters for is written in escapes, on stdout too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # nobody reads on: the run counts

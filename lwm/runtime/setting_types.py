@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import field
@@ -93,13 +94,26 @@ def check_text(value: Any) -> str:
     return value
 
 
+def check_path(value: Any) -> str:
+    return os.path.expanduser(check_text(value))  # no shell does it in config.py, nor in --flag=~/folder
+
+
 def text(help: str) -> Any:
     return field(metadata={"help": help, "parse": str, "check": check_text})
 
 
-def file(help: str, default: str | None = "") -> Any:
-    """What the command line alone may name; without it there is ``default``."""
-    return field(default=default, metadata={"help": help, "file": True})
+def folder(help: str) -> Any:
+    return field(metadata={"help": help, "parse": str, "check": check_path})
+
+
+def file(help: str, default: str = "") -> Any:
+    """A path that the command line alone may name; without it there is ``default``."""
+    return field(default=default, metadata={"help": help, "file": check_path})
+
+
+def part(help: str) -> Any:
+    """The name of a part of such a file, or None."""
+    return field(default=None, metadata={"help": help, "file": check_text})
 
 
 def switch(help: str) -> Any:

@@ -2,7 +2,7 @@
 
 Each field below that is no file is a constant of config.py (in capitals) and a flag (with dashes); the flag wins.
 ``SCRIPTS`` says which fields a script reads. A flag is checked by every script, so that one list of flags serves all,
-and a constant by the scripts that read it.
+and named if it is not read; a constant is checked by the scripts that read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lwm.runtime.errors import InputError, be_quiet, log
 @dataclass(frozen=True)
 class Settings:
     dataset: str = setting_types.choice("the images", "digits", "cifar10", "cifar100", "folder")
-    data_dir: str = setting_types.text("where the images lie, or are downloaded to")
+    data_dir: str = setting_types.folder("where the images lie, or are downloaded to")
     old_classes: tuple[str, ...] = setting_types.names("classes that the teacher learns")
     new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top")
     model: str = setting_types.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
@@ -51,7 +51,7 @@ class Settings:
     weight_decay: float = setting_types.number("weight decay", float, 0)
     flip: bool = setting_types.switch("mirror training images at random")
     precision: str = setting_types.choice("arithmetic of the networks", "auto", "fp32", "bf16")
-    cache_dir: str = setting_types.text("where the decoded images of a folder are kept; can be deleted")
+    cache_dir: str = setting_types.folder("where the decoded images of a folder are kept; can be deleted")
     skip_bad_images: bool = setting_types.switch("skip and count images that cannot be read")
     hold_back: float = setting_types.number("share of training images to judge on, not the test images", float, 0, 0.5)
     seed: int = setting_types.number("seed of every random choice", int, 0, 2**32 - 1)
@@ -66,7 +66,7 @@ class Settings:
     quiet: bool = setting_types.switch("print results, warnings and errors alone")
     json: bool = setting_types.switch("stdout has the accuracies as one JSON object alone")
     tensorboard: bool = setting_types.switch("scalars, settings and maps for TensorBoard")
-    output_dir: str = setting_types.text("where the outputs go")
+    output_dir: str = setting_types.folder("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     weights: str = setting_types.file("a torchvision state_dict to begin with, or imagenet for torchvision's own")
@@ -76,8 +76,8 @@ class Settings:
     checkpoint: str = setting_types.file("any checkpoint of this project")
     images: str = setting_types.file("a folder of your own images to judge, flat or with a subfolder for each class")
     image: str = setting_types.file("the image to explain")
-    class_name: str | None = setting_types.file("the class to explain (default: the network's answer)", None)
-    layer: str | None = setting_types.file("the layer to look at (default: the last feature map)", None)
+    class_name: str | None = setting_types.part("the class to explain (default: the network's answer)")
+    layer: str | None = setting_types.part("the layer to look at (default: the last feature map)")
     output: str = setting_types.file("the PNG to write (default: gradcam.png)", "gradcam.png")
 
     def where(self, name: str) -> str:
@@ -156,7 +156,7 @@ def read_settings(
     _check_page(page)
     values: dict[str, Any] = {name: arguments.pop(name) for name in required + optional if name in arguments}
     for name, value in values.items():
-        _checked(_flag(name), setting_types.check_text, value)
+        values[name] = _checked(_flag(name), FILES[name]["file"], value)
     if "old_classes_file" in values:
         if "old_classes" in arguments:
             raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
@@ -188,6 +188,8 @@ def read_settings(
             _checked(_where(name, ()), checks[name], None)
     if "epochs" in read and values["epochs"] == 0 and not values.get("weights"):
         raise InputError(f"{_where('epochs', arguments)} is 0: nothing would be learned; only --weights need none")
+    if unread := [_flag(name) for name in arguments if name not in read]:
+        log.info(f"{', '.join(unread)}: not read by {script}.py")
     return Settings(**values)
 
 
