@@ -97,32 +97,42 @@ def test_it_answers_and_explains_as_torch_does_on_images_of_any_size(made, shape
     assert maps.max() > 0
 
 
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory):
-    """A folder with model.pth, and deep/model.onnx of it with all defaults; and the network, which has no maps."""
-    folder = tmp_path_factory.mktemp("floats")
-    model = saved(folder / "model.pth", "mobilenet_v3_small", 32, "softmax")
-    flags = ["--checkpoint", str(folder / "model.pth"), "--output", str(folder / "deep" / "model.onnx")]
+def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_reader_needs(here):
+    model = saved(here / "model.pth", "mobilenet_v3_small", 32, "softmax")
+    flags = ["--checkpoint", "model.pth", "--output", "deep/model.onnx"]
     assert export.main([*flags, "--maps"]) == 2  # they have no closed form
-    assert not (folder / "deep").exists()
+    assert not Path("deep").exists()
     assert export.main(flags) == 0
-    return folder, model
-
-
-def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_reader_needs(floats):
-    folder, model = floats
     pixels = pictures(3, 32, 32)
-    (logits,) = answers(folder / "deep" / "model.onnx", pixels.astype(np.float32) / 255)
+    (logits,) = answers("deep/model.onnx", pixels.astype(np.float32) / 255)
     with torch.no_grad():
         assert np.abs(logits - model(normalised(pixels)).logits.numpy()).max() < 1e-4
-    meta = {each.key: each.value for each in onnx.load(folder / "deep" / "model.onnx").metadata_props}
+    meta = {each.key: each.value for each in onnx.load("deep/model.onnx").metadata_props}
     assert json.loads(meta["class_names"]) == NAMES
     assert (meta["image_size"], meta["probabilities"]) == ("32", "softmax")
 
 
+def linear_onnx(path: str, size: int = 32) -> None:
+    """A file as of export.py, whose logits are sums of pixels with random weights: each pixel counts."""
+    weights = np.random.default_rng(0).normal(size=(3 * size**2, len(NAMES))).astype(np.float32) / size
+    nodes = [
+        onnx.helper.make_node("Flatten", ["image"], ["row"]),
+        onnx.helper.make_node("MatMul", ["row", "weights"], ["logits"]),
+    ]
+    given = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["batch", 3, size, size])
+    answer = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", len(NAMES)])
+    graph = onnx.helper.make_graph(
+        nodes, "linear", [given], [answer], [onnx.numpy_helper.from_array(weights, "weights")]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    names = json.dumps(NAMES)
+    onnx.helper.set_model_props(model, {"class_names": names, "image_size": str(size), "probabilities": "softmax"})
+    onnx.save(model, path)
+
+
 @pytest.mark.parametrize("kind", ["RGB", "RGBA", "P"])
-def test_the_code_in_the_docs_answers_as_predict_does_for_an_oblong_photograph_on_its_side(floats, here, kind, capsys):
-    shutil.copy(floats[0] / "deep" / "model.onnx", "student.onnx")
+def test_the_code_in_the_docs_answers_as_predict_does_for_an_oblong_photograph_on_its_side(here, kind, capsys):
+    linear_onnx("student.onnx")
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = Image.fromarray(picture(5, 300, 100)).convert(kind)
@@ -306,10 +316,10 @@ def test_an_onnx_file_of_another_program_is_refused(made, here, capsys, changes)
     assert "x.onnx" in capsys.readouterr().err
 
 
-def test_home_is_expanded(made, here, monkeypatch, capsys):
+def test_home_is_expanded(here, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(here))
     write_images(here / "cats", 1)
-    shutil.copy(made[0] / "model.onnx", here)
+    linear_onnx("model.onnx")
     assert predicted(capsys, "--checkpoint=~/model.onnx", "~/cats")[0]["image"] == str(here / "cats" / "000.png")
     assert export.main(["--checkpoint=~/none.pth", "--output=~/x.onnx"]) == 2
     assert f"{here / 'none.pth'}" in capsys.readouterr().err
@@ -319,8 +329,9 @@ def test_home_is_expanded(made, here, monkeypatch, capsys):
 
 @pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}])
 @pytest.mark.parametrize("name", ["猫.png", "gone 猫.png"])
-def test_names_that_the_terminal_has_no_characters_for_are_written_in_escapes(made, here, encoding, name):
-    model = onnx.load(made[0] / "model.onnx")
+def test_names_that_the_terminal_has_no_characters_for_are_written_in_escapes(here, encoding, name):
+    linear_onnx("x.onnx")
+    model = onnx.load("x.onnx")
     (classes,) = (each for each in model.metadata_props if each.key == "class_names")
     classes.value = json.dumps(["猫", "狗", "牛", "羊"])
     onnx.save(model, "x.onnx")
