@@ -186,10 +186,10 @@ def accuracy_table(metrics: dict[str, Any]) -> str:
     columns = classes["names"], classes["teacher"], classes["student"], attention["distance"], attention["overlap"]
     rows = list(itertools.zip_longest(*columns))
     several = len(rows) > verdict.NOTABLE
-    for label in verdict.notable(classes["teacher"], classes["student"]) if several else range(len(rows)):
-        name, teacher, student, distance, overlap = rows[label]
+    for position in verdict.notable(classes["teacher"], classes["student"]) if several else range(len(rows)):
+        class_name, teacher, student, distance, overlap = rows[position]
         moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
-        lines.append(f"  {name:<20}  {cell(teacher)}   {cell(student)}{moved}")
+        lines.append(f"  {class_name:<20}  {cell(teacher)}   {cell(student)}{moved}")
     if several:
         lines.append(f"  and {len(rows) - verdict.NOTABLE} classes that lost less (metrics.json has all)")
     if metrics["classifiers"]:

@@ -143,13 +143,13 @@ def main(argv: list[str] | None = None) -> None:
     report.of_student(run_folder.report, test, comparison)
     board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
     say = progress.results(settings)
+    say(verdict.of_student(comparison.metrics, saved["classifiers"]))
     accuracies = comparison.metrics["student"]
     for name, hint in (("accuracy", ""), ("told", ", told that they are {}")):
         for group in ("old", "new"):
             value = accuracies[f"{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} % right"
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
-    say(verdict.of_student(comparison.metrics, saved["classifiers"]))
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
     elif settings.statistics:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,11 +80,11 @@ class Side:
 def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dict[int, list[View]]:
     """For some of ``images``, by position, the maps of the true class, and of the answer if that is another class.
 
-    A side makes them of the classes that it knows: a teacher has none of an image of a new class. Of each class in turn
-    the image comes that the last side is least sure of; labels of -1 are passed over.
+    A side makes them of the classes that it knows: a teacher has none of an image of a new class. The images are those
+    of ``spread``, by how sure the last side is of the true class; labels of -1 are passed over.
     """
     sure = sides[-1].logits.softmax(1).gather(1, images.labels.clamp(min=0).unsqueeze(1)).squeeze(1)
-    chosen = in_turn(images.labels, -sure)
+    chosen = spread(images.labels, sure)
     views: dict[int, list[View]] = {index: [] for index in chosen}
     for side in sides:
         asked = [
@@ -102,18 +101,19 @@ def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dic
     return views
 
 
-def in_turn(labels: Tensor, urgency: Tensor) -> list[int]:
-    """At most ``SHOWN`` positions, the most urgent first: of each class in turn its most urgent, so that all are there.
+def spread(labels: Tensor, sure: Tensor) -> list[int]:
+    """At most ``SHOWN`` positions, the least sure first: of each class equally many, from the least to the most sure.
 
-    labels int64 (n,), of which those below 0 are passed over; urgency (n,).
+    labels int64 (n,), of which those below 0 are passed over; sure (n,).
     """
-    order = [index for index in urgency.argsort(descending=True, stable=True).tolist() if labels[index] >= 0]
-    so_far: Counter[int] = Counter()
-    turns = {}
-    for index in order:
-        turns[index] = so_far[label := int(labels[index])]
-        so_far[label] += 1
-    return sorted(sorted(order, key=turns.__getitem__)[:SHOWN], key=order.index)
+    order = sure.argsort(stable=True)
+    present = labels[labels >= 0].unique()
+    chosen: list[int] = []
+    for label in present:
+        own = order[labels[order] == label]
+        count = min(len(own), max(1, SHOWN // len(present)))
+        chosen += own[torch.linspace(0, len(own) - 1, count).round().long()].tolist()
+    return sorted(chosen, key=lambda index: float(sure[index]))[:SHOWN]
 
 
 def attention_drift(teacher_maps: Tensor, student_maps: Tensor) -> tuple[Tensor, Tensor]:

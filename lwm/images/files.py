@@ -108,9 +108,7 @@ def decode_whole(path: str | Path) -> np.ndarray:
 
     Its middle square is what ``decode_image`` cuts out. Raises InputError as that does.
     """
-    return _decode(
-        path, lambda image: ImageOps.contain(image, (LARGEST, LARGEST)) if max(image.size) > LARGEST else image
-    )
+    return _decode(path, _within_largest)
 
 
 def _decode(path: str | Path, shrink: Callable[[Image.Image], Image.Image]) -> np.ndarray:
@@ -239,6 +237,10 @@ def _check_work(path: str | Path, image: ImageFile.ImageFile) -> None:
             f"reading {pixels} pixels of this kind ({image.format}, {image.mode}, {scans} scans) takes too much memory "
             "or time; make it smaller, save it in another format, or remove it"
         )
+
+
+def _within_largest(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (LARGEST, LARGEST)) if max(image.size) > LARGEST else image
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

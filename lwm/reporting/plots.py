@@ -36,7 +36,7 @@ def write(figure: plt.Figure, path: Path | io.BytesIO, drawn_from: str | None = 
         plt.close(figure)
         return
     buffer = io.BytesIO()
-    how = {"dpi": 120, "bbox_inches": "tight"} | how
+    how = {"dpi": 120, "bbox_inches": "tight", **how}
     figure.savefig(buffer, format="png", metadata={"Description": drawn_from}, **how)
     plt.close(figure)
     write_atomically(path, buffer.getbuffer())
@@ -115,8 +115,9 @@ def photograph(whole: np.ndarray, heat: np.ndarray, label: str, path: Path) -> N
         axes.imshow(picture, interpolation="nearest", aspect="auto")
         axes.axis("off")
         for colour, style in (("black", "-"), ("white", "--")):
-            edge = {"edgecolor": colour, "linestyle": style, "linewidth": 2, "fill": False}
-            axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), side, side, **edge))
+            corner = (left - 0.5, top - 0.5)
+            edge = plt.Rectangle(corner, side, side, edgecolor=colour, linestyle=style, linewidth=2, fill=False)
+            axes.add_patch(edge)
         bar = figure.add_axes(((width + 15) / wide, 0.05, 15 / wide, 0.9))
         shades = _coloured(np.full((256, 1), 160.0), np.linspace(1, 0, 256)[:, None])
         bar.imshow(shades, extent=(0, 1, 0, peak or 1), aspect="auto")

@@ -133,7 +133,7 @@ def _classes(checkpoint: dict[str, Any], *columns: Sequence[float | None]) -> li
 
 
 def _between(percent: float | None, images: int) -> str:
-    return "–" if percent is None else "{:.0f} to {:.0f}".format(*verdict.interval(percent, images))
+    return "" if percent is None else "{:.0f} to {:.0f}".format(*verdict.interval(percent, images))
 
 
 def _confused(counts: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
@@ -156,8 +156,9 @@ def _hash(text: str) -> str:
 
 def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content: Any) -> None:
     names, training, rows = checkpoint["class_names"], checkpoint["training"], content["classes"]
-    first = verdict.notable(*([row[side] for row in rows] for side in ("teacher", "student")))
-    first = first if len(rows) > verdict.NOTABLE else range(len(rows))
+    first = list(range(len(rows)))
+    if len(rows) > verdict.NOTABLE:
+        first = verdict.notable(*([row[side] for row in rows] for side in ("teacher", "student")))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
