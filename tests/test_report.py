@@ -54,7 +54,15 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     with torch.no_grad():
         for network in networks:  # so that no map is all zero
             network.fc.weight.abs_()
-    tasks = [task_of(HOSTILE[:3]), task_of(HOSTILE[3:], group_accuracy=[40.0, 50.0], method="lwm")]
+    tasks = [
+        task_of(HOSTILE[:3]),
+        task_of(
+            HOSTILE[3:],
+            group_accuracy=[40.0, 50.0],
+            method="lwm",
+            precision="a setting of 40 letters or more, in words",
+        ),
+    ]
     before, after = (
         checkpoint_of(network, "resnet32", HOSTILE[:count], 16, tasks=tasks[: count - 2], classifier="head")
         for network, count in zip(networks, (3, 5), strict=True)
@@ -130,16 +138,15 @@ def test_each_map_names_its_class_and_old_and_new_classes_have_theirs(made):
 def test_a_faint_map_is_as_visible_as_a_strong_one(made):
     """Each is drawn on its own scale, with its strength written beside it."""
 
-    def strongest(factor: float) -> list[str]:
+    def drawn(factor: float) -> list[str]:
         views = {
             index: [view._replace(heat=view.heat * (factor if index else 1)) for view in own]
             for index, own in made.found.views.items()
         }
-        return [
-            each["image"] for card in report._cards(made.images, made.found.sides, views, {}) for each in card["maps"]
-        ]
+        cards = report._cards(made.images, made.found.sides, views, {})
+        return [each["image"] for card in cards for each in card["maps"]]
 
-    assert strongest(1) == strongest(1e-3)
+    assert drawn(1) == drawn(2**-10)
     strengths = [int(found) for found in re.findall(r"strength (\d+)&nbsp;%", made.page.source)]
     assert max(strengths) == 100 > min(strengths)
 

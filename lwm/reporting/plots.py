@@ -136,8 +136,9 @@ def encode(picture: np.ndarray, kind: str | None = None) -> bytes:
 
 
 def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -> None:
-    """Loss terms and accuracies over the epochs, beside each other."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    """Loss terms and accuracies over the epochs, beside each other; one below the other for a page, as on a phone."""
+    rows, columns, size = (2, 1, (6, 7)) if isinstance(path, io.BytesIO) else (1, 2, (10, 3.6))
+    figure, (left, right) = plt.subplots(rows, columns, figsize=size, layout="constrained")
     for name in ("loss", "classification", "distillation", "attention"):
         if name in log[0]:
             left.plot([row["epoch"] for row in log], [row[name] for row in log], label=name)
