@@ -88,10 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         for i, label in zip(chosen, wanted, strict=True)
     ]
 
+    zero = sum(not heat.any() for side in maps for heat in side)
+    if zero:
+        log.info(f"{zero} of the {2 * len(chosen)} maps in demo.png are zero everywhere")
     make_folder(output)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(maps, dim=1).numpy(), title, output / "demo.png")
-    say, shown, written = progress.results(settings), ["classifier"], ""
+    say, shown, written, page = progress.results(settings), ["classifier"], "", ""
     if judged.any():
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
@@ -101,23 +104,23 @@ def main(argv: list[str] | None = None) -> None:
         say(verdict.of_student(metrics, metrics["classifiers"]))
         say(accuracy_table(metrics))
         shown = ["classifier", "teacher_classifier", "lost", "teacher", "student"]
-        written = f" and metrics.json{write_page(settings, output / 'demo_report.html', images, comparison)}"
+        page = write_page(settings, output / "demo_report.html", images, comparison)
+        written = " and metrics.json"
     else:
         for caption, answer in zip(captions, student_says, strict=True):
             say(f"{caption}: {answer}")
-    say(f"the pictures{written} are in {output}")
+    say(f"the pictures{written} are in {output}{page}")
     progress.print_json(settings, {name: metrics[name] for name in shown})
 
 
 def write_page(settings: Settings, page: Path, images: Images, comparison: evaluation.Comparison) -> str:
-    """The page, unless that of the student's own run shows the same; what is to be said of it."""
+    """Writes the page, unless that of the student's own run shows the same answers. Returns where it is."""
     runs = Path(settings.student).with_name("student_report.html")
     if report.shows(runs, report.identity(images, *comparison.sides)):
         page.unlink(missing_ok=True)  # of other images or another classifier
-        log.info(f"the page of these answers is that of the student's run, {runs}")
-        return ""
+        return f"; their page is that of the student's run, {runs}"
     report.of_student(page, images, comparison)
-    return f" and {page.name}"
+    return f"; their page is {page}"
 
 
 def require_student_of(
