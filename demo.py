@@ -2,8 +2,8 @@
 
     python3 demo.py --teacher runs/first/teacher_model.pth --student runs/first/student_model.pth
 
-Writes demo_report.html, metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale) and
-demo_confusion.png.
+Writes metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale), demo_confusion.png, and
+demo_report.html where the page of the student's run shows other images or another classifier.
 ``--images folder/`` judges your own images instead. With one subfolder per class you get accuracies; with a flat
 folder, predictions and maps.
 """
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwm import classifiers, evaluation
+from lwm import classifiers, evaluation, verdict
 from lwm.images.batches import Images
 from lwm.images.datasets import Place, find_test_images, open_source, read_own_images, test_places
 from lwm.probabilities import form_of, likeliest
 from lwm.reporting import plots, report
 from lwm.runtime import hardware, progress
 from lwm.runtime.checkpoint import load, restore_model
-from lwm.runtime.errors import InputError, log, one_line_errors
+from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.files import make_folder, require_folder, write_atomically
 from lwm.runtime.settings import Settings, read_settings
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
     judged = images.labels >= 0
 
-    answering = classifiers.choose(settings.classifier, student_checkpoint, teacher_checkpoint)
+    answering = classifiers.choose(settings.classifier, student_checkpoint)
     if settings.classifier == "auto":
         log.info(f"CLASSIFIER = {answering} (auto, of this student)")
     labelled = Images(images.pixels[judged], images.labels[judged])
@@ -63,47 +63,64 @@ def main(argv: list[str] | None = None) -> None:
         of_statistics = evaluation.of_statistics(student, teacher_checkpoint, student_checkpoint, labelled)
     heads = teacher, student
     with settings.naming("teacher"):
-        teacher, teacher_checkpoint = classifiers.answer_with(teacher, teacher_checkpoint, answering)
+        teacher, teacher_checkpoint = classifiers.answer_with(teacher, teacher_checkpoint, settings.classifier)
     with settings.naming("student"):
         student, student_checkpoint = classifiers.answer_with(student, student_checkpoint, answering)
     comparison = evaluation.compare(
         teacher, student, teacher_checkpoint, student_checkpoint, images, history=not settings.images, heads=heads
     )
-    metrics = {"classifier": answering} | comparison.metrics | of_statistics
+    answers_with = {"classifier": answering, "teacher_classifier": teacher_checkpoint["classifier"]}
+    metrics = answers_with | comparison.metrics | of_statistics
+    teacher_logits, student_logits = (side.logits for side in comparison.sides)
 
     # One class for both maps: the true one, or for an image without a label the teacher's answer.
     chosen = pick_images(images.labels, old)
     pixels, labels = images.pixels[chosen], images.labels[chosen]
-    wanted = torch.where((labels >= 0) & (labels < old), labels, comparison.teacher_logits[chosen].argmax(1))
+    wanted = torch.where((labels >= 0) & (labels < old), labels, teacher_logits[chosen].argmax(1))
     maps = [
         evaluation.maps(model, pixels, wanted, checkpoint["mean"], checkpoint["std"])
         for model, checkpoint in zip(heads, (teacher_checkpoint, student_checkpoint), strict=True)
     ]
-    teacher_says = answers(comparison.teacher_logits, names, teacher_checkpoint)
-    student_says = answers(comparison.student_logits, names, student_checkpoint)
+    teacher_says = answers(teacher_logits, names, teacher_checkpoint)
+    student_says = answers(student_logits, names, student_checkpoint)
     rows = [
         (f"{captions[i]}\nmap of {names[label]}", f"teacher: {teacher_says[i]}", f"student: {student_says[i]}")
         for i, label in zip(chosen, wanted, strict=True)
     ]
 
+    zero = sum(not heat.any() for side in maps for heat in side)
+    if zero:
+        log.info(f"{zero} of the {2 * len(chosen)} maps in demo.png are zero everywhere")
     make_folder(output)
     title = "What the teacher and the student answer, and where they look"
     plots.side_by_side(pixels.numpy(), rows, torch.stack(maps, dim=1).numpy(), title, output / "demo.png")
-    say, shown, written = progress.results(settings), ["classifier"], ""
+    say, shown, written, page = progress.results(settings), ["classifier"], "", ""
     if judged.any():
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
         student_checkpoint["classifiers"] = metrics["classifiers"]
-        report.of_student(output / "demo_report.html", teacher_checkpoint, student_checkpoint, images, comparison)
         if gone:
-            log.info(f"no test images of {', '.join(gone)}: their accuracy is left empty")
+            log.info(f"no test images of {listed(gone)}: their accuracy is left empty")
+        say(verdict.of_student(metrics, metrics["classifiers"]))
         say(accuracy_table(metrics))
-        shown, written = ["classifier", "teacher", "student"], ", metrics.json and demo_report.html"
+        shown = ["classifier", "teacher_classifier", "lost", "teacher", "student"]
+        page = write_page(settings, output / "demo_report.html", images, comparison)
+        written = " and metrics.json"
     else:
         for caption, answer in zip(captions, student_says, strict=True):
             say(f"{caption}: {answer}")
-    say(f"the pictures{written} are in {output}")
+    say(f"the pictures{written} are in {output}{page}")
     progress.print_json(settings, {name: metrics[name] for name in shown})
+
+
+def write_page(settings: Settings, page: Path, images: Images, comparison: evaluation.Comparison) -> str:
+    """Writes the page, unless that of the student's own run shows the same answers. Returns where it is."""
+    runs = Path(settings.student).with_name("student_report.html")
+    if report.shows(runs, report.identity(images, *comparison.sides)):
+        page.unlink(missing_ok=True)  # of other images or another classifier
+        return f"; their page is that of the student's run, {runs}"
+    report.of_student(page, images, comparison)
+    return f"; their page is {page}"
 
 
 def require_student_of(
@@ -149,31 +166,35 @@ def pick_images(labels: Tensor, old: int) -> list[int]:
 
 
 def accuracy_table(metrics: dict[str, Any]) -> str:
-    """The accuracies as text: without a hint first, then task-aware, by task, by class and by classifier."""
+    """The accuracies as text: among all classes, told old or new, by task, by class and by classifier."""
 
     def cell(value: float | None) -> str:
         return "     -" if value is None else f"{value:6.1f}"
 
     lines = ["accuracy, %            teacher  student"]
     for label, key in (
-        ("all classes, no hint", "accuracy"),
+        ("all classes", "accuracy"),
         ("  old classes", "accuracy_old"),
         ("  new classes", "accuracy_new"),
-        ("task-aware, old", "task_aware_old"),
-        ("task-aware, new", "task_aware_new"),
+        ("told old, old classes", "told_old"),
+        ("told new, new classes", "told_new"),
     ):
         lines.append(f"{label:<22}  {cell(metrics['teacher'][key])}   {cell(metrics['student'][key])}")
     since = "forgotten" if metrics["classifier"] == "head" else "lost since the teacher"
     for number, task in enumerate(metrics["tasks"]):
-        named = f"{', '.join(task['classes'][:6])}{', ...' if len(task['classes']) > 6 else ''}"
         lost = f"{since} {cell(task['forgetting'])} points"
-        lines.append(f"task {number} ({named}): {cell(task['accuracy'])}, {lost}")
+        lines.append(f"task {number} ({listed(task['classes'], 6)}): {cell(task['accuracy'])}, {lost}")
     lines.append("class by class         teacher  student  attention of the heads: distance, overlap %")
     classes, attention = metrics["classes"], metrics["attention"]
     columns = classes["names"], classes["teacher"], classes["student"], attention["distance"], attention["overlap"]
-    for name, teacher, student, distance, overlap in itertools.zip_longest(*columns):
+    rows = list(itertools.zip_longest(*columns))
+    several = len(rows) > verdict.NOTABLE
+    for position in verdict.notable(classes["teacher"], classes["student"]) if several else range(len(rows)):
+        class_name, teacher, student, distance, overlap = rows[position]
         moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
-        lines.append(f"  {name:<20}  {cell(teacher)}   {cell(student)}{moved}")
+        lines.append(f"  {class_name:<20}  {cell(teacher)}   {cell(student)}{moved}")
+    if several:
+        lines.append(f"  and {len(rows) - verdict.NOTABLE} classes that lost less (metrics.json has all)")
     if metrics["classifiers"]:
         lines.append(evaluation.classifier_table(metrics["classifiers"], metrics["classifier"]))
     for name, unit in (("means", "of a class's spread"), ("covariances", "of their norm")):

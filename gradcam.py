@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lwm.attention import autograd_map
 from lwm.classifiers import NAMES, answer_with
 from lwm.images.batches import to_input
-from lwm.images.files import decode_image
+from lwm.images.files import decode_image, decode_whole
 from lwm.reporting import plots
 from lwm.runtime.checkpoint import load, restore_model
-from lwm.runtime.errors import InputError, one_line_errors
-from lwm.runtime.files import make_folder, require_folder, write_atomically
+from lwm.runtime.errors import InputError, listed, log, one_line_errors
+from lwm.runtime.files import make_folder, require_folder
 from lwm.runtime.settings import read_settings
 
 
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         model, checkpoint = answer_with(restore_model(checkpoint).eval(), checkpoint, settings.classifier)
     names = checkpoint["class_names"]
     if settings.class_name is not None and settings.class_name not in names:
-        raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {', '.join(names)}")
+        raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {listed(names)}")
     with settings.naming("image"):
-        pixels = decode_image(settings.image, checkpoint["image_size"])
+        pixels, whole = decode_image(settings.image, checkpoint["image_size"]), decode_whole(settings.image)
 
     images = to_input(torch.from_numpy(pixels)[None], checkpoint["mean"], checkpoint["std"])
     answer, layers = answer_and_layers(model, images)
@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     heat = autograd_map(model, images, torch.tensor([shown]), layer)[0].numpy()
 
     make_folder(output.parent)
-    write_atomically(output, plots.encode(plots.overlay(pixels, heat, heat.max()), "PNG"))
+    if not heat.any():
+        log.warning(f"the map of {names[shown]} at {layer} is zero everywhere: nothing here speaks for the class")
+    plots.photograph(whole, heat, f"Grad-CAM of {names[shown]}", output)
     print(f"answer ({checkpoint['classifier']}): {names[answer]}; the map of {names[shown]} at {layer} is in {output}")
 
 

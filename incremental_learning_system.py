@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from lwm import attention, classifiers, evaluation, models
+from lwm import attention, classifiers, evaluation, models, verdict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, find_test_images, open_source, test_places
 from lwm.losses import METHODS, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
 from lwm.runtime.checkpoint import fingerprint, load, restore_model
-from lwm.runtime.errors import InputError, log, one_line_errors
+from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
 from lwm.training import Training, what_failed
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     places = test_places(teacher_checkpoint["tasks"], here) | {name: [here] for name in new}
     test, gone = find_test_images(places, size, settings.skip_bad_images, cache)
     if gone:
-        log.info(f"no test images of {', '.join(gone)}: their accuracy is left empty")
+        log.info(f"no test images of {listed(gone)}: their accuracy is left empty")
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
@@ -134,19 +134,22 @@ def main(argv: list[str] | None = None) -> None:
     saved = load(run_folder.model)
     if saved["training"]:
         plots.curves(saved["training"]["log"], f"Student ({settings.method})", run_folder.curves)
-    answering = classifiers.choose(settings.classifier, saved, teacher_checkpoint) if saved["statistics"] else "head"
+    asked = settings.classifier if saved["statistics"] else "head"
     heads = teacher, student
-    teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, answering)
-    student, student_answering = classifiers.answer_with(student, saved, answering)
+    teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, asked)
+    student, student_answering = classifiers.answer_with(student, saved, asked)
+    answering = student_answering["classifier"]
     comparison = evaluation.compare(teacher, student, teacher_answering, student_answering, test, heads=heads)
-    report.of_student(run_folder.report, teacher_answering, student_answering, test, comparison)
+    report.of_student(run_folder.report, test, comparison)
     board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
     say = progress.results(settings)
-    for name, hint in (("accuracy", "without a hint"), ("task_aware", "told the group (task-aware)")):
+    say(verdict.of_student(comparison.metrics, saved["classifiers"]))
+    accuracies = comparison.metrics["student"]
+    for name, hint in (("accuracy", ""), ("told", ", told that they are {}")):
         for group in ("old", "new"):
-            value = log_row[f"test_{name}_{group}"]
-            shown = "no images" if value is None else f"{value:.1f} %"
-            say(f"by the head, {group} classes, {hint}: {shown}")
+            value = accuracies[f"{name}_{group}"]
+            shown = "no images" if value is None else f"{value:.1f} % right"
+            say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
     elif settings.statistics:
@@ -158,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     if log_row.get("zero_maps", 0) > 0.5:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")
     say(f"the student is in {run_folder.model}, the page in {run_folder.report}")
-    accuracies = {name: value for name, value in log_row.items() if name.startswith("test_")}
+    judged = {f"test_{name}": value for name, value in accuracies.items()} | {"lost": comparison.metrics["lost"]}
     answers = {"classifier": answering, "classifiers": saved["classifiers"]}
-    progress.print_json(settings, {"model": str(run_folder.model), **accuracies, **answers})
+    progress.print_json(settings, {"model": str(run_folder.model), **judged, **answers})
 
 
 def begin_with_lda(student: models.Network, statistics: classifiers.ClassStatistics | None, settings: Settings) -> None:

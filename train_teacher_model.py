@@ -117,17 +117,20 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     saved = load(run_folder.model)
-    explained = evaluation.explain(model, test, *channels, settings.batch_size)
-    report.of_teacher(run_folder.report, saved, test, explained)
+    logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
+    side = evaluation.Side("", model, saved, logits)
+    views = evaluation.explain([side], test, settings.batch_size)
+    report.of_teacher(run_folder.report, test, side, views)
     if settings.epochs:
         plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
-        board.maps(test.pixels, explained[1].unsqueeze(1), settings.epochs)
+        maps = torch.stack([own[0].heat for own in views.values()])
+        board.maps(test.pixels[list(views)], maps.unsqueeze(1), settings.epochs)
     if settings.epochs and (failure := what_failed(saved["training"]["log"], len(classes))):
         log.warning(failure)
     (accuracy,) = saved["tasks"][0]["group_accuracy"]
-    shown = "no test images" if accuracy is None else f"test accuracy {accuracy:.1f} %"
+    shown = "no test images" if accuracy is None else f"{accuracy:.1f} % of the test images right"
     say = progress.results(settings)
-    say(f"{shown} over {len(classes)} classes; the model is in {run_folder.model}, the page in {run_folder.report}")
+    say(f"{shown}, {len(classes)} classes; the model is in {run_folder.model}, the page in {run_folder.report}")
     progress.print_json(settings, {"model": str(run_folder.model), "test_accuracy": accuracy})
 
 

@@ -1,8 +1,7 @@
 """How good a model is: accuracies in percent, confusion, forgetting, and how far its attention has moved.
 
-*Class-incremental* accuracy lets the model answer with any class it knows; *task-aware* accuracy tells it which
-group (old or new) the image belongs to, a far easier question. The two are reported side by side, never one for the
-other.
+*Class-incremental* accuracy lets the model answer with any class it knows. Two easier questions stand beside it: *told*
+whether the class is old or new, and *task-aware*, told with which task it came.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lwm import verdict
 from lwm.attention import attention_distances, last_map
 from lwm.classifiers import CLASSIFIERS, ClassStatistics, features_of, from_checkpoint, linear_layer
 from lwm.images.batches import Images, to_input
@@ -23,6 +23,7 @@ from lwm.models import Network
 from lwm.runtime import distributed
 
 TOP = 0.2  # share of the pixels of a map
+SHOWN = 60  # images of a page: with their maps at 224 px they take some 3 MB
 
 
 @torch.inference_mode()
@@ -55,12 +56,64 @@ def maps(
     return torch.cat(parts)
 
 
-def explain(
-    model: Network, images: Images, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
-    """Logits (n, classes) and maps of the true classes (n, h, w) for ``images``, of which n may be 0."""
-    logits = predict(model, images.pixels, mean, std, batch_size)
-    return logits, maps(model, images.pixels, images.labels, mean, std, batch_size)
+class View(NamedTuple):
+    """A map (h, w) of an image: whose, and of which class."""
+
+    role: str
+    label: int
+    heat: Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network as it answers: ``logits`` (n, classes) are its answers, and ``network`` has the head of its maps."""
+
+    role: str
+    network: Network
+    checkpoint: dict[str, Any]
+    logits: Tensor
+
+    def maps(self, pixels: Tensor, classes: Tensor, batch_size: int = 500) -> Tensor:
+        return maps(self.network, pixels, classes, self.checkpoint["mean"], self.checkpoint["std"], batch_size)
+
+
+def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dict[int, list[View]]:
+    """For some of ``images``, by position, the maps of the true class, and of the answer if that is another class.
+
+    A side makes them of the classes that it knows: a teacher has none of an image of a new class. The images are those
+    of ``spread``, by how sure the last side is of the true class; labels of -1 are passed over.
+    """
+    sure = sides[-1].logits.softmax(1).gather(1, images.labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    chosen = spread(images.labels, sure)
+    views: dict[int, list[View]] = {index: [] for index in chosen}
+    for side in sides:
+        asked = [
+            (index, label)
+            for index in chosen
+            if (true := int(images.labels[index])) < side.logits.shape[1]
+            for label in dict.fromkeys((true, int(side.logits[index].argmax())))
+        ]
+        if asked:
+            where, classes = torch.tensor(asked).T
+            heats = side.maps(images.pixels[where], classes, batch_size)
+            for (index, label), heat in zip(asked, heats, strict=True):
+                views[index].append(View(side.role, label, heat))
+    return views
+
+
+def spread(labels: Tensor, sure: Tensor) -> list[int]:
+    """At most ``SHOWN`` positions, the least sure first: of each class equally many, from the least to the most sure.
+
+    labels int64 (n,), of which those below 0 are passed over; sure (n,).
+    """
+    order = sure.argsort(stable=True)
+    present = labels[labels >= 0].unique()
+    chosen: list[int] = []
+    for label in present:
+        own = order[labels[order] == label]
+        count = min(len(own), max(1, SHOWN // len(present)))
+        chosen += own[torch.linspace(0, len(own) - 1, count).round().long()].tolist()
+    return sorted(chosen, key=lambda index: float(sure[index]))[:SHOWN]
 
 
 def attention_drift(teacher_maps: Tensor, student_maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +151,7 @@ def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | No
     """Five accuracies in percent, None if there is no image to judge by.
 
     logits (n, N+K), labels int64 (n,); the first ``old`` = N outputs are the old classes'. ``accuracy*`` is
-    class-incremental: the answer is the largest of all logits.
+    class-incremental: the answer is the largest of all logits. ``told_*`` is the largest of the old, or of the new.
     """
     sizes = (old, logits.shape[1] - old)
     right, told = _right(logits, labels, sizes), _right(logits, labels, sizes, told=True)
@@ -106,8 +159,8 @@ def accuracies(logits: Tensor, labels: Tensor, old: int) -> dict[str, float | No
         "accuracy": _percent(torch.cat(right)),
         "accuracy_old": _percent(right[0]),
         "accuracy_new": _percent(right[1]),
-        "task_aware_old": _percent(told[0]),
-        "task_aware_new": _percent(told[1]),
+        "told_old": _percent(told[0]),
+        "told_new": _percent(told[1]),
     }
 
 
@@ -227,18 +280,18 @@ def of_statistics(
 class Comparison:
     """What a teacher and its student answer on the same n images, and where they look.
 
-    ``metrics`` is what metrics.json holds. Logits are (n, N) and (n, N+K). The rows of ``maps`` (m, 2, h, w), teacher's
-    and student's, are those of the true class for the images ``shown`` int64 (m,), whose class is old; ``distance`` and
-    ``overlap`` (m,) are those of ``attention_drift``.
+    ``metrics`` is what metrics.json holds. ``sides`` are the teacher and the student. The rows of ``maps``
+    (m, 2, h, w), teacher's and student's, are those of the true class for the images ``shown`` int64 (m,), whose class
+    is old; ``distance`` and ``overlap`` (m,) are those of ``attention_drift``. ``views`` are those of ``explain``.
     """
 
     metrics: dict[str, Any]
-    teacher_logits: Tensor
-    student_logits: Tensor
+    sides: tuple[Side, Side]
     shown: Tensor
     maps: Tensor
     distance: Tensor
     overlap: Tensor
+    views: dict[int, list[View]]
 
 
 def compare(
@@ -261,17 +314,16 @@ def compare(
         predict(model, images.pixels, checkpoint["mean"], checkpoint["std"])
         for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
     )
+    one, other = heads or (teacher, student)
+    sides = (
+        Side("teacher", one, teacher_checkpoint, teacher_logits),
+        Side("student", other, student_checkpoint, student_logits),
+    )
     judged = images.labels >= 0
     shown = (judged & (images.labels < old)).nonzero().squeeze(1)
     old_labels, old_logits = images.labels[shown], teacher_logits[shown]
     labels, logits = images.labels[judged], student_logits[judged]
-    both = torch.stack(
-        [
-            maps(model, images.pixels[shown], old_labels, checkpoint["mean"], checkpoint["std"])
-            for model, checkpoint in zip(heads or (teacher, student), checkpoints, strict=True)
-        ],
-        dim=1,
-    )
+    both = torch.stack([side.maps(images.pixels[shown], old_labels) for side in sides], dim=1)
     distance, overlap = attention_drift(both[:, 0], both[:, 1])
 
     tasks = student_checkpoint["tasks"]
@@ -280,15 +332,20 @@ def compare(
     now, earlier = group_accuracies(logits, labels, sizes), [group_accuracies(teacher_logits[judged], labels, taught)]
     if history and student_checkpoint.get("classifier", "head") == "head":
         earlier += [task["group_accuracy"] for task in tasks[:-1]]
+    before, after = (each.argmax(1) == old_labels for each in (old_logits, student_logits[shown]))
     metrics = {
         "teacher": accuracies(old_logits, old_labels, old),
-        "student": accuracies(logits, labels, old),
+        "student": accuracies(logits, labels, old) | {"task_aware": task_aware(logits, labels, sizes)},
+        "lost": verdict.lost(int((before & ~after).sum()), int((after & ~before).sum()), len(shown))
+        if len(shown)
+        else None,
         "tasks": [
             {"classes": task["classes"], "accuracy": accuracy, "forgetting": lost}
             for task, accuracy, lost in zip(tasks, now, forgetting(earlier, now), strict=True)
         ],
         "classes": {
             "names": student_checkpoint["class_names"],
+            "images": labels.bincount(minlength=logits.shape[1]).tolist(),
             "teacher": class_accuracies(old_logits, old_labels),
             "student": class_accuracies(logits, labels),
         },
@@ -300,4 +357,4 @@ def compare(
         },
         "confusion": confusion(logits, labels).tolist(),
     }
-    return Comparison(metrics, teacher_logits, student_logits, shown, both, distance, overlap)
+    return Comparison(metrics, sides, shown, both, distance, overlap, explain(sides, images))

@@ -74,7 +74,8 @@ def test_what_answers_unasked(tasks, tmp_path, capsys, monkeypatch):
     checkpoint.save(tmp_path / "bare.pth", bare)
     both = ["--teacher", str(tmp_path / "bare.pth"), "--student", str(student), "--output-dir", str(tmp_path)]
     assert demo.main([*flags, *both, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["classifier"] == "head"
+    said = json.loads(capsys.readouterr().out)
+    assert (said["teacher_classifier"], said["classifier"]) == ("head", "lda")
     assert demo.main([*flags, *both, "--classifier", "ncm"]) == 2
     assert "--teacher: the checkpoint has no statistics" in capsys.readouterr().err.splitlines()[-1]
     image = str(root / "images" / "test" / "c" / "000.png")
@@ -109,6 +110,8 @@ def test_demo_predict_gradcam_and_export_answer_with_it(tasks, tmp_path, capsys,
     assert [task["forgetting"] for task in metrics["tasks"]] == [*map(pytest.approx, lost), None]
     assert metrics["student"]["accuracy"] == pytest.approx(metrics["classifiers"][name]["accuracy"])
     assert metrics["classifiers"] == checkpoint.load(student)["classifiers"]
+    # The page is that of the student's own run if that answers alike.
+    assert (tmp_path / "demo_report.html").exists() == (name != "lda")
     image = str(root / "images" / "test" / "e" / "000.png")
     assert predict.main([image, "--checkpoint", student, *asked, "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)
@@ -141,3 +144,39 @@ def test_statistics_that_were_left_out_are_added_when_a_run_is_resumed(tasks, tm
         saved = checkpoint.load(path)
         assert saved["classifiers"] == (whole["classifiers"] if name else {})
     assert torch.equal(saved["statistics"]["means"], whole["statistics"]["means"])
+
+
+def test_one_number_for_one_thing(tasks, tmp_path, capsys):
+    """A network's accuracy is the same in its run, in the page of its student, and in demo.py, by what answers."""
+    root, flags = tasks
+    paths = [root / "0" / "teacher_model.pth", root / "1" / "student_model.pth"]
+    one, two = map(checkpoint.load, paths)
+    both = ["--teacher", str(paths[0]), "--student", str(paths[1])]
+    assert demo.main([*flags, *both, "--output-dir", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["teacher_classifier"], metrics["classifier"]) == ("head", "lda")
+    assert [metrics["teacher"]["accuracy"]] == [pytest.approx(each) for each in one["tasks"][0]["group_accuracy"]]
+    teachers, students = ((path.parent / f"{path.stem[:7]}_report.html").read_text() for path in paths)
+    assert f"<td>{metrics['teacher']['accuracy']:.1f}</td>" in teachers
+    by_lda = two["classifiers"]["lda"]
+    for shown in (metrics["teacher"]["accuracy_old"], *(by_lda[f"accuracy{group}"] for group in ("", "_old", "_new"))):
+        assert f"<td>{shown:.1f}</td>" in students
+    capsys.readouterr()
+    resumed = [*flags, *both, "--new-classes", "c,d", "--resume", "--json", "--output-dir", str(tmp_path)]
+    assert incremental.main(resumed) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["classifier"] == "lda"
+    for name in ("accuracy", "accuracy_old", "told_new"):
+        assert said[f"test_{name}"] == pytest.approx(by_lda[name])
+    assert said["lost"] == metrics["lost"]
+
+
+def test_the_page_of_demo_is_written_for_other_images(tasks, tmp_path):
+    root, flags = tasks
+    both = ["--teacher", str(root / "0" / "teacher_model.pth"), "--student", str(root / "1" / "student_model.pth")]
+    page = tmp_path / "demo_report.html"
+    page.write_text("of another day")
+    assert demo.main([*flags, *both, "--output-dir", str(tmp_path)]) == 0
+    assert not page.exists()
+    assert demo.main([*both, "--images", str(root / "images" / "train"), "--output-dir", str(tmp_path)]) == 0
+    assert "Student of 4 classes" in page.read_text()

@@ -265,7 +265,7 @@ def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answ
         expected = autograd_map(model.eval(), inputs, labels, model.last_layer)
         torch.testing.assert_close(of_heads.maps[:, side], expected, rtol=1e-4, atol=1e-6)
         assert (of_lda.maps[:, side] - expected).abs().max() > 1e-3
-    assert torch.equal(of_heads.student_logits, of_lda.student_logits)
+    assert torch.equal(of_heads.sides[1].logits, of_lda.sides[1].logits)
     nothing = evaluation.of_statistics(heads[1], *both[2:], Images(images.pixels[:0], images.labels[:0]))
     assert nothing == {"classifiers": {}, "means_off": {}, "covariances_off": {}}
 

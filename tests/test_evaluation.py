@@ -29,8 +29,8 @@ def test_against_scikit_learn(old, new, count, seed):
         "accuracy": percent(truth >= 0, answers),
         "accuracy_old": percent(is_old, answers[is_old]),
         "accuracy_new": percent(~is_old, answers[~is_old]),
-        "task_aware_old": percent(is_old, scores[is_old, :old].argmax(1)),
-        "task_aware_new": percent(~is_old, scores[~is_old, old:].argmax(1) + old) if new else None,
+        "told_old": percent(is_old, scores[is_old, :old].argmax(1)),
+        "told_new": percent(~is_old, scores[~is_old, old:].argmax(1) + old) if new else None,
     }
     assert evaluation.accuracies(logits, labels, old) == pytest.approx(expected)
     counts = confusion_matrix(truth, answers, labels=list(range(old + new)))
@@ -104,6 +104,17 @@ def test_predictions_and_maps_are_in_eval_mode_whatever_the_batch(batch_size):
     torch.testing.assert_close(logits, model(inputs).logits, rtol=1e-3, atol=1e-4)
     assert not logits.requires_grad
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    explained = evaluation.explain(model, Images(pixels, classes), mean, std, batch_size)
-    assert all(torch.equal(one, other) for one, other in zip(explained, (logits, maps), strict=True))
-    assert [len(part) for part in evaluation.explain(model, Images(pixels[:0], classes[:0]), mean, std)] == [0, 0]
+    none = evaluation.Side("", model, {"mean": mean, "std": std}, logits[:0])
+    assert evaluation.explain([none], Images(pixels[:0], classes[:0]), batch_size) == {}
+
+
+def test_the_images_of_a_page_are_spread_over_classes_and_how_sure_the_model_is():
+    labels, sure = torch.tensor([0] * 500 + [1] * 3 + [-1] * 10), torch.rand(513, generator=torch.manual_seed(0))
+    chosen = evaluation.spread(labels, sure)
+    assert sure[chosen].tolist() == sorted(sure[chosen].tolist())
+    assert sorted(labels[chosen].tolist()) == [0] * 30 + [1] * 3
+    first = sure[:500]
+    own = sure[[index for index in chosen if index < 500]]
+    assert (own[0], own[-1]) == (first.min(), first.max())
+    assert abs(own.median() - first.median()) < 0.1
+    assert len(evaluation.spread(torch.arange(513), sure)) == evaluation.SHOWN

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from lwm.images.batches import Images
 from lwm.images.cache import decoded
 from lwm.images.files import decode_all, decode_files, image_files, printable
-from lwm.runtime.errors import InputError, log
+from lwm.runtime.errors import InputError, listed, log
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 DIGITS_TEST_SHARE = 0.25
@@ -81,7 +81,7 @@ class Source:
                 raise InputError(f"class {name!r} is an old class: its training images are not to be read")
             if name not in self.classes["train"]:
                 near = difflib.get_close_matches(name, self.classes["train"], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_some(self.classes['train'])}"
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {listed(sorted(self.classes['train']))}"
                 raise InputError(f"{_say(self.place)} has no class {name!r}{hint}")
 
     def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
@@ -221,7 +221,7 @@ def read_own_images(
     if not parts:
         raise InputError(
             f"--images {folder}: no folder with images, nor with a subfolder of images of a class that the student "
-            f"knows ({_some(class_names)})"
+            f"knows ({listed(sorted(class_names))})"
         )
     labels = [label for label, part in parts.items() for _ in part]
     gone = [name for label, name in enumerate(class_names) if label not in parts]
@@ -234,11 +234,6 @@ def read_own_images(
 
 def _say(place: Place) -> str:
     return place.dataset if place.dataset == "digits" else f"{place.dataset} in {place.data_dir}"
-
-
-def _some(names: Sequence[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 # The data sets ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ from lwm.runtime import progress
 from lwm.runtime.errors import InputError, log
 
 MEMORY = 1_200_000_000  # bytes that the pixels of one image take while it is read: Pillow's limit, 179 Mpx, fits
+LARGEST = 1600  # px of a whole image's longer side, where one is shown
 FILE_SIZE = 2**29  # bytes of a file; some decoders hold all of it besides
 JPEG_WORK = 10**10  # scans x pixels, some seconds: a progressive JPEG of 100 kB can hold thousands of scans
 
@@ -99,14 +100,26 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
 
     Pillow reads it, or OpenCV if Pillow does not know the format. Raises InputError for a file neither can read.
     """
+    return _decode(path, lambda image: _fit(image, size))
+
+
+def decode_whole(path: str | Path) -> np.ndarray:
+    """The whole image as uint8 (3, H, W), upright and RGB, scaled to ``LARGEST`` px if its longer side is longer.
+
+    Its middle square is what ``decode_image`` cuts out. Raises InputError as that does.
+    """
+    return _decode(path, _within_largest)
+
+
+def _decode(path: str | Path, shrink: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_file(path)
             try:
-                image = _decode_with_pillow(path, size)
+                image = _decode_with_pillow(path, shrink)
             except UnidentifiedImageError:
-                image = _fit(_decode_with_opencv(path), size)
+                image = shrink(_decode_with_opencv(path))
             return np.asarray(image).transpose(2, 0, 1).copy()
     except Exception as error:  # each decoder has errors of its own kinds for a file that is broken
         why = str(error) or type(error).__name__
@@ -131,7 +144,7 @@ def _check_file(path: str | Path) -> None:
         raise InputError("is a raw photograph; convert or remove it")
 
 
-def _decode_with_pillow(path: str | Path, size: int) -> Image.Image:
+def _decode_with_pillow(path: str | Path, shrink: Callable[[Image.Image], Image.Image]) -> Image.Image:
     with _opened(path) as opened:
         opened.tile = [_mended(tile) for tile in opened.tile]
         _check_work(path, opened)
@@ -139,7 +152,7 @@ def _decode_with_pillow(path: str | Path, size: int) -> Image.Image:
         _load(opened)
         orientation = opened.getexif().get(ExifTags.Base.Orientation) if len(opened.info.get("exif", "")) < 2**20 else 1
         # Turned when it is small: a second copy of a large photo would double the memory.
-        small = _fit(_to_rgb(opened, lower), size)
+        small = shrink(_to_rgb(opened, lower))
         return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
 
 
@@ -224,6 +237,10 @@ def _check_work(path: str | Path, image: ImageFile.ImageFile) -> None:
             f"reading {pixels} pixels of this kind ({image.format}, {image.mode}, {scans} scans) takes too much memory "
             "or time; make it smaller, save it in another format, or remove it"
         )
+
+
+def _within_largest(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (LARGEST, LARGEST)) if max(image.size) > LARGEST else image
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

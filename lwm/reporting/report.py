@@ -9,132 +9,131 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from torch import Tensor
 
-from lwm.evaluation import Comparison, class_accuracies, confusion
+from lwm import verdict
+from lwm.evaluation import Comparison, Side, View, accuracies, class_accuracies, confusion
 from lwm.images.batches import Images
-from lwm.probabilities import form_of, likeliest, probabilities_of
+from lwm.probabilities import form_of, likeliest
 from lwm.reporting import plots
+from lwm.runtime.errors import listed
 from lwm.runtime.files import write_atomically
 
-SHOWN = 60  # images in the gallery: with their maps at 224 px they take some 3 MB
 CONFUSED = 12  # rows of what is confused most
-HIDDEN = ("classes", "group_accuracy", "data_dir")  # of a task's settings: shown elsewhere, or somebody's own paths
+DRAWN = 100  # classes of which a confusion matrix can still be read
+# Of a task's settings: shown elsewhere, or somebody's own paths.
+HIDDEN = ("classes", "group_accuracy", "data_dir", "judged", "apart")
 
 
-def of_teacher(path: Path, checkpoint: dict[str, Any], images: Images, explained: tuple[Tensor, Tensor]) -> None:
-    """The page of task 0: its test images, their logits (n, N) and the maps (n, h, w) of the true classes."""
-    (logits, maps), names, form = explained, checkpoint["class_names"], form_of(checkpoint["loss_form"])
-    sure = probabilities_of(logits.numpy(), form)[np.arange(len(logits)), images.labels]
-    shown = in_turn(images.labels, -sure)
-    peak = float(maps[shown].max()) if shown else 0.0
-    gallery = []
-    for index in shown:
-        note = f"{100 * sure[index]:.0f} % for {names[images.labels[index]]}"
-        gallery.append(_card(images, index, names, peak, [("", maps[index], logits, form)], note))
+def of_teacher(path: Path, images: Images, side: Side, views: dict[int, list[View]]) -> None:
+    """The page of task 0: a network's answers to its test images, and the maps of evaluation.explain."""
+    names, labels = side.checkpoint["class_names"], images.labels
+    of_classes = class_accuracies(side.logits, labels)
+    student = accuracies(side.logits, labels, len(names))
+    counts = confusion(side.logits, labels).numpy()
     _write(
         path,
-        checkpoint,
-        confusion(logits, images.labels).numpy(),
+        side.checkpoint,
+        counts,
         title=f"Teacher of {len(names)} classes",
+        verdict=verdict.of_teacher(student["accuracy"], counts.tolist(), names),
+        identity=identity(images, side),
         teacher=None,
-        student={"accuracy": checkpoint["tasks"][-1]["group_accuracy"][0]},
-        classes=_classes(checkpoint, [], class_accuracies(logits, images.labels), [], []),
-        gallery=gallery,
-        sorted_by="least sure of the true class first",
+        student=student,
+        classes=_classes(side.checkpoint, counts.sum(1).tolist(), [], of_classes, [], []),
+        cards=_cards(images, [side], views, {}),
+        groups=[{"accuracy": student["accuracy"], "forgetting": None}],
     )
 
 
-def of_student(
-    path: Path,
-    teacher_checkpoint: dict[str, Any],
-    student_checkpoint: dict[str, Any],
-    images: Images,
-    comparison: Comparison,
-) -> None:
-    """The page of a later task, of its run or of demo.py: a teacher and its student on the same images.
-
-    The checkpoints are as classifiers.answer_with gives them.
-    """
-    names, metrics, old = student_checkpoint["class_names"], comparison.metrics, len(teacher_checkpoint["class_names"])
-    rows = in_turn(images.labels[comparison.shown], comparison.distance.nan_to_num(-1))
-    peak = float(comparison.maps[rows].max()) if rows else 0.0
-    logits = comparison.teacher_logits, comparison.student_logits
-    forms = [form_of(each["loss_form"]) for each in (teacher_checkpoint, student_checkpoint)]
-    gallery = []
-    for row in rows:
-        distance, overlap = comparison.distance[row], comparison.overlap[row]
+def of_student(path: Path, images: Images, comparison: Comparison) -> None:
+    """The page of a later task, of its run or of demo.py: a teacher and its student on the same images."""
+    teacher, student = (side.checkpoint for side in comparison.sides)
+    names, metrics, old = student["class_names"], comparison.metrics, len(teacher["class_names"])
+    notes = {}
+    for index, distance, overlap in zip(comparison.shown, comparison.distance, comparison.overlap, strict=True):
         moved = f"moved by {distance:.2f}, {overlap:.0f} % of the strongest fifth in common"
-        note = "one of the maps is all zero" if distance.isnan() else moved
-        sides = zip(("teacher", "student"), comparison.maps[row], logits, forms, strict=True)
-        gallery.append(_card(images, int(comparison.shown[row]), names, peak, sides, note))
+        notes[int(index)] = "one of the two maps of the true class is zero" if distance.isnan() else moved
     of_classes, attention = metrics["classes"], metrics["attention"].values()
+    columns = of_classes["images"], of_classes["teacher"], of_classes["student"], *attention
     _write(
         path,
-        student_checkpoint,
+        student,
         np.array(metrics["confusion"]),
         title=f"Student of {len(names)} classes, {old} old and {len(names) - old} new",
-        teacher=metrics["teacher"],
+        verdict=verdict.of_student(metrics, student["classifiers"]),
+        identity=identity(images, *comparison.sides),
+        teacher=metrics["teacher"] | {"classifier": teacher.get("classifier", "head")},
         student=metrics["student"],
-        classes=_classes(student_checkpoint, of_classes["teacher"], of_classes["student"], *attention),
-        gallery=gallery,
-        sorted_by="those whose map moved most first",
+        classes=_classes(student, *columns),
+        cards=_cards(images, comparison.sides, comparison.views, notes),
+        old=old,
+        groups=metrics["tasks"],
     )
 
 
-def in_turn(labels: Tensor, urgency: Any) -> list[int]:
-    """At most ``SHOWN`` indices, the most urgent first: of each class in turn its most urgent, so that all are there.
-
-    labels int64 (n,), urgency (n,).
-    """
-
-    def urgent(index: int) -> float:
-        return -float(urgency[index])
-
-    order = sorted(range(len(labels)), key=urgent)
-    so_far: Counter[int] = Counter()
-    turns = {}
-    for index in order:
-        turns[index] = so_far[label := int(labels[index])]
-        so_far[label] += 1
-    return sorted(sorted(order, key=lambda index: turns[index])[:SHOWN], key=urgent)
+def identity(images: Images, *sides: Side) -> str:
+    """A hash of what a page shows: the images, and of each side the classifier and the answers."""
+    shown = [(side.checkpoint.get("classifier", "head"), side.logits.argmax(1).tolist()) for side in sides]
+    return hashlib.sha256(json.dumps([images.fingerprint(), shown]).encode()).hexdigest()
 
 
-def _card(
-    images: Images, index: int, names: Sequence[str], peak: float, sides: Iterable[tuple[Any, ...]], note: str
-) -> dict[str, Any]:
-    """An image of the gallery; of each side the role, the map (h, w), all images' logits, and the form of answers."""
-    pixels, label = images.pixels[index].numpy(), int(images.labels[index])
-    maps = []
-    for role, heat, logits, form in sides:
-        answer, probability = likeliest(logits[index].numpy(), form, names)[0]
-        picture = _uri(plots.encode(plots.overlay(pixels, heat.numpy(), peak)))
-        right = answer == names[label]
-        maps.append({"role": role, "image": picture, "answer": answer, "probability": probability, "right": right})
-    picture = _uri(plots.encode(pixels.transpose(1, 2, 0)))
-    return {"label": label, "name": names[label], "image": picture, "maps": maps, "note": note}
+def shows(path: Path, identity: str) -> bool:
+    """Whether there is a page that shows what ``identity`` is of."""
+    return path.is_file() and f'content="{identity}"' in path.read_text(errors="replace")
+
+
+def _cards(
+    images: Images, sides: Sequence[Side], views: dict[int, list[View]], notes: dict[int, str]
+) -> list[dict[str, Any]]:
+    """The images of the gallery: each with its maps, on a scale of their own, and what each side answers."""
+    names = sides[-1].checkpoint["class_names"]
+    largest = max((float(view.heat.max()) for each in views.values() for view in each), default=0.0)
+    cards = []
+    for index, own in views.items():
+        pixels, label = images.pixels[index].numpy(), int(images.labels[index])
+        maps = []
+        for role, shown, heat in own:
+            peak = float(heat.max())
+            picture = _uri(plots.encode(plots.overlay(pixels, heat.numpy(), peak)))
+            strength = 100 * peak / largest if peak else None
+            maps.append({"role": role, "image": picture, "of": names[shown], "strength": strength})
+        answers = []
+        for side in sides:
+            if label >= side.logits.shape[1]:  # a teacher has no word for it
+                continue
+            form = form_of(side.checkpoint["loss_form"])
+            answer, probability = likeliest(side.logits[index].numpy(), form, names)[0]
+            answers.append((side.role, answer, 100 * probability, answer == names[label]))
+        card = {"label": label, "name": names[label], "image": _uri(plots.encode(pixels.transpose(1, 2, 0)))}
+        cards.append(card | {"maps": maps, "answers": answers, "note": notes.get(index, "")})
+    return cards
 
 
 def _classes(checkpoint: dict[str, Any], *columns: Sequence[float | None]) -> list[dict[str, Any]]:
-    """A row for each class: the task it came with, accuracies, what the student has lost of it, how its maps moved.
+    """A row for each class: the task it came with, how many images judge it, accuracies with the last one's interval,
+    what the student has lost of it, how its maps moved.
 
-    ``columns`` are the teacher's and the student's accuracies, distance and overlap; all but the student's have the
-    old classes alone.
+    ``columns`` are the images, the teacher's and the student's accuracies, distance and overlap; the teacher's and the
+    last two have the old classes alone.
     """
     came = [number for number, task in enumerate(checkpoint["tasks"]) for _ in task["classes"]]
-    names = ("name", "task", "teacher", "student", "distance", "overlap")
+    names = ("name", "task", "images", "teacher", "student", "distance", "overlap")
     cells = itertools.zip_longest(checkpoint["class_names"], came, *columns)
     rows = [dict(zip(names, row, strict=True)) for row in cells]
     for row in rows:
         row["lost"] = None if None in (row["teacher"], row["student"]) else row["teacher"] - row["student"]
     return rows
+
+
+def _between(percent: float | None, images: int) -> str:
+    return "" if percent is None else "{:.0f} to {:.0f}".format(*verdict.interval(percent, images))
 
 
 def _confused(counts: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, int, int]]:
@@ -156,7 +155,10 @@ def _hash(text: str) -> str:
 
 
 def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content: Any) -> None:
-    names, training = checkpoint["class_names"], checkpoint["training"]
+    names, training, rows = checkpoint["class_names"], checkpoint["training"], content["classes"]
+    first = list(range(len(rows)))
+    if len(rows) > verdict.NOTABLE:
+        first = verdict.notable(*([row[side] for row in rows] for side in ("teacher", "student")))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -164,14 +166,18 @@ def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["source_hash"] = _hash
+    environment.filters |= {"source_hash": _hash, "listed": listed}
+    environment.globals |= {"between": _between, "untrained": verdict.UNTRAINED}
+    drawn = counts.any() and len(names) <= DRAWN
     page = environment.get_template("report.html.jinja").render(
         **content,
         checkpoint=checkpoint,
-        answering=checkpoint.get("classifier", "head"),  # a teacher's page is of its head
-        several=len(checkpoint["tasks"]) > 1,
+        images=counts.sum(1),
+        answering=checkpoint.get("classifier", "head"),
+        several=content["teacher"] is not None,
+        first=[rows[label] for label in first],
         curves=_uri(plots.svg(plots.curves, training["log"], "This task")) if "log" in training else None,
-        confusion=_uri(plots.svg(plots.confusion, counts, names)) if counts.any() else None,
+        confusion=_uri(plots.svg(plots.confusion, counts, names)) if drawn else None,
         confused=_confused(counts, names),
         settings={name: value for name, value in checkpoint["tasks"][-1].items() if name not in HIDDEN},
     )

@@ -279,7 +279,7 @@ def _check_log(log: list[dict[str, Any]], epochs: int, finished: bool, of_studen
         # A row may lack the accuracies alone: not every epoch is judged, but the last one is.
         required = {"loss", "accuracy"} | {key for key in log[0] if not key.startswith("test_")}
         _require(row.get("epoch") == number and row.keys() >= required, f"row {number} of the log is not valid")
-    pairs = [f"test_{name}_{group}" for name in ("accuracy", "task_aware") for group in ("old", "new")]
+    pairs = [f"test_{name}_{group}" for name in ("accuracy", "told") for group in ("old", "new")]
     last = {"test_accuracy", *(pairs if of_student else ())}
     _require(len(log) < epochs or log[-1].keys() >= last, "the last epoch is not judged")
 

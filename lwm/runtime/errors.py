@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # What a run says on the way is logged as info, and what the user should know as a warning; the run goes on.
 log = logging.getLogger("lwm")
@@ -63,6 +63,11 @@ def start_log() -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.CRITICAL if process_number() else logging.INFO)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list that may have thousands, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def be_quiet() -> None:

@@ -35,7 +35,7 @@ def line_of(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     terms = [f"{name} {row[name]:.3g}" for name in ("classification", "distillation", "attention") if name in row]
     shown = [f"loss {row['loss']:.3g} ({', '.join(terms)})", f"training accuracy {row['accuracy']:.1f} %"]
     if row.get("test_accuracy") is not None:
-        shown.append(f"test accuracy {row['test_accuracy']:.1f} %")
+        shown.append(f"test accuracy {row['test_accuracy']:.1f} % (head)")
     shown.append(f"{row['images_per_second']:.0f} images/s")
     if seconds_left:
         shown.append(f"{seconds_left / 60:.0f} min left" if seconds_left >= 90 else f"{seconds_left:.0f} s left")
