@@ -19,10 +19,10 @@ select_classes_80_90 = "squirrel streetcar sunflower sweet_pepper table tank tel
 select_classes_90_100 = "train trout tulip turtle wardrobe whale willow_tree wolf woman worm".split()
 
 # What is learned. Every count follows from these two lists.
-DATASET = "digits"  # digits (embedded), cifar10, cifar100 (downloaded), or folder (DATA_DIR/{train,test}/<class>/*)
+DATASET = "digits"  # digits (embedded), cifar10, cifar100 (downloaded), or folder (DATA_DIR/{train,test}/<class>/)
 DATA_DIR = "data"  # where the images lie, or are downloaded to; digits need none
 OLD_CLASSES = ["0", "1"]  # names of the classes that the teacher learns
-NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top
+NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top; ["all"]: every new one
 
 # The network.
 MODEL = None  # resnet18, resnet32, resnet110, or a network of torchvision such as resnet50 or mobilenet_v2
@@ -55,6 +55,7 @@ PRECISION = "auto"  # fp32, bf16 for the networks' passes (losses stay fp32), or
 CACHE_DIR = "cache"  # where the decoded images of a folder are kept; can be deleted
 SKIP_BAD_IMAGES = False  # count images that cannot be read, instead of stopping at the first
 HOLD_BACK = 0.0  # judge on this share of the training images, held back, to choose settings without the test images
+CALIBRATION = 0.1  # share of training images set apart to calibrate probabilities; 0: none
 SEED = 0  # of initialisation, order and augmentation
 DEVICE = "auto"  # auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N
 DETERMINISTIC = False  # ask torch for deterministic algorithms on a GPU, somewhat slower; a CPU needs none

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lwm import classifiers, evaluation, verdict
 from lwm.images.batches import Images
-from lwm.images.datasets import Place, find_test_images, open_source, read_own_images, test_places
+from lwm.images.datasets import Place, open_source
+from lwm.images.judging import find_test_images, read_own_images
 from lwm.probabilities import form_of, likeliest
 from lwm.reporting import plots, report
 from lwm.runtime import hardware, progress
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         student = hardware.to_device(restore_model(student_checkpoint), device)
     require_student_of(teacher_checkpoint, student_checkpoint, settings)
     names, old = student_checkpoint["class_names"], len(teacher_checkpoint["class_names"])
-    images, captions, gone = images_to_judge(settings, student_checkpoint)
+    images, captions = images_to_judge(settings, student_checkpoint)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
     judged = images.labels >= 0
@@ -99,8 +100,6 @@ def main(argv: list[str] | None = None) -> None:
         write_atomically(output / "metrics.json", json.dumps(metrics, indent=1).encode())
         plots.confusion(np.array(metrics["confusion"]), names, output / "demo_confusion.png")
         student_checkpoint["classifiers"] = metrics["classifiers"]
-        if gone:
-            log.info(f"no test images of {listed(gone)}: their accuracy is left empty")
         say(verdict.of_student(metrics, metrics["classifiers"]))
         say(accuracy_table(metrics))
         shown = ["classifier", "teacher_classifier", "lost", "teacher", "student"]
@@ -137,19 +136,20 @@ def require_student_of(
             raise InputError(f"{no_student}: {name} is {one} there and {other} here")
 
 
-def images_to_judge(settings: Settings, checkpoint: dict[str, Any]) -> tuple[Images, list[str], list[str]]:
-    """The images, a caption for each, and the classes that have none; label -1 if the true class is unknown."""
+def images_to_judge(settings: Settings, checkpoint: dict[str, Any]) -> tuple[Images, list[str]]:
+    """The images and a caption for each; label -1 if the true class is unknown."""
     names, size = checkpoint["class_names"], checkpoint["image_size"]
     if settings.images:  # the errors below name --images already
         return read_own_images(Path(settings.images), names, size, settings.skip_bad_images)
-    here, cache = Place(settings.dataset, settings.data_dir), Path(settings.cache_dir)
-    asked = bool(settings.given & {"dataset", "data_dir"})
+    cache, asked = Path(settings.cache_dir), bool(settings.given & {"dataset", "data_dir"})
+    # Another folder alone has images of the kind that the student was trained on, whatever config.py says.
+    moved = asked and "dataset" not in settings.given
+    here = Place(checkpoint["tasks"][-1]["dataset"] if moved else settings.dataset, settings.data_dir)
     if asked:  # the search below goes on to the recorded places, which would hide that these images are not there
         with settings.naming("data_dir"):
             open_source(here, size, settings.skip_bad_images, cache)
-    places = test_places(checkpoint["tasks"], here, here_first=asked)
-    images, gone = find_test_images(places, size, settings.skip_bad_images, cache)
-    return images, [f"true: {names[label]}" for label in images.labels], gone
+    images = find_test_images(checkpoint["tasks"], size, settings.skip_bad_images, cache, here, here_first=asked)
+    return images, [f"true: {names[label]}" for label in images.labels]
 
 
 def answers(logits: Tensor, names: list[str], checkpoint: dict[str, Any]) -> list[str]:

@@ -17,10 +17,11 @@ import torch
 
 from lwm import attention, classifiers, evaluation, models, verdict
 from lwm.images.batches import to_input
-from lwm.images.datasets import Place, find_test_images, open_source, test_places
+from lwm.images.datasets import Place, open_source
+from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, loss_form
 from lwm.reporting import plots, report, tensorboard
-from lwm.runtime import distributed, hardware, progress, recommended
+from lwm.runtime import distributed, hardware, progress, recommended, setting_types
 from lwm.runtime.checkpoint import fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
@@ -34,7 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
         teacher_checkpoint = load(settings.teacher)
-    method, old, new = METHODS[settings.method], teacher_checkpoint["class_names"], list(settings.new_classes)
+    method, old = METHODS[settings.method], teacher_checkpoint["class_names"]
+    here = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
+    if settings.new_classes == ("all",):
+        settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
+    new = list(settings.new_classes)
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
     form = loss_form(settings, teachers_form)
     if method.loss and method.form is None and settings.loss_form is None:
@@ -45,19 +50,16 @@ def main(argv: list[str] | None = None) -> None:
     if run_folder.resumed and method.loss is None:
         raise InputError(f"--method {settings.method} has no training to resume; begin anew with --overwrite")
 
-    here, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    cache = Path(settings.cache_dir)
     size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
     with settings.naming("data_dir"):
         source = open_source(here, size, settings.skip_bad_images, cache)
     source.seal(old)
     with settings.naming("new_classes"):
         source.require_classes(new)
+    taught = teacher_checkpoint["tasks"]
+    test = find_test_images(taught, size, settings.skip_bad_images, cache, here, source=source, new=new)
     train = source.train(new, old + new)
-    source.require_test(new)
-    places = test_places(teacher_checkpoint["tasks"], here) | {name: [here] for name in new}
-    test, gone = find_test_images(places, size, settings.skip_bad_images, cache)
-    if gone:
-        log.info(f"no test images of {listed(gone)}: their accuracy is left empty")
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
-        "tasks": [*teacher_checkpoint["tasks"], describe_task(settings, new, settings.incremental_lr)],
+        "tasks": [*taught, describe_task(settings, new, settings.incremental_lr, source.record(test, len(old)))],
     }
     sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
     if run_folder.resumed is None and method.loss:
@@ -204,6 +206,29 @@ def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> Non
             f"{settings.where('new_classes')}: the softmax over one new class is always 1 and teaches nothing; "
             "take --method lwm with --loss-form binary"
         )
+
+
+def every_new_class(settings: Settings, here: Place, old: list[str]) -> tuple[str, ...]:
+    """The classes for ``--new-classes all``: those with training images that the teacher does not know, by name.
+
+    Raises InputError if there are none.
+    """
+    with settings.naming("data_dir"):
+        source = open_source(here, 8)
+    known = {name.casefold() for name in old}
+    there = [name for name in sorted(source.classes["train"]) if name not in old]
+    with settings.naming("new_classes"):
+        new = [name for name in there if name.casefold() not in known and source.parts(name).train]
+        if not new:
+            raise InputError(f"all of {here.data_dir}: the teacher knows every class that has training images there")
+        try:
+            setting_types.check_names(new)
+        except ValueError as error:
+            raise InputError(f"{error}; rename its folder") from error
+    left_out = [name for name in there if name not in new]
+    beside = f"; left out are {listed(left_out)}, empty or known in another case" if left_out else ""
+    log.info(f"NEW_CLASSES = {listed(new)} ({len(new)} classes, all that are new{beside})")
+    return tuple(new)
 
 
 def warn_of_mixed_forms(teachers: str, students: str) -> None:

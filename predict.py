@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lwm.images.files import decode_all, image_files, printable
+from lwm.images.files import decode_all, printable
+from lwm.images.folders import images_below
 from lwm.probabilities import form_of, likeliest
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.settings import OneLineParser, read_constant
@@ -83,15 +84,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def files_of(given: Sequence[str]) -> list[Path]:
-    """Each file, and of each folder its images, or those of its subfolders. Raises InputError if there are none."""
+    """Each file, and of each folder its images at any depth. Raises InputError for a folder without."""
     files: list[Path] = []
     for path in map(Path, given):
         if not path.is_dir():
             files.append(path)
             continue
-        own = image_files(path)
-        for folder in [] if own else sorted(each for each in path.iterdir() if each.is_dir()):
-            own += image_files(folder)
+        own = images_below(path)
         if not own:
             raise InputError(f"{path}: there is no image in this folder nor in its subfolders")
         files += own

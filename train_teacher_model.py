@@ -18,7 +18,8 @@ import torchvision
 
 from lwm import classifiers, evaluation, models
 from lwm.images.batches import channel_statistics
-from lwm.images.datasets import Place, find_test_images, open_source, side_of
+from lwm.images.datasets import Place, open_source, side_of
+from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, classify, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if run_folder.resumed and settings.epochs == 0:
         raise InputError(f"{settings.where('epochs')} is 0: there is no training to resume; take --no-resume")
 
-    place, cache = Place(settings.dataset, settings.data_dir, settings.hold_back), Path(settings.cache_dir)
+    place = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
+    cache = Path(settings.cache_dir)
     settings = recommended.image_size(settings, side_of(place, classes))
     if settings.epochs != 0:
         with settings.naming("data_dir"):
@@ -53,12 +55,15 @@ def main(argv: list[str] | None = None) -> None:
         with settings.naming("old_classes"):
             source.require_classes(classes)
         train, test = source.train(classes, classes), source.test(classes, classes)
+        record = source.record(test)
         counts = f"{len(train.labels)} training and {len(test.labels)} test images"
         log.info(f"{counts} of {len(classes)} classes, on {device}")
         settings = recommended.by_images(settings, len(train.labels), "lr", pretrained=bool(settings.weights))
-    else:  # the old images may be gone
-        places = {name: [place] for name in classes}
-        test, _ = find_test_images(places, settings.image_size, settings.skip_bad_images, cache)
+    else:  # the old images may be gone; what it was trained on is not known, so a folder alone may have test images
+        record, named = None, settings.dataset == "folder" or "data_dir" in settings.given
+        here = Place("folder", settings.data_dir) if named else None
+        task = {"classes": classes, "judged": None, "apart": [], "hold_back": 0.0}
+        test = find_test_images([task], settings.image_size, settings.skip_bad_images, cache, here)
 
     weights = read_weights(settings) if settings.weights else {}
     torch.manual_seed(settings.seed)
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         "mean": list(settings.mean or mean),
         "std": list(settings.std or std),
         "loss_form": settings.loss_form,
-        "tasks": [describe_task(settings, classes, settings.lr, first=True)],
+        "tasks": [describe_task(settings, classes, settings.lr, record, first=True)],
     }
     task, channels = checkpoint["tasks"][0], (checkpoint["mean"], checkpoint["std"])
     board = tensorboard.Board(settings, run_folder.folder, "teacher")

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torchvision
-from conftest import cifar_pixels, refused
+from conftest import cifar_pixels, refused, task_of
 
-from lwm.images import datasets
 from lwm.images.datasets import Place, open_source
+from lwm.images.judging import find_test_images
 
 CIFAR_NAMES = {"cifar100": ["apple", "aquarium_fish", "baby", "bear", "worm"], "cifar10": ["airplane", "cat", "truck"]}
 
@@ -64,14 +64,14 @@ def test_a_failed_download_is_one_line(tmp_path, serve_cifar):
 def test_nothing_is_downloaded_to_a_place_that_only_a_checkpoint_names(tmp_path, serve_cifar):
     names, theirs = CIFAR_NAMES["cifar100"], tmp_path / "theirs"
     serve_cifar("cifar100", names)
-    tasks = [{"classes": names, "dataset": "cifar100", "data_dir": str(theirs), "hold_back": 0.0}]
+    judged = {"dataset": "cifar100", "data_dir": str(theirs), "split": "test"}
+    tasks = [task_of(names, judged=judged)]
 
-    def gone(dataset: str, folder: str) -> list[str]:
-        places = datasets.test_places(tasks, Place(dataset, str(tmp_path / folder)))
-        return datasets.find_test_images(places, 32, False)[1]
+    def found(dataset: str, folder: str) -> list[int]:
+        return find_test_images(tasks, 32, here=Place(dataset, str(tmp_path / folder))).labels.unique().tolist()
 
-    assert gone("folder", "nowhere") == names
-    assert gone("cifar100", "mine") == []
+    assert found("folder", "nowhere") == []
+    assert found("cifar100", "mine") == [0, 1, 2, 3, 4]
     assert not theirs.exists()
     shutil.move(tmp_path / "mine", theirs)  # what lies there already is read
-    assert gone("folder", "nowhere") == []
+    assert found("folder", "nowhere") == [0, 1, 2, 3, 4]

@@ -1,9 +1,10 @@
-"""Images by class name: labels, splits, what is refused, places that hold them, and a user's own images."""
+"""Images by class name: labels, splits, what is set apart, and what is refused."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_class_with_too_few_images_is_named(tmp_path, wrong):
 def test_images_that_cannot_be_read_are_named_or_when_asked_skipped_and_counted(tmp_path, capsys):
     start_log()
     root = image_folder(tmp_path, {"cat": 5, "dog": 3}, {"cat": 1})
-    spoil(*(root / "train" / name for name in ("README.md", "cat/notes.txt", "cat/.DS_Store", "cat/._000.png")))
+    spoil(*(root / "train" / name for name in (".DS_Store", "cat/.DS_Store", "cat/._000.png")))
     good = contents(folder_source(root, skip_bad_images=True).train(["cat", "dog"], ["cat", "dog"]))
     assert len(good) == 8
     assert capsys.readouterr().err == ""
@@ -128,7 +129,8 @@ def touched(folder: Path, names: list[str], class_name: str = "cat") -> tuple[se
     for name in names:
         (folder / "train" / class_name / name).touch()
     source = folder_source(folder)
-    return tuple({path.name for path in source.listing(split, class_name)} for split in ("train", "test"))
+    parts = source.parts(class_name)
+    return {path.name for path in parts.train}, {path.name for path in parts.test}
 
 
 @pytest.mark.parametrize(("class_name", "count"), [("owl", 2), ("zebra", 2), ("cat", 2000)])
@@ -164,59 +166,69 @@ def test_images_held_back_come_from_those_for_training_in_the_share_that_was_ask
     assert abs(len(judged) - hold_back * len(everything)) < 1
 
 
-def test_what_a_task_held_back_stays_held_back_where_its_images_lie_now():
-    tasks = [
-        {"classes": ["b", "a"], "dataset": "folder", "data_dir": "old", "hold_back": 0.0},
-        {"classes": ["c"], "dataset": "digits", "data_dir": "x", "hold_back": 0.2},
-    ]
-    first = [Place("folder", "old", 0.0, download=False), Place("folder", "now", 0.0)]
-    second = [Place("digits", "x", 0.2, download=False), Place("folder", "now", 0.2)]
-    places = datasets.test_places(tasks, Place("folder", "now", 0.5))
-    assert list(places.items()) == [("b", first), ("a", first), ("c", second)]
-    assert datasets.test_places(tasks, Place("folder", "now"), here_first=True)["c"] == second[::-1]
+FOR_CALIBRATION = {  # what there is beside 40, 4 and 5 images in train -> images of the classes that are held back
+    "neither": (2, 0, 0),  # of the five one is set apart to judge by
+    "test": (2, 0, 1),
+    "val": (2, 0, 1),
+    "test val": (3, 2, 2),
+}
 
 
-# Test images of several places, and a user's own --------------------------------------------------------------------
+@pytest.mark.parametrize("splits", FOR_CALIBRATION)
+def test_images_to_calibrate_by_neither_train_nor_judge(tmp_path, splits):
+    """A tenth of the training images, but none of a class with few; or those of val if test judges."""
+    root, classes = image_folder(tmp_path, {"cat": 40, "few": 4, "five": 5}), ["cat", "few", "five"]
+    for split in {"test", "val"} & set(splits.split()):
+        for name, count in {"cat": 3, "few": 2, "five": 2}.items():
+            write_images(root / split / name, count, seed=len(split))
+    plain, source = (open_source(Place("folder", str(root), calibration=share), 8) for share in (0.0, 0.1))
+    for name in classes:
+        (train, test, held_back), before = source.parts(name), plain.parts(name)
+        assert not {*train} & {*test, *held_back}
+        assert not {*test} & {*held_back}
+        assert test == before.test
+        if splits == "test val":
+            assert {path.parent.parent.name for path in held_back} == {"val"}
+        else:
+            assert sorted([*train, *held_back]) == before.train
+            assert before.held_back == []
+    counts = FOR_CALIBRATION[splits]
+    images = source.held_back(classes[::-1], classes)
+    assert tuple(images.labels.bincount(minlength=3).tolist()) == counts
+    assert images.pixels.shape == (sum(counts), 3, 8, 8)
+    alone = source.held_back(["cat"], ["cat"])  # another class moves nothing
+    assert sorted(contents(alone)) == sorted(contents(images)[-counts[0] :])
+    assert source.held_back([], classes).pixels.shape == (0, 3, 8, 8)
 
 
-def test_test_images_come_from_the_first_place_that_still_has_them(tmp_path):
-    first = Place("folder", str(image_folder(tmp_path / "first", {"a": 2, "b": 2}, {"a": 1, "b": 1})))
-    second = Place("folder", str(image_folder(tmp_path / "second", {"a": 2, "b": 2, "c": 2}, {"a": 3, "b": 2, "c": 4})))
-    (tmp_path / "first/test/b/000.png").unlink()  # its folder is still there
-    nowhere = Place("folder", str(tmp_path / "nowhere"))
-    places = {"c": [nowhere, second], "a": [first, second], "x": [first, second], "b": [first, second], "y": [nowhere]}
-    images, gone = datasets.find_test_images(places, 16, False)
-    assert gone == ["x", "y"]
-    assert images.labels.tolist() == [0, 0, 0, 0, 1, 3, 3]
-    expected = files_of(tmp_path / "second/test/c", tmp_path / "first/test/a", tmp_path / "second/test/b")
-    np.testing.assert_array_equal(rows_of(images), expected)
-    spoil(tmp_path / "second/test/b/000.png")  # which does not count as gone
-    assert "000.png" in refused(datasets.find_test_images, places, 16, False)
-    images, gone = datasets.find_test_images({"b": [first], "a": [nowhere], "c": []}, 24, False)
-    assert gone == ["b", "a", "c"]
-    assert (images.pixels.shape, images.pixels.dtype) == ((0, 3, 24, 24), torch.uint8)
+def test_of_digits_too_some_are_held_back_to_calibrate_by():
+    source, plain = open_source(DIGITS._replace(calibration=0.1), 8), open_source(DIGITS, 8)
+    images = source.held_back(["7", "5"], ["5", "7"])
+    for label, name in enumerate("57"):
+        own, before = contents(source.train([name], [name])), contents(plain.train([name], [name]))
+        held = [image.numpy().tobytes() for image in images.pixels[images.labels == label]]
+        assert sorted(own + held) == sorted(before)
+        assert 0.03 < len(held) / len(before) < 0.2
+    assert len(plain.held_back(["5"], ["5"]).labels) == 0
 
 
-def test_own_images_by_class(tmp_path):
-    for seed, (name, count) in enumerate({"dog": 2, "cat": 3, "unknown": 1}.items()):
-        write_images(tmp_path / name, count, seed=seed)
-    images, captions, gone = datasets.read_own_images(tmp_path, ["zebra", "dog", "cat"], 16, False)
-    assert images.labels.tolist() == [1, 1, 2, 2, 2]
-    assert captions == ["true: dog"] * 2 + ["true: cat"] * 3
-    assert gone == ["zebra"]
-    np.testing.assert_array_equal(rows_of(images), files_of(tmp_path / "dog", tmp_path / "cat"))
-    for folder in (tmp_path, tmp_path / "none"):
-        assert str(folder) in refused(datasets.read_own_images, folder, ["zebra"], 16, False)
+def test_images_of_val_that_are_held_back_judge_and_do_not_calibrate(tmp_path):
+    root = image_folder(tmp_path, {"cat": 20}, {"cat": 2})
+    write_images(root / "val" / "cat", 4, seed=9)
+    place = Place("folder", str(root), 0.2, calibration=0.25)
+    splits = [{path.parent.parent.name for path in part} for part in open_source(place, 8).parts("cat")]
+    assert splits == [{"train"}, {"val"}, {"train"}]
+    shutil.rmtree(root / "test")  # then val is what test was
+    train, test, held_back = open_source(place, 8).parts("cat")
+    assert len(test) == 4
+    assert {path.parent.parent.name for path in [*train, *test, *held_back]} == {"train"}
+    assert len({*train, *test, *held_back}) == 20
 
 
-def test_own_images_flat(tmp_path):
-    write_images(tmp_path, 3, suffix=".bmp")
-    images, captions, gone = datasets.read_own_images(tmp_path, ["dog", "cat"], 16, False)
-    assert images.labels.tolist() == [-1, -1, -1]
-    np.testing.assert_array_equal(rows_of(images), files_of(tmp_path))
-    assert captions == ["000.bmp", "001.bmp", "002.bmp"]
-    assert gone == ["dog", "cat"]
-    spoil(tmp_path / "001.bmp")
-    assert "001.bmp" in refused(datasets.read_own_images, tmp_path, ["dog"], 24, False)
-    os.rename(tmp_path / "000.bmp", os.fsencode(tmp_path) + b"/\xe9.bmp")  # a name that is no text
-    assert datasets.read_own_images(tmp_path, ["dog"], 24, True)[1] == ["002.bmp", "?.bmp"]
+def test_the_side_of_images_is_the_median_of_their_shorter_ones(tmp_path):
+    assert open_source(DIGITS, 32).side(["0"]) == 8
+    image_folder(tmp_path, {"cat": 3, "dog": 2}, {"cat": 1})
+    Image.new("L", (90, 40)).save(tmp_path / "train" / "dog" / "000.png")
+    source = folder_source(tmp_path, size=8)
+    assert (source.side(["cat"]), source.side(["dog"]), source.side(["cat", "dog"])) == (16, 28, 16)
+    assert source.side(["owl"]) is None

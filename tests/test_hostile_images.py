@@ -18,6 +18,7 @@ from hostilefiles import BOMBS, COUNT, DUDS, EITHER, PROGRAMS, picture, saved, w
 from PIL import Image
 
 from lwm.images import files
+from lwm.images.folders import images_below
 from lwm.runtime.errors import InputError, start_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +128,7 @@ def test_what_is_no_image_file_is_named_in_one_line_or_counted(tmp_path, capfd, 
     saved_path, path = tmp_path / "a.png", tmp_path / "x.png"
     picture().save(saved_path)
     NO_FILES[kind](path)
-    assert files.image_files(tmp_path) == [saved_path, path]
+    assert images_below(tmp_path) == [saved_path, *([] if kind == "folder" else [path])]
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))  # rather than wait for a pipe's other end
     signal.alarm(5)
     with pytest.raises(InputError, match=rf"\A{re.escape(str(path))}: .*\Z"):  # in one line

@@ -13,8 +13,8 @@ import pytest
 from conftest import picture, refused
 from PIL import Image
 
-from lwm.images import files
 from lwm.images.files import decode_image
+from lwm.images.folders import images_below
 
 
 def decoded(path: Path, size: int = 16) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_kinds_of_images(tmp_path, name):
     assert Image.open(path).mode == image.mode or path.suffix == ".webp"
     close(decoded(path), expected, by)
     loud = shutil.copy(path, path.with_suffix(path.suffix.upper()))
-    assert files.image_files(tmp_path) == sorted([path, loud])
+    assert images_below(tmp_path) == sorted([path, loud])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -108,7 +108,7 @@ def test_a_format_that_only_opencv_reads(tmp_path):
     with pytest.raises(OSError, match="cannot identify"):
         Image.open(path)
     close(decoded(path), IMAGE, 3)
-    assert files.image_files(tmp_path) == [path]
+    assert images_below(tmp_path) == [path]
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -138,4 +138,4 @@ def test_a_name_cannot_write_to_the_terminal(tmp_path):
 def test_formats_that_are_never_read_are_not_listed(tmp_path):
     for suffix in (".eps", ".ps", ".EPS", ".wmf", ".emf", ".iim", ".icns", ".blp", ".png"):
         (tmp_path / f"x{suffix}").write_bytes(b"")
-    assert [path.name for path in files.image_files(tmp_path)] == ["x.png"]
+    assert [path.name for path in images_below(tmp_path)] == ["x.png"]

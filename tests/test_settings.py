@@ -56,6 +56,7 @@ VALUES = {  # constant: bad values of config.py, bad flags, a good flag and what
     "cache_dir": (["", None, 3], [""], "some/cache", "some/cache"),
     "skip_bad_images": (["yes", 1], [], "", True),
     "hold_back": ([0.6, "0.1"], ["-0.1", "half"], "0.2", 0.2),
+    "calibration": ([0.6, "0.1"], ["-0.1", "half"], "0", 0.0),
     "seed": ([-1, 0.0, 2**32, 10**5000, None], ["-1", "0.5", str(2**32), "1" + "0" * 5000], "4294967295", 2**32 - 1),
     "device": (["cpu:0", "cuda:x", 0], ["gpu", "cuda:-1", "cuda:200", "cuda:07", "cuda:²", ""], "cuda:1", "cuda:1"),
     "deterministic": (["yes", 1], [], "", True),

@@ -24,13 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FP32 = ["--precision", "fp32"]  # whatever the processor has: several processes and one are compared
 SMALL = ["--model", "resnet32", "--image-size", "8", *FP32]
 STEPS = 5  # of an epoch
-RUN = [
-    "--epochs",
-    "2",
-    "--save-interval",
-    "2",
-    *FP32,
-]  # so the first epoch's end is saved only where the run stops there
+# The first epoch's end is saved only where the run stops there.
+RUN = ["--epochs", "2", "--save-interval", "2", "--calibration", "0", *FP32]
 
 
 # Children are forked from a process that has imported what takes seconds, and has run nothing yet.

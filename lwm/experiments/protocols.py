@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lwm import losses
+from lwm.images.folders import Folder
 from lwm.runtime.errors import InputError
 from lwm.runtime.settings import cifar100_classes
 
@@ -57,7 +58,8 @@ PHOTO_METHODS = METHODS | {
 # What digits-search-3x2 chose, likewise. The others take DIGITS, which is what it chose for each of them.
 DIGITS_METHODS = METHODS | {"frozen": f"{METHODS['frozen']} --incremental-lr 0.1"}
 # Said even where it is the default of config.py, which users edit.
-SAME = "--warm-up 0 --momentum 0.9 --temperature 2 --batch-norm train --freeze 0 --no-balanced --hold-back 0"
+SAME = "--warm-up 0 --momentum 0.9 --temperature 2 --batch-norm train --freeze 0 --no-balanced --calibration 0"
+SAME += " --hold-back 0"
 DIGITS = f"{SAME} --model resnet18 --image-size 32 --epochs 10 --batch-size 64 --lr 0.03 --incremental-lr 0.0125"
 DIGITS += " --weight-decay 0 --no-flip --beta 1 --gamma 0.1 --precision fp32"
 PHOTOS = f"{SAME} --model resnet32 --image-size 32 --epochs 20 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
@@ -227,9 +229,9 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     if protocol.dataset == "cifar100":
         names = cifar100_classes()
     else:
-        if not data_dir or not (Path(data_dir) / "train").is_dir():
-            raise InputError(f"--data-dir is {data_dir!r}: the folder with train/<class>/ and test/<class>/ is needed")
-        names = sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
+        if not data_dir:
+            raise InputError("--data-dir is missing: the folder with train/<class>/ and test/<class>/ is needed")
+        names = Folder(Path(data_dir)).classes.get("train", [])
         if len(names) < (needed := protocol.pool.stop):
             raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
     if protocol.by_name:

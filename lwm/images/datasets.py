@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from lwm.images.batches import Images
 from lwm.images.cache import decoded
-from lwm.images.files import decode_all, decode_files, image_files, printable
+from lwm.images.files import decode_all
+from lwm.images.folders import SPLITS, Folder, one_form, typical_side
 from lwm.runtime.errors import InputError, listed, log
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
+CALIBRATION_LEAST = 5  # training images of a class of which some can be set apart to calibrate by
 DIGITS_TEST_SHARE = 0.25
 
 
@@ -39,13 +40,23 @@ class Place(NamedTuple):
 
     ``hold_back`` is the share of the training images that stands in for the test images, so that settings can be
     chosen without looking at the test images. ``download`` is for the user's own settings: a place that a checkpoint
-    records was named by the file's author, who is not to choose where something is written.
+    records was named by the file's author, who is not to choose where something is written. ``calibration`` is the
+    share of the training images that ``Source.held_back`` hands out.
     """
 
     dataset: str
     data_dir: str
     hold_back: float = 0.0
     download: bool = True
+    calibration: float = 0.0
+
+
+class Parts(NamedTuple):
+    """What each image of a class is for; no image is for two things."""
+
+    train: list[Any]
+    test: list[Any]
+    held_back: list[Any]
 
 
 @dataclass
@@ -53,13 +64,17 @@ class Source:
     """The images of one place.
 
     ``listing(split, class)`` names the images of a class without reading them; ``decode(names)`` reads those it is
-    given as uint8 (n, 3, H, W), and says by index what is wrong with each that cannot be read and is left out.
+    given as uint8 (n, 3, H, W), and says by index what is wrong with each that cannot be read and is left out;
+    ``key(name)`` is a text by which an image is set apart or not.
     """
 
     place: Place
-    classes: dict[str, list[str]]  # split -> class names
+    image_size: int
+    classes: dict[str, list[str]]  # split -> class names; train is always there
     listing: Callable[[str, str], Sequence[Any]]
     decode: Callable[[Sequence[Any]], tuple[np.ndarray, dict[int, str]]]
+    key: Callable[[Any], str] = str
+    folder: Folder | None = None
     sealed: set[str] = field(default_factory=set)
 
     def seal(self, class_names: Sequence[str]) -> None:
@@ -76,12 +91,15 @@ class Source:
 
     def require_classes(self, wanted: Sequence[str]) -> None:
         """Raises InputError for the first of these classes that is sealed, or that has no training images."""
+        known = self.classes["train"]
         for name in wanted:
             if name in self.sealed:
                 raise InputError(f"class {name!r} is an old class: its training images are not to be read")
-            if name not in self.classes["train"]:
-                near = difflib.get_close_matches(name, self.classes["train"], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {listed(sorted(self.classes['train']))}"
+            if one_form(name) not in known:
+                self._say_left_out(wanted)
+                near = [each for each in known if each.casefold() == name.casefold()]
+                near += difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {listed(known) or 'none to train on'}"
                 raise InputError(f"{_say(self.place)} has no class {name!r}{hint}")
 
     def test(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
@@ -90,43 +108,129 @@ class Source:
         return self._read("test", wanted, outputs)
 
     def require_test(self, wanted: Sequence[str]) -> None:
-        """Raises InputError for the first of these classes that has no test images."""
+        """Raises InputError for the first of these classes that has no test images. Logs what judges if not test."""
         for name in wanted:
             if not self.has_test(name):
-                way_out = "add some, or remove the folder test, and a fifth of the training images is set apart"
-                raise InputError(f"{_say(self.place)} has no test images of class {name!r}: {way_out}")
+                self._say_left_out(wanted)
+                way_out = f"; add some, or take the folder {self.split} away" if self.split in SPLITS else ""
+                raise InputError(f"{_say(self.place)} has no test images of class {name!r}{way_out}")
+        if self.split == "val":
+            log.info(f"{_say(self.place)}: there is no folder test, so the images of val judge")
+        elif self.split == "apart":
+            log.info(f"{_say(self.place)}: there is no folder test, so a fifth of the images is set apart to judge by")
 
     def has_test(self, name: str) -> bool:
-        return name in self.classes["train" if self.place.hold_back else "test"] and bool(self._chosen("test", name))
+        return bool(self.parts(name).test)
 
-    def _read(self, split: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
-        names = [self._chosen(split, name) for name in wanted]
-        self._require_enough(split, wanted, list(map(len, names)))
-        pixels, bad = self.decode(list(itertools.chain.from_iterable(names)))  # at once: one file of a cache
+    def held_back(self, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
+        """Images that neither train nor judge, to calibrate by; perhaps none, of all or of some of the classes.
+
+        Those of a folder's val if its test judges, else a share of the training images.
+        """
+        if self._has_val_to_hold_back and (without := [name for name in wanted if not self.parts(name).held_back]):
+            log.info(f"{_say(self.place)} has no images in val of {listed(without)}")
+        return self._read("held back", wanted, outputs)
+
+    @property
+    def split(self) -> str:
+        """What judges: "test", "val", "apart" (a fifth of train), or "held back"."""
+        if self.place.hold_back:
+            return "held back"
+        return next((split for split in ("test", "val") if split in self.classes), "apart")
+
+    @property
+    def judges_by_train(self) -> bool:
+        """Whether the images that judge are set apart out of those for training."""
+        return self.split == "apart" or (self.split == "held back" and not {"test", "val"} <= self.classes.keys())
+
+    @property
+    def _has_val_to_hold_back(self) -> bool:
+        return {"test", "val"} <= self.classes.keys() and not self.place.hold_back
+
+    def record(self, test: Images, first_label: int = 0) -> dict[str, Any]:
+        """For a task's dict: what judged its classes, those from ``first_label`` on in ``test``.
+
+        ``apart`` has the hashes of the images if only these tell them from a folder's training images.
+        """
+        by_hash = self.folder is not None and self.judges_by_train
+        own = test.pixels[test.labels >= first_label] if by_hash else ()
+        judged = {"dataset": self.place.dataset, "data_dir": str(Path(self.place.data_dir).resolve())}
+        return {"judged": judged | {"split": self.split}, "apart": [pixel_hash(image.numpy()) for image in own]}
+
+    def side(self, wanted: Sequence[str]) -> int | None:
+        """The shorter side in px that the training images of these classes have as a rule, before they are scaled."""
+        if self.folder is None:
+            return 8 if self.place.dataset == "digits" else 32
+        return typical_side([path for name in wanted for path in self.parts(name).train])
+
+    def parts(self, name: str) -> Parts:
+        """The images of a class, by what they are for; empty lists for a class that is not there."""
+        name = one_form(name)
+        there = [split if name in self.classes.get(split, ()) else None for split in SPLITS]
+        train, val, test = ([*self.listing(split, name)] if split else [] for split in there)
+        if not {"test", "val"} & self.classes.keys():
+            test, train = self._set_apart(train, FOLDER_TEST_SHARE, "", least=1, most=len(train) - 1)
+        elif "test" not in self.classes:
+            test, val = val, []
+        if self.place.hold_back:
+            if not self.judges_by_train:
+                test, val = val, []
+            else:
+                held_before = [math.ceil(index * self.place.hold_back) for index in range(len(train) + 1)]
+                held = [after > before for before, after in itertools.pairwise(held_before)]
+                test, train = (
+                    [item for item, is_held in zip(train, held, strict=True) if is_held == wanted]
+                    for wanted in (True, False)
+                )
+        if self._has_val_to_hold_back:
+            return Parts(train, test, val)
+        few = len(train) < CALIBRATION_LEAST or not self.place.calibration
+        most = 0 if few else len(train) // 2
+        held_back, train = self._set_apart(train, self.place.calibration, "calibration/", least=1, most=most)
+        return Parts(train, test, held_back)
+
+    def _set_apart(self, items: list[Any], share: float, prefix: str, least: int, most: int) -> tuple[list, list]:
+        """The same split for every seed, machine and order; new images do not move it, save in a tiny class."""
+
+        def drawn(item: Any) -> float:
+            written = f"{prefix}{self.key(item)}".encode(errors="surrogateescape")  # a name need not be text
+            return int.from_bytes(hashlib.sha256(written).digest()[:8], "big") / 2**64
+
+        ranked = sorted((drawn(item), index) for index, item in enumerate(items))
+        count = max(0, min(max(sum(number < share for number, _ in ranked), least), most))
+        chosen = {items[index] for _, index in ranked[:count]}
+        return [item for item in items if item in chosen], [item for item in items if item not in chosen]
+
+    def _read(self, purpose: str, wanted: Sequence[str], outputs: Sequence[str]) -> Images:
+        self._say_left_out(wanted)
+        names = [getattr(self.parts(name), purpose.replace(" ", "_")) for name in wanted]
+        self._require_enough(purpose, wanted, list(map(len, names)))
+        everything = list(itertools.chain.from_iterable(names))
+        if not everything:
+            return none_of(self.image_size)
+        pixels, bad = self.decode(everything)  # at once: one file of a cache
         starts = list(itertools.accumulate(map(len, names), initial=0))
         skipped = [sum(start <= index < end for index in bad) for start, end in itertools.pairwise(starts)]
         kept = [len(listed) - lost for listed, lost in zip(names, skipped, strict=True)]
-        self._require_enough(split, wanted, kept)
+        self._require_enough(purpose, wanted, kept)
         for name, count, lost in zip(wanted, kept, skipped, strict=True):
             if lost:
-                about = f"{lost} of {count + lost} images ({split}) cannot be read and are skipped"
+                about = f"{lost} of {count + lost} images ({purpose}) cannot be read and are skipped"
                 log.warning(f"class {name!r} in {_say(self.place)}: {about}")
         labels = torch.tensor([list(outputs).index(name) for name in wanted])
         return Images(torch.from_numpy(pixels), labels.repeat_interleave(torch.tensor(kept)))
 
-    def _require_enough(self, split: str, wanted: Sequence[str], counts: Sequence[int]) -> None:
+    def _require_enough(self, purpose: str, wanted: Sequence[str], counts: Sequence[int]) -> None:
         for name, count in zip(wanted, counts, strict=True):
-            if count < (2 if split == "train" else 1):
-                about = f"class {name!r} in {_say(self.place)} has {count} images that can be read ({split})"
+            if count < {"train": 2, "test": 1, "held back": 0}[purpose]:
+                about = f"class {name!r} in {_say(self.place)} has {count} images that can be read ({purpose})"
                 raise InputError(f"{about}; two to train on and one to judge by are the least that works")
 
-    def _chosen(self, split: str, name: str) -> Sequence:
-        if not self.place.hold_back:
-            return self.listing(split, name)
-        names = self.listing("train", name)
-        held_before = [math.ceil(index * self.place.hold_back) for index in range(len(names) + 1)]
-        held = [after > before for before, after in itertools.pairwise(held_before)]
-        return [item for item, is_held in zip(names, held, strict=True) if is_held == (split == "test")]
+    def _say_left_out(self, wanted: Sequence[str]) -> None:
+        if self.folder:
+            for split, name in itertools.product(self.classes, wanted):
+                self.folder.files(split, name)
+            self.folder.say_left_out(wanted)
 
 
 def open_source(place: Place, image_size: int, skip_bad_images: bool = False, cache_dir: Path | None = None) -> Source:
@@ -144,92 +248,20 @@ def open_source(place: Place, image_size: int, skip_bad_images: bool = False, ca
 
 
 def side_of(place: Place, wanted: Sequence[str]) -> int | None:
-    """STUB"""
-    from PIL import Image
-
-    if place.dataset != "folder" or not Path(place.data_dir, "train").is_dir():
+    """``Source.side`` of a folder, before an image size is chosen; None if it has no such images."""
+    try:
+        return open_source(place, 8).side(wanted) if place.dataset == "folder" else None
+    except InputError:
         return None
-    files = [p for name in wanted for p in Path(place.data_dir, "train", name).iterdir()]
-    sides = sorted(min(Image.open(p).size) for p in files[:: max(1, len(files) // 50)])
-    return sides[len(sides) // 2]
 
 
-def test_places(tasks: Sequence[dict], here: Place, here_first: bool = False) -> dict[str, list[Place]]:
-    """Where each class of a checkpoint's ``tasks`` may have test images: as recorded, to be read alone, and ``here``.
-
-    What each task held back of its training images stays held back, wherever they lie now.
-    """
-    places: dict[str, list[Place]] = {}
-    for task in tasks:
-        recorded = Place(task["dataset"], task["data_dir"], task["hold_back"], download=False)
-        candidates = [recorded, here._replace(hold_back=task["hold_back"])]
-        places |= dict.fromkeys(task["classes"], candidates[::-1] if here_first else candidates)
-    return places
+def none_of(image_size: int) -> Images:
+    return Images(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0).long())
 
 
-def find_test_images(
-    places: dict[str, list[Place]], image_size: int, skip_bad_images: bool, cache_dir: Path | None = None
-) -> tuple[Images, list[str]]:
-    """Test images of each class of ``places`` from the first of its places that still has them.
-
-    Labels are positions in ``places``. Returns the images and the names of the classes that have none left.
-    """
-    opened: dict[Place, Source | None] = {}
-    chosen: dict[Place, tuple[Source, list[str]]] = {}
-    gone: list[str] = []
-    for name, candidates in places.items():
-        for place in candidates:
-            if place not in opened:
-                try:
-                    opened[place] = open_source(place, image_size, skip_bad_images, cache_dir)
-                except InputError:
-                    opened[place] = None
-            source = opened[place]
-            if source is not None and source.has_test(name):
-                chosen.setdefault(place, (source, []))[1].append(name)
-                break
-        else:
-            gone.append(name)
-    parts = [source.test(names, list(places)) for source, names in chosen.values()]
-    if not parts:
-        return Images(torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0).long()), gone
-    if len(parts) == 1:  # perhaps a mapped file: not to be copied into memory
-        return parts[0], gone
-    labels = torch.cat([part.labels for part in parts])
-    order = labels.argsort(stable=True)
-    return Images(torch.cat([part.pixels for part in parts])[order], labels[order]), gone
-
-
-def read_own_images(
-    folder: Path, class_names: Sequence[str], image_size: int, skip_bad_images: bool
-) -> tuple[Images, list[str], list[str]]:
-    """A user's own images: ``folder/<class>/*`` labelled by class, or ``folder/*`` with the label -1.
-
-    Returns the images, a caption for each, and the classes that have no image. Raises InputError if there are no
-    images, or if no subfolder is named like a class.
-    """
-    flat = image_files(folder) if folder.is_dir() else []
-    if flat:
-        kept, pixels = decode_files(flat, image_size, skip_bad_images)
-        captions = [printable(path.name) for path in kept]
-        return Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)), captions, list(class_names)
-    parts: dict[int, Tensor] = {}
-    for label, name in enumerate(class_names):
-        files = image_files(folder / name) if (folder / name).is_dir() else []
-        if files:
-            parts[label] = torch.from_numpy(decode_files(files, image_size, skip_bad_images)[1])
-    if not parts:
-        raise InputError(
-            f"--images {folder}: no folder with images, nor with a subfolder of images of a class that the student "
-            f"knows ({listed(sorted(class_names))})"
-        )
-    labels = [label for label, part in parts.items() for _ in part]
-    gone = [name for label, name in enumerate(class_names) if label not in parts]
-    return (
-        Images(torch.cat(list(parts.values())), torch.tensor(labels)),
-        [f"true: {class_names[i]}" for i in labels],
-        gone,
-    )
+def pixel_hash(image: np.ndarray) -> str:
+    """Of uint8 (3, H, W), 32 hexadecimal digits."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).hexdigest()
 
 
 def _say(place: Place) -> str:
@@ -265,7 +297,8 @@ def _digits(place: Place, image_size: int) -> Source:
         first_test = len(rows) - round(len(rows) * DIGITS_TEST_SHARE)
         return (rows[:first_test] if split == "train" else rows[first_test:]).tolist()
 
-    return Source(place, {"train": names, "test": names}, listing, lambda chosen: (pixels[chosen], {}))
+    both = {"train": names, "test": names}
+    return Source(place, image_size, both, listing, lambda chosen: (pixels[chosen], {}))
 
 
 def _cifar(place: Place, image_size: int) -> Source:
@@ -301,42 +334,23 @@ def _cifar(place: Place, image_size: int) -> Source:
         pixels = np.stack([split_of(split).data[row] for split, row in chosen])
         return np.ascontiguousarray(_resize(pixels.transpose(0, 3, 1, 2), image_size)), {}
 
-    return Source(place, {"train": names, "test": names}, listing, decode)
+    return Source(place, image_size, {"train": names, "test": names}, listing, decode)
 
 
 def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Path | None) -> Source:
-    """``DATA_DIR/{train,test}/<class>/*``; without test, a fixed share of the training images by hash of the name."""
-    root = Path(place.data_dir)
-    if not (root / "train").is_dir():
-        raise InputError(f"{root}: no folder train in it; images belong in {root / 'train'}/<class>/")
-    has_test = (root / "test").is_dir()
-
-    def class_names(split: str) -> list[str]:
-        return sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir())
-
-    def listing(split: str, name: str) -> list[Path]:
-        if has_test:
-            return image_files(root / split / name)
-        return _hash_split(image_files(root / "train" / name), name)[split]
+    """A folder in any layout that Folder reads; what judges, and what is set apart, by the hash of class and file."""
+    folder = Folder(Path(place.data_dir))
+    if not any(folder.classes.values()):
+        root = folder.root
+        raise InputError(f"{root}: no class in it; images belong in {root}/train/<class>/ or {root}/<class>/")
 
     def decode(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
         if cache_dir:
             return decoded(paths, image_size, cache_dir, skip_bad_images)
         return decode_all(paths, image_size, skip_bad_images)
 
-    train = class_names("train")
-    classes = {"train": train, "test": class_names("test") if has_test else train}
-    return Source(place, classes, listing, decode)
+    def key(path: Path) -> str:
+        return one_form(path.relative_to(folder.at["train"]).as_posix())
 
-
-def _hash_split(paths: list[Path], name: str) -> dict[str, list[Path]]:
-    """The same split for every seed, machine and order of the files; new files do not move it, save in a tiny class."""
-
-    def share(path: Path) -> float:
-        written = f"{name}/{path.name}".encode(errors="surrogateescape")  # a name need not be text
-        return int.from_bytes(hashlib.sha256(written).digest()[:8], "big") / 2**64
-
-    ranked = sorted(paths, key=share)
-    tests = sum(share(path) < FOLDER_TEST_SHARE for path in ranked)
-    tests = min(max(tests, 1), len(ranked) - 1)
-    return {"test": sorted(ranked[:tests]), "train": sorted(ranked[tests:])}
+    classes = {"train": [], **folder.classes}
+    return Source(place, image_size, classes, folder.files, decode, key, folder)

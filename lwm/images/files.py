@@ -6,6 +6,7 @@ A file may come from a stranger: none takes more memory than is said here, hangs
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -59,12 +60,15 @@ UPRIGHT = {  # what undoes each EXIF orientation
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler its errors go to stderr
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The files in a folder that have an image's suffix, in the order of their names."""
+def is_image(name: str) -> bool:
+    """Whether a file's name has an image's suffix, and is not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _suffixes()
+
+
+@functools.cache
+def _suffixes() -> set[str]:
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in REFUSED_FORMATS}
-    known |= OPENCV_ONLY_SUFFIXES | UNREAD_SUFFIXES
-    # Folders, pipes, devices and dead links of such a name are in it: decode_files then names or counts them.
-    return sorted(e for e in folder.iterdir() if e.suffix.lower() in known and not e.name.startswith("."))
+    return known | OPENCV_ONLY_SUFFIXES | UNREAD_SUFFIXES
 
 
 def decode_files(paths: Sequence[Path], image_size: int, skip_bad_images: bool) -> tuple[list[Path], np.ndarray]:
@@ -127,6 +131,16 @@ def _decode(path: str | Path, shrink: Callable[[Image.Image], Image.Image]) -> n
             why = f"the image cannot be read ({why}); repair, convert or remove it"
         # One line, whatever a stranger put into the file or its name: control characters would reach the terminal.
         raise InputError(printable(f"{path}: {why}")) from error
+
+
+def shorter_side(path: Path) -> int | None:
+    """The shorter side of an image in px, by its header alone; None if Pillow cannot tell."""
+    try:
+        _check_file(path)
+        with warnings.catch_warnings(action="ignore"), _opened(path) as image:
+            return min(image.size)
+    except Exception:  # as many kinds as there are formats; decoding says what is wrong
+        return None
 
 
 def printable(text: str) -> str:

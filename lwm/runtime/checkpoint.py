@@ -3,7 +3,8 @@
 format, version      what this file is
 architecture, stem, image_size, mean, std, loss_form     how to build the network and feed it
 class_names          in the order of the outputs, which is the order in which they were taught
-tasks                one dict a task: its classes, where their images were, method, settings, accuracies
+tasks                one dict a task: its classes, where their images were, method, settings, accuracies; "judged": the
+                     data set, folder and split that judged it; "apart": hashes of test images that it set apart
 model                the network's state_dict
 statistics           means and covariances of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
@@ -178,9 +179,15 @@ def _random_state(value: Any) -> bool:
 
 
 PERCENT = _optional(_number(0, 100))
+JUDGED = {
+    **dict.fromkeys(("dataset", "data_dir"), str),
+    "split": lambda value: value in ("test", "val", "apart", "held back"),
+}
 TASK = {
     "classes": [lambda name: type(name) is str and name and not UNPRINTABLE.search(name)],
     **dict.fromkeys(("dataset", "data_dir", "method"), str),
+    "judged": _optional(lambda value: _check(value, JUDGED, "judged")),
+    "apart": [lambda value: type(value) is str and len(value) == 32],
     "hold_back": _number(0, 0.5),
     "epochs": _number(0, 10**6, int),
     "pretrained": bool,
@@ -188,7 +195,8 @@ TASK = {
 }
 # Besides, of the task that a run may go on with.
 SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "batch_size", "warm_up", "momentum"]
-SETTINGS += ["weight_decay", "flip", "precision", "seed", "backbone_lr", "freeze", "balanced", "learning_rate"]
+SETTINGS += ["weight_decay", "flip", "precision", "calibration", "seed", "backbone_lr", "freeze", "balanced"]
+SETTINGS += ["learning_rate"]
 POSITION = {
     "batches": _number(1, 10**9, int),
     "order": _random_state,
@@ -255,7 +263,7 @@ def _check_whole(checkpoint: Any) -> None:
     _require(len(set(names)) == len(names) > 0, "class_names are not unique, or there are none")
     _require(len(checkpoint["mean"]) == len(checkpoint["std"]) == 3, "mean and std are not of three channels")
     for task in tasks:
-        others = (value for key, value in task.items() if key not in ("classes", "group_accuracy"))
+        others = (value for key, value in task.items() if type(value) is not list and key != "judged")
         _require(all(map(_scalar, others)), "a setting of a task is not valid")
         _require(len(task["group_accuracy"]) <= len(tasks), "group_accuracy has more groups than there are tasks")
     _check_weights(checkpoint)

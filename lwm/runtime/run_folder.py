@@ -22,19 +22,25 @@ Row = dict[str, Any]
 # Recorded for each task, and compared when a run goes on.
 TASK_SETTINGS = (
     *("method", "loss_form", "beta", "gamma", "temperature", "batch_norm"),
-    *("batch_size", "warm_up", "momentum", "weight_decay", "flip", "precision", "hold_back", "seed"),
+    *("batch_size", "warm_up", "momentum", "weight_decay", "flip", "precision", "hold_back", "calibration", "seed"),
     *("backbone_lr", "freeze", "balanced"),
 )
 OF_STUDENTS = ("beta", "gamma", "temperature", "batch_norm")  # None of task 0
 LOCK = ".lock"
 
 
-def describe_task(settings: Any, classes: Sequence[str], learning_rate: float, first: bool = False) -> dict[str, Any]:
-    """What the checkpoint says of a task: its classes, where their images were, and how it was trained."""
+def describe_task(
+    settings: Any, classes: Sequence[str], learning_rate: float, record: dict[str, Any] | None, first: bool = False
+) -> dict[str, Any]:
+    """What the checkpoint says of a task: its classes, where their images were, how it was trained, and what judged it.
+
+    ``record`` is that of the source; None for a network that was taken as it is, of whose images nothing is known.
+    """
+    of_none: dict[str, Any] = {"dataset": "", "data_dir": "", "judged": None, "apart": []}
+    place = {"dataset": settings.dataset, "data_dir": str(Path(settings.data_dir).resolve())}
     return {
         "classes": list(classes),
-        "dataset": settings.dataset,
-        "data_dir": str(Path(settings.data_dir).resolve()),
+        **(of_none if record is None else place | record),
         **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS},
         "learning_rate": learning_rate,
         "pretrained": first and bool(settings.weights),

@@ -8,6 +8,8 @@ import difflib
 import math
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
@@ -73,19 +75,22 @@ def names(help: str) -> Any:
     def parse(text: str) -> list[str]:
         return [name.strip() for name in text.split(",")]
 
-    def check(value: Any) -> tuple[str, ...]:
-        names = value if isinstance(value, list | tuple) else []
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
-        odd = [name for name in value if UNPRINTABLE.search(name)]
-        if odd:
-            raise ValueError(f"the class name {odd[0]!a} has characters that cannot be printed")
-        twice = sorted({name for name in value if list(value).count(name) > 1})
-        if twice:
-            raise ValueError(f"class {twice[0]!r} is named twice")
-        return tuple(value)
+    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check_names})
 
-    return field(metadata={"help": f"{help}, comma-separated", "parse": parse, "check": check})
+
+def check_names(value: Any) -> tuple[str, ...]:
+    """The names in Unicode's composed form, in which the same letters are the same text."""
+    given = value if isinstance(value, list | tuple) else []
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise ValueError("a list of class names is needed, such as ['apple', 'baby'] (apple,baby as a flag)")
+    odd = [name for name in given if UNPRINTABLE.search(name)]
+    if odd:
+        raise ValueError(f"the class name {odd[0]!a} has characters that cannot be printed")
+    names = tuple(unicodedata.normalize("NFC", name) for name in given)
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ValueError(f"class {twice[0]!r} is named twice")
+    return names
 
 
 def check_text(value: Any) -> str:

@@ -27,7 +27,7 @@ class Settings:
     dataset: str = setting_types.choice("the images", "digits", "cifar10", "cifar100", "folder")
     data_dir: str = setting_types.folder("where the images lie, or are downloaded to")
     old_classes: tuple[str, ...] = setting_types.names("classes that the teacher learns")
-    new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top")
+    new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top; all: every new one")
     model: str = setting_types.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
     image_size: int = setting_types.number("side of the square images, px", int, 8, 1024)
     stem: str | None = setting_types.choice("how a ResNet-18 and its like begin", open=True)
@@ -54,6 +54,9 @@ class Settings:
     cache_dir: str = setting_types.folder("where the decoded images of a folder are kept; can be deleted")
     skip_bad_images: bool = setting_types.switch("skip and count images that cannot be read")
     hold_back: float = setting_types.number("share of training images to judge on, not the test images", float, 0, 0.5)
+    calibration: float = setting_types.number(
+        "share of training images set apart to calibrate probabilities; 0: none", float, 0, 0.5
+    )
     seed: int = setting_types.number("seed of every random choice", int, 0, 2**32 - 1)
     device: str = setting_types.device("auto, cpu, mps, cuda or cuda:N")
     deterministic: bool = setting_types.switch("deterministic algorithms on a GPU, somewhat slower")
@@ -71,6 +74,7 @@ class Settings:
     arguments: tuple[str, ...] = ()  # the command line as it was given
     weights: str = setting_types.file("a torchvision state_dict to begin with, or imagenet for torchvision's own")
     old_classes_file: str = setting_types.file("the old classes' names in the order of the outputs, a line each")
+    new_classes_file: str = setting_types.file("the new classes' names, a line each")
     teacher: str = setting_types.file("checkpoint of the model that learns the new classes, a teacher or a student")
     student: str = setting_types.file("checkpoint of the student")
     checkpoint: str = setting_types.file("any checkpoint of this project")
@@ -98,7 +102,7 @@ FILES = {f.name: f.metadata for f in fields(Settings) if "file" in f.metadata}  
 OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem")  # None has a meaning of its own
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size warm_up backbone_lr freeze balanced momentum weight_decay "
-    "flip precision cache_dir skip_bad_images hold_back seed device deterministic statistics save_interval "
+    "flip precision cache_dir skip_bad_images hold_back calibration seed device deterministic statistics save_interval "
     "save_interval_steps resume overwrite quiet json tensorboard output_dir"
 )
 SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads, files that it needs, other files
@@ -110,7 +114,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads,
     "incremental_learning_system": (
         f"new_classes incremental_lr beta gamma temperature batch_norm classifier {_TRAINING}",
         "teacher",
-        "student",
+        "student new_classes_file",
     ),
     "demo": (
         "dataset data_dir cache_dir skip_bad_images device classifier quiet json output_dir",
@@ -157,10 +161,12 @@ def read_settings(
     values: dict[str, Any] = {name: arguments.pop(name) for name in required + optional if name in arguments}
     for name, value in values.items():
         values[name] = _checked(_flag(name), FILES[name]["file"], value)
-    if "old_classes_file" in values:
-        if "old_classes" in arguments:
-            raise InputError("--old-classes and --old-classes-file both name the old classes; leave one out")
-        arguments["old_classes"] = _lines_of(values["old_classes_file"])
+    for name in ("old_classes", "new_classes"):
+        if path := values.get(f"{name}_file"):
+            flag = _flag(name)
+            if name in arguments:
+                raise InputError(f"{flag} and {flag}-file both name the {name[:3]} classes; leave one out")
+            arguments[name] = _lines_of(f"{flag}-file", path)
     for name, metadata in CONSTANTS.items():
         value = arguments.get(name, getattr(page, name.upper(), None))
         if isinstance(value, str) and name in arguments:
@@ -251,12 +257,12 @@ def _check_page(page: ModuleType) -> None:
             raise InputError(f"config.py: {name} is missing; None stands for the recommended value")
 
 
-def _lines_of(path: str) -> list[str]:
+def _lines_of(flag: str, path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no text in UTF-8"
-        raise InputError(f"--old-classes-file {path}: {reason}; a text file, a class name a line, is needed") from error
+        raise InputError(f"{flag} {path}: {reason}; a text file, a class name a line, is needed") from error
     return [line.strip() for line in lines if line.strip()]
 
 
