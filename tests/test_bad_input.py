@@ -57,7 +57,7 @@ def desk(tmp_path_factory) -> Path:
     assert trainer.main([*flags, "--model", "resnet32", "--image-size", "16"]) == 0
     assert step.main([*flags, "--teacher", str(full / "teacher_model.pth")]) == 0
     teacher, student = (checkpoint.load(full / f"{name}_model.pth") for name in ("teacher", "student"))
-    homeless = [{**task, "data_dir": str(desk / "gone")} for task in student["tasks"]]
+    homeless = [{**task, "judged": {**task["judged"], "data_dir": str(desk / "gone")}} for task in student["tasks"]]
     checkpoint.save(desk / "teacher.pth", teacher)
     checkpoint.save(desk / "student.pth", student)
     checkpoint.save(desk / "unfinished.pth", {**teacher, "finished": False})
@@ -145,6 +145,9 @@ CASES = [
     # Classes.
     case(trainer, "--old-classes 0,ten", "--old-classes", "'ten'"),
     case(trainer, f"{FOLDER} --old-classes ant,bees", "'bees'", "'bee'?"),
+    case(trainer, f"{FOLDER} --old-classes ant,COW", "'COW'", "'cow'?"),
+    case(step, "--teacher student.pth --dataset folder --data-dir four --new-classes all", "--new-classes", "four"),
+    case(step, f"{TEACHER} --new-classes-file none.txt", "--new-classes-file none.txt"),
     case(step, f"{TEACHER} --new-classes 1,5", "--new-classes", "'1'"),
     case(step, TEACHER, "config.py: NEW_CLASSES", "'1'", NEW_CLASSES=["1", "2"]),
     # The checkpoints.
