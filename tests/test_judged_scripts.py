@@ -62,6 +62,7 @@ def test_a_network_taken_as_it_is_is_judged_on_the_users_images_and_on_no_data_s
     assert trainer.main(own) == 0
     (task,) = checkpoint.load("out/teacher_model.pth")["tasks"]
     assert (task["judged"], task["dataset"], task["group_accuracy"], task["apart"]) == (None, "", [None], [])
+    assert task["learning_rate"] is task["flip"] is None  # the page shows no data set's
     data()
     student = learned()
     assert student["tasks"][0]["group_accuracy"] == [None]

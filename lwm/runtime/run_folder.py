@@ -26,22 +26,31 @@ TASK_SETTINGS = (
     *("backbone_lr", "freeze", "balanced"),
 )
 OF_STUDENTS = ("beta", "gamma", "temperature", "batch_norm")  # None of task 0
+OF_TAKEN = ("method", "loss_form", "hold_back")  # the others are None of a network that was taken as it is
 LOCK = ".lock"
 
 
 def describe_task(
-    settings: Any, classes: Sequence[str], learning_rate: float, record: dict[str, Any] | None, first: bool = False
+    settings: Any,
+    classes: Sequence[str],
+    learning_rate: float | None,
+    record: dict[str, Any] | None,
+    first: bool = False,
 ) -> dict[str, Any]:
     """What the checkpoint says of a task: its classes, where their images were, how it was trained, and what judged it.
 
     ``record`` is that of the source; None for a network that was taken as it is, of whose images nothing is known.
     """
-    of_none: dict[str, Any] = {"dataset": "", "data_dir": "", "judged": None, "apart": []}
     place = {"dataset": settings.dataset, "data_dir": str(Path(settings.data_dir).resolve())}
+    values = {name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS}
+    if record is None:
+        place, record = {"dataset": "", "data_dir": ""}, {"judged": None, "apart": []}
+        values, learning_rate = {name: values[name] if name in OF_TAKEN else None for name in TASK_SETTINGS}, None
     return {
         "classes": list(classes),
-        **(of_none if record is None else place | record),
-        **{name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS},
+        **place,
+        **record,
+        **values,
         "learning_rate": learning_rate,
         "pretrained": first and bool(settings.weights),
         "epochs": settings.epochs,
