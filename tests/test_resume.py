@@ -194,7 +194,8 @@ def test_an_unfinished_run_keeps_its_epochs(tmp_path, run, stopped, capsys):
 
 ANOTHER = """
 method=lwf-mc loss_form=softmax beta=2.0 gamma=2.0 temperature=3.0 batch_norm=frozen batch_size=32 momentum=0.5
-weight_decay=0.1 flip=True precision=bf16 hold_back=0.1 calibration=0.3 seed=9 balanced=True freeze=1 backbone_lr=0.001
+weight_decay=0.1 warm_up=0.2 flip=True precision=bf16 hold_back=0.1 calibration=0.3 seed=9 balanced=True freeze=1
+backbone_lr=0.001
 """  # settings of the student, with another value than the run has
 OTHER = dict(pair.split("=") for pair in ANOTHER.split())
 CHANGED = [  # script, flags, what is named with its old value and its new one

@@ -59,7 +59,7 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
         values["epochs"] = max(FEWEST_EPOCHS, -(-FEWEST_STEPS // -(-images // batch)))
     if getattr(settings, rate) is None:
         factor = min(batch, images) / BATCH * (PRETRAINED if pretrained else 1)
-        values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.2g}")
+        values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
     about = f"{images} images" + (" and pretrained weights" if pretrained else "")
     for name, value in values.items():
         log.info(f"{name.upper()} = {value} (recommended for {about})")
