@@ -112,7 +112,7 @@ class Training:
         )
         self.steps = -(-len(images.labels) // settings.batch_size)  # of an epoch
         steps = max(1, (self.planned - len(self.log)) * self.steps)
-        self.schedule = LambdaLR(self.optimizer, lambda step: share_of_rate(step, steps, settings.warm_up))
+        self.schedule = LambdaLR(self.optimizer, WarmUpThenCosine(steps, settings.warm_up))
         self.batches: ResumableBatches | None = None  # of the epoch that is not done yet
         if resumed:
             self._go_on(resumed)
@@ -371,12 +371,19 @@ class ResumableBatches:
             )
 
 
-def share_of_rate(step: int, steps: int, warm_up: float) -> float:
-    """Of the peak rate at ``step`` of ``steps``: a line up to it for the share ``warm_up``, then half a cosine."""
-    rising = round(warm_up * steps)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+class WarmUpThenCosine:
+    """Of the peak rate at each step of ``steps``: a line up to it for the share ``warm_up``, then half a cosine.
+
+    An object and no function: LambdaLR puts its numbers into a checkpoint, and a run that goes on keeps its steps.
+    """
+
+    def __init__(self, steps: int, warm_up: float) -> None:
+        self.steps, self.rising = steps, round(warm_up * steps)
+
+    def __call__(self, step: int) -> float:
+        if step < self.rising:
+            return (step + 1) / (self.rising + 1)
+        return (1 + math.cos(math.pi * (step - self.rising) / (self.steps - self.rising))) / 2
 
 
 def what_failed(log: list[Row], classes: int) -> str | None:

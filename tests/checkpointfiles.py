@@ -13,12 +13,13 @@ import torch
 
 from lwm import models
 from lwm.runtime import checkpoint
+from lwm.training import WarmUpThenCosine
 
 
 def training_of(model: torch.nn.Module, epochs: int = 2) -> dict[str, Any]:
     """The training state of a run that was stopped in its second epoch; the network makes one step for it."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmUpThenCosine(10, 0.1))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()

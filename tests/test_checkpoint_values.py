@@ -14,6 +14,7 @@ from checkpointfiles import put, refused, write
 from lwm import models
 from lwm.runtime import checkpoint
 from lwm.runtime.errors import InputError
+from lwm.training import WarmUpThenCosine
 
 FIRST, TASK, TRAIN, ROW, PART = "model/conv1.weight", "tasks/0/", "training/", "training/log/0/", "training/position/"
 
@@ -167,7 +168,7 @@ STATE, GROUP, SCHEDULE = TRAIN + "optimizer/state/", TRAIN + "optimizer/param_gr
 )
 def test_a_damaged_state_of_the_optimiser_is_refused(unfinished, changes):
     optimizer = torch.optim.SGD(models.build("resnet32", 2, 32).parameters(), 0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmUpThenCosine(10, 0.1))
 
     def check(training: dict) -> None:
         checkpoint.checked_optimizer(training["optimizer"], optimizer)

@@ -23,7 +23,14 @@ OLD, NEW = 3, 2
 
 def settings(**changes):
     values = {"method": "lwm", "loss_form": "binary", "beta": 1.0, "gamma": 0.5, "temperature": 2.0}
-    values |= {"batch_norm": "train", "batch_size": 6, "momentum": 0.9, "weight_decay": 0.0, "flip": True}
+    values |= {
+        "batch_norm": "train",
+        "batch_size": 6,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "flip": True,
+        "warm_up": 0.0,
+    }
     values |= {"balanced": False, "backbone_lr": None, "precision": "fp32", "seed": 0}
     values |= {"save_interval": 1, "save_interval_steps": 0, "statistics": False}
     return types.SimpleNamespace(**(values | changes))
@@ -134,7 +141,14 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, pair, monkeypatch):
     ("name", "value"),
     [
         *[("beta", 0.0), ("gamma", 0.0), ("flip", False), ("balanced", True), ("backbone_lr", 1e-4)],
-        *[("precision", "bf16"), ("seed", 1), ("batch_size", 4), ("momentum", 0.0), ("weight_decay", 0.1)],
+        *[
+            ("precision", "bf16"),
+            ("seed", 1),
+            ("batch_size", 4),
+            ("momentum", 0.0),
+            ("warm_up", 0.5),
+            ("weight_decay", 0.1),
+        ],
     ],
 )
 def test_a_setting_reaches_the_training(tmp_path, pair, name, value):
@@ -239,12 +253,12 @@ def test_images_for_which_the_device_has_no_room_stay_behind_and_train_to_the_sa
 
 
 def test_the_rate_rises_in_a_line_and_falls_by_a_cosine():
-    rates = [training.share_of_rate(step, 100, 0.1) for step in range(101)]
+    rates = [*map(training.WarmUpThenCosine(100, 0.1), range(101))]
     assert np.allclose(np.diff(rates[:11]), 1 / 11)
     assert rates[10] == 1
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0)
-    without = [training.share_of_rate(step, 100, 0.0) for step in range(100)]
+    without = [*map(training.WarmUpThenCosine(100, 0.0), range(100))]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     for own in without:
