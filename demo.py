@@ -25,7 +25,7 @@ from lwm import classifiers, evaluation, verdict
 from lwm.images.batches import Images
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images, read_own_images
-from lwm.probabilities import form_of, likeliest
+from lwm.probabilities import is_unknown, likeliest, share_of
 from lwm.reporting import plots, report
 from lwm.runtime import hardware, progress
 from lwm.runtime.checkpoint import load, restore_model
@@ -82,8 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         evaluation.maps(model, pixels, wanted, checkpoint["mean"], checkpoint["std"])
         for model, checkpoint in zip(heads, (teacher_checkpoint, student_checkpoint), strict=True)
     ]
-    teacher_says = answers(teacher_logits, names, teacher_checkpoint)
-    student_says = answers(student_logits, names, student_checkpoint)
+    teacher_says, student_says = answers(teacher_logits, names), answers(student_logits, names)
+    if settings.unknown:
+        quantiles = student_checkpoint["unknown"].get(answering, [])
+        unknown = is_unknown(student_logits.numpy(), quantiles, share_of(settings.unknown))
+        student_says = ["unknown" if odd else said for odd, said in zip(unknown, student_says, strict=True)]
     rows = [
         (f"{captions[i]}\nmap of {names[label]}", f"teacher: {teacher_says[i]}", f"student: {student_says[i]}")
         for i, label in zip(chosen, wanted, strict=True)
@@ -152,9 +155,9 @@ def images_to_judge(settings: Settings, checkpoint: dict[str, Any]) -> tuple[Ima
     return images, [f"true: {names[label]}" for label in images.labels]
 
 
-def answers(logits: Tensor, names: list[str], checkpoint: dict[str, Any]) -> list[str]:
-    """For each row of logits (n, classes) the answer and its probability, by the form of the network's answers."""
-    best = [likeliest(row, form_of(checkpoint["loss_form"]), names)[0] for row in logits.numpy()]
+def answers(logits: Tensor, names: list[str]) -> list[str]:
+    """For each row of logits (n, classes) the answer and its probability."""
+    best = [likeliest(row, names)[0] for row in logits.numpy()]
     return [f"{name} {100 * probability:.0f} %" for name, probability in best]
 
 

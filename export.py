@@ -4,7 +4,8 @@
 
 Input "image", float32 (B, 3, H, W) in 0..1, or uint8 with ``--input uint8``: the normalisation is inside. Output
 "logits" (B, classes), and with ``--maps`` "map" (B, h, w), the Grad-CAM map of the answer. Batch, height and width are
-free. The metadata say what else is needed: class names, image size, how logits become probabilities.
+free. The metadata say what else is needed: class names, image size, and for predict.py --unknown the scores
+of images that were held back. The softmax of the logits are probabilities.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from lwm import __version__
 from lwm.attention import closed_form_map
 from lwm.classifiers import NAMES, answer_with
-from lwm.probabilities import form_of
 from lwm.runtime.checkpoint import load, restore_model
 from lwm.runtime.errors import InputError, RunError, one_line_errors
 from lwm.runtime.files import make_folder, require_folder, write_atomically
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         "architecture": checkpoint["architecture"],
         "class_names": json.dumps(checkpoint["class_names"], ensure_ascii=False),
         "image_size": str(checkpoint["image_size"]),
-        "probabilities": form_of(checkpoint["loss_form"]),
         "classifier": checkpoint["classifier"],
+        "unknown": json.dumps(checkpoint["unknown"].get(checkpoint["classifier"], [])),
     }
     whole = WithNormalisation(network, checkpoint["mean"], checkpoint["std"], options.maps).eval()
     content = onnx_file(whole, checkpoint["image_size"], options.input, metadata, options.opset)

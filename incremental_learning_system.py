@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lwm import attention, classifiers, evaluation, models, verdict
+from lwm import attention, calibration, classifiers, evaluation, models, verdict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         source.require_classes(new)
     taught = teacher_checkpoint["tasks"]
     test = find_test_images(taught, size, settings.skip_bad_images, cache, here, source=source, new=new)
-    train = source.train(new, old + new)
+    train, held = source.train(new, old + new), source.held_back(new, old + new)
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
@@ -99,14 +99,17 @@ def main(argv: list[str] | None = None) -> None:
 
     def add_statistics() -> None:
         """Of all classes, the old ones' with drift compensation, and what each classifier makes of them."""
-        if not settings.statistics:
-            return
-        statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train)
-        if statistics is None:
-            return
-        features = classifiers.features_of(student, test.pixels, *channels)
-        checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
-        checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, features, test.labels, len(new))
+        statistics = None
+        if settings.statistics:
+            statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train)
+        if statistics is not None:
+            features = classifiers.features_of(student, test.pixels, *channels)
+            checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
+            checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, features, test.labels, len(new))
+            checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.untrained(
+                teacher, teacher_checkpoint, train, test
+            )
+        calibration.calibrate(student, checkpoint, statistics, held, len(old))
 
     if method.loss is None:
         begin_with_lda(student, classifiers.after_task(teacher, student, teacher_checkpoint, train), settings)
@@ -175,7 +178,7 @@ def begin_with_lda(student: models.Network, statistics: classifiers.ClassStatist
             f"--teacher {settings.teacher}: it has no statistics of its classes, from which --method "
             f"{settings.method} makes the head; take another method, or a teacher that was trained with --statistics"
         )
-    models.replace_head(student, *classifiers.linear_layer("lda", statistics))
+    models.replace_head(student, *classifiers.linear_layer("lda", statistics, student))
 
 
 def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from lwm.images.files import decode_all, printable
 from lwm.images.folders import images_below
-from lwm.probabilities import form_of, likeliest
+from lwm.probabilities import is_unknown, likeliest, share_of
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.settings import OneLineParser, read_constant
 
@@ -29,11 +29,14 @@ BATCH = 64  # images in memory at a time
 
 
 class Predictor(NamedTuple):
-    """``logits`` makes float32 (n, classes) of uint8 (n, 3, size, size); ``form`` is "sigmoid" or "softmax"."""
+    """``logits`` makes float32 (n, classes) of uint8 (n, 3, size, size); their softmax are probabilities.
+
+    ``unknown`` are the quantiles of the familiarity of images of taught classes, or empty.
+    """
 
     class_names: list[str]
     image_size: int
-    form: str
+    unknown: list[float]
     logits: Callable[[np.ndarray], np.ndarray]
 
 
@@ -51,10 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--classifier", help="of a checkpoint: auto, head, ncm, lda, aligned (default: as in config.py)"
     )
+    about = 'answer "unknown" if the image is less like any class than this share of images of taught classes: 0.05'
+    parser.add_argument("--unknown", metavar="SHARE", help=about)
     parser.add_argument("--skip-bad-images", action="store_true", help="count images that cannot be read")
     options = parser.parse_args(argv)
     if options.top < 1 or (options.json and options.csv):
         raise InputError("--top is a number of at least 1, and --json and --csv exclude each other")
+    share = None if options.unknown is None else share_of(options.unknown)
     paths = files_of(options.images)
     if Path(options.checkpoint).suffix.lower() == ".onnx":
         if options.classifier:
@@ -64,22 +70,31 @@ def main(argv: list[str] | None = None) -> None:
         network = open_checkpoint(options.checkpoint, options.classifier or read_constant("classifier"))
     rows: list[dict[str, Any]] = []
     for path, logits in answers(network, paths, options.skip_bad_images):
-        best = likeliest(logits, network.form, network.class_names, options.top)
-        rows.append({"image": str(path), "classes": [{"name": n, "probability": round(p, 6)} for n, p in best]})
+        best = likeliest(logits, network.class_names, options.top)
+        row: dict[str, Any] = {
+            "image": str(path),
+            "classes": [{"name": n, "probability": round(p, 6)} for n, p in best],
+        }
+        if share is not None:
+            row["unknown"] = bool(is_unknown(logits[None], network.unknown, share)[0])
+        rows.append(row)
     if not rows:
         raise InputError(f"none of the {len(paths)} images can be read")
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["image", "rank", "class", "probability"])
+        asked = [] if share is None else ["unknown"]
+        writer.writerow(["image", "rank", "class", "probability", *asked])
         for row in rows:
             for rank, each in enumerate(row["classes"], 1):
-                writer.writerow([row["image"], rank, each["name"], each["probability"]])
+                said = [int(row[name]) for name in asked]
+                writer.writerow([row["image"], rank, each["name"], each["probability"], *said])
     else:
         width = max(len(printable(row["image"])) for row in rows)
         for row in rows:
             shown = ", ".join(f"{each['name']} {100 * each['probability']:.0f} %" for each in row["classes"])
+            shown = f"unknown ({shown})" if row.get("unknown") else shown
             print(f"{printable(row['image']):<{width}}  {printable(shown)}")
 
 
@@ -110,9 +125,9 @@ def open_onnx(path: str) -> Predictor:
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise InputError(f"--checkpoint {path}: cannot be read as ONNX ({printable(reason)})") from error
     try:
-        names, form = json.loads(properties["class_names"]), properties["probabilities"]
-        size = int(properties["image_size"])
-        good = all(isinstance(name, str) for name in names) and form in ("sigmoid", "softmax")
+        names = json.loads(properties["class_names"])
+        size, unknown = int(properties["image_size"]), json.loads(properties["unknown"])
+        good = all(isinstance(name, str) for name in names) and all(isinstance(each, float) for each in unknown)
         (image,), outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
         if not (good and 8 <= size <= 1024 and image.name == "image" and "logits" in outputs):
             raise ValueError
@@ -123,7 +138,7 @@ def open_onnx(path: str) -> Predictor:
         fed = pixels if image.type == "tensor(uint8)" else pixels.astype(np.float32) / 255
         return session.run(["logits"], {"image": fed})[0]
 
-    return Predictor(names, size, form, logits)
+    return Predictor(names, size, unknown, logits)
 
 
 def open_checkpoint(path: str, classifier: str) -> Predictor:
@@ -140,7 +155,8 @@ def open_checkpoint(path: str, classifier: str) -> Predictor:
     def logits(pixels: np.ndarray) -> np.ndarray:
         return predict(model, torch.from_numpy(pixels), checkpoint["mean"], checkpoint["std"]).numpy()
 
-    return Predictor(checkpoint["class_names"], checkpoint["image_size"], form_of(checkpoint["loss_form"]), logits)
+    unknown = checkpoint["unknown"].get(checkpoint["classifier"], [])
+    return Predictor(checkpoint["class_names"], checkpoint["image_size"], unknown, logits)
 
 
 def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:

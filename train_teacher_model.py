@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from lwm import classifiers, evaluation, models
+from lwm import calibration, classifiers, evaluation, models
 from lwm.images.batches import channel_statistics
 from lwm.images.datasets import Place, open_source, side_of
 from lwm.images.judging import find_test_images
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         with settings.naming("old_classes"):
             source.require_classes(classes)
         train, test = source.train(classes, classes), source.test(classes, classes)
-        record = source.record(test)
+        record, held = source.record(test), source.held_back(classes, classes)
         counts = f"{len(train.labels)} training and {len(test.labels)} test images"
         log.info(f"{counts} of {len(classes)} classes, on {device}")
         settings = recommended.by_images(settings, len(train.labels), "lr", pretrained=bool(settings.weights))
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.info(progress.line_of(row, settings.epochs, training.seconds_left))
                 board.write(row)
             if not training.is_done:
+                statistics = None
                 if settings.statistics:
                     statistics = classifiers.after_first_task(model, checkpoint, train)
                     features = classifiers.features_of(model, test.pixels, *channels)
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint["classifiers"] = evaluation.by_classifier(
                         model, statistics, features, test.labels, len(classes)
                     )
+                calibration.calibrate(model, checkpoint, statistics, held, 0)
                 training.save(finished=True)
     else:
         task["group_accuracy"] = [None]
@@ -121,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.rank():  # of several processes the first one reports
         return
 
-    saved = load(run_folder.model)
+    model, saved = classifiers.answer_with(model, load(run_folder.model), "head")
     logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
     side = evaluation.Side("", model, saved, logits)
     views = evaluation.explain([side], test, settings.batch_size)

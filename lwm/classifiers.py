@@ -1,10 +1,10 @@
 """Classifiers: linear layers that take the place of the head, made from what a checkpoint keeps of each class.
 
 A head that was trained task by task is biased towards the newest classes; the features often still tell the old ones
-apart. After each task a checkpoint gets, for each new class, the mean and the covariance of its features (what the last
-linear layer sees). Those of the old classes are compensated for the drift of the features: a map from the old network's
-features to the new one's is fitted on the new images, and old means and covariances go through it (after SDC,
-CVPR 2020; learnable drift compensation, ECCV 2024; AdaGauss, NeurIPS 2024). From them follow
+apart. After each task a checkpoint gets, for each new class, the number of its images and the mean and the scatter of
+their features (what the last linear layer sees). Those of the old classes are compensated for the drift of the
+features: a map from the old network's features to the new one's is fitted on the new images, and old means and scatters
+go through it (after SDC, CVPR 2020; learnable drift compensation, ECCV 2024; AdaGauss, NeurIPS 2024). From them follow
 
     ncm        nearest class mean, by cosine
     lda        linear discriminant analysis with one covariance for all classes
@@ -20,23 +20,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.covariance import ledoit_wolf, shrunk_covariance
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn import functional as F
 
 from lwm.images.batches import Images, to_input
 from lwm.models import Network, replace_head
+from lwm.runtime.checkpoint import WIDEST
 from lwm.runtime.errors import InputError, RunError, log
 
-WIDEST = 128  # channels; above it a task has one covariance for all its classes: 512 x 512 numbers are 1 MB
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FOLDS = 5
-DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together, that ``aligned`` is trained on
+DRAWN, MOST_DRAWN = 200, 20_000  # features of each class, and of all together
 SMALLEST = 1e-6  # variance that any direction has, of the mean one
 ROUNDING = 2**-23  # of a covariance, times its channels and its mean variance: twice what single precision can lose
-# What lda and aligned add of it above WIDEST channels: a drift map between so many, from few images, is too rough for
-# covariances. The searches chose 3 at 512 channels and none at 64 (docs/settings-search.md).
-SHRINKAGE = 3.0
 MOST_STEPS = 500  # of the optimiser of ``aligned``
 DECAY = 1.0  # of its weights, on whitened features
 
@@ -44,19 +41,24 @@ Linear = tuple[Tensor, Tensor]  # weight (N, C), bias (N)
 
 
 class ClassStatistics(NamedTuple):
-    """Of the features of N classes: ``means`` (N, C), ``covariances`` (M, C, C), and which of them is each class's."""
+    """Of the features of N classes: sums, which add, so that those of two tasks are those of both taken at once.
 
-    means: Tensor
-    covariances: Tensor
-    of: list[int]
+    ``scatters`` are sums of outer products of deviations from a class's mean, for each class (N, C, C), or above
+    ``WIDEST`` channels for all together (1, C, C). ``shrinkages`` (N,) say how far the images of each class want their
+    covariance to be shrunk, from 0 to 1 (Ledoit and Wolf, 2004); it is done when a classifier is made.
+    """
+
+    counts: Tensor  # (N,), images
+    means: Tensor  # (N, C)
+    scatters: Tensor
+    shrinkages: Tensor
 
     def joined(self, more: ClassStatistics) -> ClassStatistics:
         """Those of ``more`` classes behind these."""
-        return ClassStatistics(
-            torch.cat([self.means, more.means]),
-            torch.cat([self.covariances, more.covariances]),
-            self.of + [len(self.covariances) + index for index in more.of],
-        )
+        parts = [torch.cat(both) for both in zip(self, more, strict=True)]
+        if self.means.shape[1] > WIDEST:
+            parts[2] = self.scatters + more.scatters
+        return ClassStatistics(*parts)
 
 
 class DriftMap(NamedTuple):
@@ -88,20 +90,19 @@ def features_of(
 def measure(features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
     """Of features (n, C) with labels int64 (n,), 0 to ``classes`` - 1; computed in the precision of the features.
 
-    The covariances are shrunk to a multiple of the identity as in Ledoit and Wolf (2004), which matters if a class has
-    few images. Two images vary along one line, and their estimate sees no error there: it is shrunk completely.
+    Two images vary along one line, and the estimate sees no error there: they want to be shrunk completely.
     """
     channels, wide = features.shape[1], features.shape[1] > WIDEST
-    means, of = features.new_empty(classes, channels), [0] * classes if wide else list(range(classes))
-    covariances = features.new_zeros(1 if wide else classes, channels, channels)
+    means, shrinkages = features.new_empty(classes, channels), features.new_ones(classes)
+    scatters = features.new_zeros(1 if wide else classes, channels, channels)
     for label in range(classes):
         own = features[labels == label]
         means[label] = own.mean(0)
-        shrunk, _ = ledoit_wolf((own - means[label]).numpy(), assume_centered=True)
-        if len(own) < 3:
-            shrunk = shrunk_covariance(shrunk, shrinkage=1.0)
-        covariances[of[label]] += torch.from_numpy(shrunk) / (classes if wide else 1)
-    return ClassStatistics(means, covariances, of)
+        own = own - means[label]
+        scatters[0 if wide else label] += own.T @ own
+        if len(own) > 2:
+            shrinkages[label] = ledoit_wolf_shrinkage(own.numpy(), assume_centered=True)
+    return ClassStatistics(torch.bincount(labels, minlength=classes).to(means), means, scatters, shrinkages)
 
 
 # Drift compensation -----------------------------------------------------------------------------------------------
@@ -139,12 +140,19 @@ def _ridge(old: Tensor, new: Tensor, penalty: float) -> Linear:
     return weight, target - weight @ centre
 
 
-def compensate(statistics: ClassStatistics, drift: DriftMap) -> ClassStatistics:
-    """The statistics of the same classes in the new network."""
+def compensate(statistics: ClassStatistics, drift: DriftMap, unexplained: float) -> ClassStatistics:
+    """The statistics of the same classes in the new network.
+
+    A map that leaves the share ``unexplained`` of the features' variance says little of directions: that share of what
+    was left of each covariance is to be shrunk too.
+    """
+    counts, means, scatters, shrinkages = statistics
+    images = counts.sum() if len(scatters) < len(counts) else counts
     return ClassStatistics(
-        statistics.means @ drift.weight.T + drift.bias,
-        drift.weight @ statistics.covariances @ drift.weight.T + drift.residual,
-        statistics.of,
+        counts,
+        means @ drift.weight.T + drift.bias,
+        drift.weight @ scatters @ drift.weight.T + images.view(-1, 1, 1) * drift.residual,
+        shrinkages + unexplained * (1 - shrinkages),
     )
 
 
@@ -156,7 +164,12 @@ def update(statistics: ClassStatistics | None, old: Tensor, new: Tensor, labels:
     """
     first, last = int(labels.min()), int(labels.max())
     added = measure(new, labels - first, last - first + 1)
-    return added if statistics is None else compensate(statistics, fit_drift(old, new)).joined(added)
+    if statistics is None:
+        return added
+    drift = fit_drift(old, new)
+    within = float(added.scatters.sum(0).trace() / added.counts.sum())
+    unexplained = float(drift.residual.trace()) / max(within, 1e-12)
+    return compensate(statistics, drift, min(1.0, unexplained)).joined(added)
 
 
 # The classifiers --------------------------------------------------------------------------------------------------
@@ -168,11 +181,11 @@ def ncm(statistics: ClassStatistics) -> Linear:
     return F.normalize(means, dim=1), means.new_zeros(len(means))
 
 
-def lda(statistics: ClassStatistics, shrinkage: float | None = None) -> Linear:
-    """With S the mean of the classes' covariances: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely.
+def lda(statistics: ClassStatistics, shrinkage: float = 0.0) -> Linear:
+    """With S the shared covariance: x' S^-1 m_c - m_c' S^-1 m_c / 2, all classes equally likely.
 
-    In all directions S has ``shrinkage`` times its mean variance more; None is ``SHRINKAGE`` for wide features. What
-    all classes have in common is taken off, so that a class's Grad-CAM map shows what speaks for it and not for others.
+    In all directions S has ``shrinkage`` times its mean variance more. What all classes have in common is taken off, so
+    that a class's Grad-CAM map shows what speaks for it and not for others.
     """
     means = statistics.means
     root = _root(shared_covariance(statistics), shrinkage)
@@ -180,19 +193,14 @@ def lda(statistics: ClassStatistics, shrinkage: float | None = None) -> Linear:
     return weight - weight.mean(0), -(weight * means).sum(1) / 2
 
 
-def aligned(statistics: ClassStatistics, shrinkage: float | None = None, seed: int = 0) -> Linear:
+def aligned(statistics: ClassStatistics, shrinkage: float = 0.0, seed: int = 0) -> Linear:
     """Softmax regression on as many features of each class, drawn from its Gaussian, shrunk as in ``lda``."""
     means = statistics.means
-    count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
-    generator = torch.Generator().manual_seed(seed)
-    roots = _root(statistics.covariances, shrinkage)
-    noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
-    drawn = means.unsqueeze(1) + torch.stack([n @ roots[k].T for n, k in zip(noise, statistics.of, strict=True)])
-    labels = torch.arange(len(means)).repeat_interleave(count)
+    drawn, labels = draw(statistics, seed, shrinkage)
     # Whitened, and from zero, so that the regression converges in some 40 steps; from lda, whose biases are large if
     # classes lie far apart, it takes hundreds.
     centre, whiten = means.mean(0), torch.linalg.inv(_root(shared_covariance(statistics), shrinkage))
-    inputs = (drawn.flatten(0, 1) - centre) @ whiten.T
+    inputs = (drawn - centre) @ whiten.T
     weight, bias = torch.zeros_like(means).requires_grad_(), means.new_zeros(len(means)).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, line_search_fn="strong_wolfe")
 
@@ -207,20 +215,41 @@ def aligned(statistics: ClassStatistics, shrinkage: float | None = None, seed: i
     return plain, bias.detach() - plain @ centre
 
 
+def draw(statistics: ClassStatistics, seed: int = 0, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Features of each class from its Gaussian (n, C), as many of each, class by class, and their labels int64 (n,)."""
+    means = statistics.means
+    count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
+    drawn = means.unsqueeze(1) + noise @ _root(covariances(statistics), shrinkage).mT
+    return drawn.flatten(0, 1), torch.arange(len(means)).repeat_interleave(count)
+
+
+def covariances(statistics: ClassStatistics) -> Tensor:
+    """Of each class (N, C, C), or above ``WIDEST`` channels the one that all share (1, C, C): shrunk towards a multiple
+    of the identity as far as the images asked for; what all share, as far as they did in the mean.
+    """
+    counts, shrinkages = statistics.counts, statistics.shrinkages
+    if statistics.means.shape[1] > WIDEST:
+        shrinkages, counts = ((counts * shrinkages).sum() / counts.sum())[None], counts.sum()[None]
+    plain = statistics.scatters / counts.view(-1, 1, 1)
+    target = plain.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) * torch.eye(plain.shape[1], dtype=plain.dtype)
+    return plain + shrinkages.view(-1, 1, 1) * (target - plain)
+
+
 def shared_covariance(statistics: ClassStatistics) -> Tensor:
-    """The mean over the classes of their covariances (C, C)."""
-    counts = torch.bincount(torch.tensor(statistics.of), minlength=len(statistics.covariances))
-    return torch.einsum("m,mij->ij", counts.to(statistics.covariances), statistics.covariances) / len(statistics.of)
+    """The mean over all images of the covariances of their classes (C, C)."""
+    each, counts = covariances(statistics), statistics.counts
+    return each[0] if len(each) == 1 else torch.einsum("n,nij->ij", counts / counts.sum(), each)
 
 
-def _root(covariances: Tensor, shrinkage: float | None) -> Tensor:
-    """Cholesky factors of ``covariances`` (..., C, C), shrunk. Raises LinAlgError for what is no covariance."""
-    channels = covariances.shape[-1]
-    if shrinkage is None:
-        shrinkage = SHRINKAGE if channels > WIDEST else 0.0
+def _root(covariances: Tensor, shrinkage: float) -> Tensor:
+    """Cholesky factors of ``covariances`` (..., C, C), with ``shrinkage`` as in ``lda``. Raises LinAlgError for what is
+    no covariance.
+    """
     shrunk = regular(covariances, SMALLEST + shrinkage)
     roots, failed = torch.linalg.cholesky_ex(shrunk)
-    return torch.linalg.cholesky(regular(shrunk, ROUNDING * channels)) if failed.any() else roots
+    return torch.linalg.cholesky(regular(shrunk, ROUNDING * shrunk.shape[-1])) if failed.any() else roots
 
 
 def regular(covariances: Tensor, more: float = SMALLEST) -> Tensor:
@@ -236,8 +265,14 @@ CLASSIFIERS: dict[str, Callable[[ClassStatistics], Linear]] = {"ncm": ncm, "lda"
 NAMES = ("head", *CLASSIFIERS)
 
 
-def linear_layer(name: str, statistics: ClassStatistics) -> Linear:
-    """The classifier of ``CLASSIFIERS`` by that name, in float64. Raises InputError if the statistics make none."""
+def linear_layer(name: str, statistics: ClassStatistics | None, model: Network) -> Linear:
+    """The classifier of ``NAMES``, in float64 on the CPU; ``model`` has the head, ``statistics`` make the others.
+
+    Raises InputError if they do not.
+    """
+    if name == "head":
+        return model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
+    assert statistics is not None  # without them there is the head alone
     try:
         layer = CLASSIFIERS[name](statistics)
     except torch.linalg.LinAlgError as error:
@@ -250,15 +285,15 @@ def linear_layer(name: str, statistics: ClassStatistics) -> Linear:
 # In a checkpoint --------------------------------------------------------------------------------------------------
 
 
-def to_checkpoint(statistics: ClassStatistics) -> dict[str, Any]:
+def to_checkpoint(statistics: ClassStatistics) -> dict[str, Tensor]:
     """As a checkpoint keeps them, in fp32."""
-    return {"means": statistics.means.float(), "covariances": statistics.covariances.float(), "of": statistics.of}
+    return {name: part.float() for name, part in statistics._asdict().items()}
 
 
 def from_checkpoint(checkpoint: dict[str, Any]) -> ClassStatistics | None:
     """Those of a checkpoint, in float64; None if it has none."""
     kept = checkpoint["statistics"]
-    return ClassStatistics(kept["means"].double(), kept["covariances"].double(), kept["of"]) if kept else None
+    return ClassStatistics(*(kept[name].double() for name in ClassStatistics._fields)) if kept else None
 
 
 def after_first_task(model: Network, checkpoint: dict[str, Any], images: Images) -> ClassStatistics:
@@ -282,40 +317,41 @@ def after_task(
     return update(statistics, old, new, images.labels)
 
 
-def choose(name: str, checkpoint: dict[str, Any], *others: dict[str, Any]) -> str:
+def choose(name: str, checkpoint: dict[str, Any]) -> str:
     """The classifier that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    lda, which the searches on other classes support (docs/settings-search.md), if the classes came in several tasks,
-    and this checkpoint and ``others``, which it is compared with, have statistics. Else the head: trained on all
-    classes at once, it is biased towards none.
+    lda, which the searches on other classes support (docs/settings-search.md), if the classes came in several tasks and
+    the checkpoint has their statistics. Else the head: trained on all classes at once, it is biased towards none.
     """
     if name != "auto":
         return name
     if len(checkpoint["tasks"]) == 1:
         return "head"
-    if all(each["statistics"] for each in (checkpoint, *others)):
+    if checkpoint["statistics"]:
         return "lda"
-    log.warning("a checkpoint has no statistics of its classes: the head answers, which is biased towards the newest")
+    log.warning("the checkpoint has no statistics of its classes: the head answers, which is biased towards the newest")
     return "head"
 
 
 def answer_with(model: Network, checkpoint: dict[str, Any], name: str) -> tuple[Network, dict[str, Any]]:
-    """The network with the classifier ``name``, and its checkpoint with that as "classifier" and the form of answers.
+    """The network with the classifier ``name``, and its checkpoint with that as "classifier".
 
-    ``name`` is as for ``choose``. A copy, but for "head". Raises InputError for an unknown name, and if there are no
-    statistics, or none that make a classifier.
+    ``name`` is as for ``choose``. The temperature that calibration.py found for it divides weight and bias, so that the
+    softmax of the logits are probabilities. A copy, but for a head that needs none. Raises InputError for an unknown
+    name, and if there are no statistics, or none that make a classifier.
     """
     name = choose(name, checkpoint)
     if name not in NAMES:
         raise InputError(f"there is no classifier {name!r}; take auto, {', '.join(NAMES)}")
-    if name == "head":
+    temperature = checkpoint["temperatures"].get(name, 1.0)
+    if name == "head" and temperature == 1:
         return model, checkpoint | {"classifier": name}
     statistics = from_checkpoint(checkpoint)
-    if statistics is None:
+    if name != "head" and statistics is None:
         raise InputError(
             f"the checkpoint has no statistics of its classes, which the classifier {name} needs: it, or a model "
             "before it, came from elsewhere or was trained with --no-statistics; take --classifier head"
         )
     answering = copy.deepcopy(model)
-    replace_head(answering, *(part.float() for part in linear_layer(name, statistics)))
-    return answering, checkpoint | {"classifier": name, "loss_form": "softmax"}
+    replace_head(answering, *((part / temperature).float() for part in linear_layer(name, statistics, model)))
+    return answering, checkpoint | {"classifier": name}

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lwm import verdict
 from lwm.attention import attention_distances, last_map
-from lwm.classifiers import CLASSIFIERS, ClassStatistics, features_of, from_checkpoint, linear_layer
+from lwm.classifiers import NAMES, ClassStatistics, covariances, features_of, from_checkpoint, linear_layer, measure
 from lwm.images.batches import Images, to_input
 from lwm.models import Network
 from lwm.runtime import distributed
 
 TOP = 0.2  # share of the pixels of a map
+LONGER = {verdict.UNTRAINED: "teacher's features, no training (LDA)"}  # names of classifiers as a table has them
 SHOWN = 60  # images of a page: with their maps at 224 px they take some 3 MB
 
 
@@ -208,22 +209,35 @@ def by_classifier(
 
     ``new`` is the number of classes of the last task.
     """
-    layers = {"head": (model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double())}
-    layers |= {name: linear_layer(name, statistics) for name in CLASSIFIERS}
+    layers = {name: linear_layer(name, statistics, model) for name in NAMES}
     return {
         name: accuracies(features @ weight.T + bias, labels, len(weight) - new)
         for name, (weight, bias) in layers.items()
     }
 
 
+def untrained(teacher: Network, checkpoint: dict[str, Any], train: Images, test: Images) -> dict[str, float | None]:
+    """Accuracies in percent of LDA on the features of a teacher, to whose statistics those of ``train`` are added.
+
+    They say what a student's training is worth. Raises InputError for damaged statistics.
+    """
+    statistics, channels = from_checkpoint(checkpoint), (checkpoint["mean"], checkpoint["std"])
+    assert statistics is not None  # the student of a teacher without them has none itself
+    old = len(statistics.means)
+    new = measure(features_of(teacher, train.pixels, *channels), train.labels - old, int(train.labels.max()) + 1 - old)
+    weight, bias = linear_layer("lda", statistics.joined(new), teacher)
+    return accuracies(features_of(teacher, test.pixels, *channels) @ weight.T + bias, test.labels, old)
+
+
 def classifier_table(accuracies_by_classifier: dict[str, dict[str, float | None]], answering: str) -> str:
     """A line for each classifier with its accuracies in percent; the one named ``answering`` is marked."""
     columns = {"accuracy": "all", "accuracy_old": "old", "accuracy_new": "new"}
-    lines = [f"classifier, no hint, %{''.join(f'{shown:>8}' for shown in columns.values())}"]
+    width = max(20, *(len(LONGER.get(name, name)) for name in accuracies_by_classifier))
+    lines = [f"{'classifier, no hint, %':<{width + 2}}{''.join(f'{shown:>8}' for shown in columns.values())}"]
     for name, row in accuracies_by_classifier.items():
         cells = ["-" if (value := row.get(key)) is None else f"{value:.1f}" for key in columns]
         mark = "  <- answers" if name == answering else ""
-        lines.append(f"  {name:<20}{''.join(f'{cell:>8}' for cell in cells)}{mark}")
+        lines.append(f"  {LONGER.get(name, name):<{width}}{''.join(f'{cell:>8}' for cell in cells)}{mark}")
     return "\n".join(lines)
 
 
@@ -237,6 +251,7 @@ def statistics_off(
     varies: of no image, of one, or of one several times.
     """
     off: tuple[list[float | None], list[float | None]] = [], []
+    each = covariances(statistics).expand(len(statistics.means), -1, -1)
     for label, mean in enumerate(statistics.means):
         own = features[labels == label]
         if not len(own):
@@ -244,7 +259,7 @@ def statistics_off(
         seen = own.T.cov(correction=0)
         ratios = (
             ((own.mean(0) - mean).norm(), own.var(0, correction=0).sum().sqrt()),
-            ((statistics.covariances[statistics.of[label]] - seen).norm(), seen.norm()),
+            ((each[label] - seen).norm(), seen.norm()),
         )
         for values, (distance, unit) in zip(off, ratios, strict=True):
             values.append(float(distance / unit) if unit > 1e-12 else None)
@@ -266,10 +281,9 @@ def of_statistics(
     old, labels = len(teacher_checkpoint["class_names"]), images.labels
     features = features_of(student, images.pixels, student_checkpoint["mean"], student_checkpoint["std"])
     metrics["classifiers"] = by_classifier(student, statistics, features, labels, len(statistics.means) - old)
-    compensated = ClassStatistics(statistics.means[:old], statistics.covariances, statistics.of[:old])
-    for name, each in (("compensated", compensated), ("uncompensated", uncompensated)):
+    for name, each in (("compensated", statistics), ("uncompensated", uncompensated)):
         off = statistics_off(each, features[labels < old], labels[labels < old])
-        metrics["means_off"][name], metrics["covariances_off"][name] = off
+        metrics["means_off"][name], metrics["covariances_off"][name] = (values[:old] for values in off)
     return metrics
 
 

@@ -45,8 +45,10 @@ def unfinished(model: models.Network | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     model = model or models.build("resnet32", 2, 32)
     width = model.fc.in_features
-    statistics = {"means": torch.rand(2, width), "covariances": torch.eye(width).repeat(2, 1, 1), "of": [0, 1]}
-    changes = {"statistics": statistics, "classifiers": {"head": {"accuracy": 50.0, "accuracy_old": None}}}
+    statistics = {"counts": torch.tensor([3.0, 4.0]), "means": torch.rand(2, width), "shrinkages": torch.rand(2)}
+    statistics["scatters"] = torch.eye(width).repeat(2, 1, 1)
+    calibrated = {"temperatures": {"head": 2.0}, "unknown": {"head": [float(step) for step in range(101)]}}
+    changes = calibrated | {"statistics": statistics, "classifiers": {"head": {"accuracy": 50.0, "accuracy_old": None}}}
     tasks = [dict.fromkeys(checkpoint.SETTINGS) | conftest.task_of(["b", "a"])]
     changes |= {"tasks": tasks, "training": training_of(model), "finished": False}
     return conftest.checkpoint_of(model, "resnet32", ["b", "a"], **changes)

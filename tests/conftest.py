@@ -30,6 +30,7 @@ from lwm import models
 from lwm.images import datasets
 from lwm.images.batches import Images
 from lwm.reporting import plots
+from lwm.runtime import checkpoint
 from lwm.runtime.errors import InputError
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True, database=None)
@@ -129,8 +130,7 @@ def checkpoint_of(model: torch.nn.Module, architecture: str, names: Sequence[str
         "class_names": list(names),
         "tasks": [task_of(names)],
         "model": model.state_dict(),
-        "statistics": {},
-        "classifiers": {},
+        **{key: {} for key in checkpoint.OPTIONAL},
         "finished": True,
         "training": {},
     } | changes

@@ -63,10 +63,8 @@ def desk(tmp_path_factory) -> Path:
     checkpoint.save(desk / "unfinished.pth", {**teacher, "finished": False})
     checkpoint.save(desk / "homeless.pth", {**student, "tasks": homeless})
     checkpoint.save(desk / "bare.pth", {**student, "statistics": {}})
-    covariances = student["statistics"]["covariances"].neg()
-    checkpoint.save(
-        desk / "broken.pth", {**student, "statistics": {**student["statistics"], "covariances": covariances}}
-    )
+    scatters = student["statistics"]["scatters"].neg()
+    checkpoint.save(desk / "broken.pth", {**student, "statistics": {**student["statistics"], "scatters": scatters}})
 
     for name in ("file", "text.pth", "text.png", "text.onnx"):
         (desk / name).write_text("no image, no checkpoint\n")

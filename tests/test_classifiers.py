@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import checkpoint_of, refused
 from sklearn.covariance import LedoitWolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from lwm import classifiers, evaluation, models
@@ -27,9 +28,8 @@ def gaussians(classes: int = 3, width: int = 4, count: int = 400, seed: int = 0)
 
 def plain(features: torch.Tensor, labels: torch.Tensor) -> ClassStatistics:
     """Without shrinkage, which an affine map does not commute with."""
-    own = [features[labels == label] for label in labels.unique()]
-    covariances = torch.stack([each.T.cov(correction=0) for each in own])
-    return ClassStatistics(torch.stack([each.mean(0) for each in own]), covariances, list(range(len(own))))
+    statistics = classifiers.measure(features, labels, int(labels.max()) + 1)
+    return statistics._replace(shrinkages=torch.zeros_like(statistics.shrinkages))
 
 
 def moved_by(features: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
@@ -46,32 +46,51 @@ def moved_by(features: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
 def test_means_and_covariances_are_those_of_each_class():
     features, labels = gaussians()
     statistics = classifiers.measure(features, labels, 3)
-    for label, (mean, covariance) in enumerate(zip(statistics.means, statistics.covariances, strict=True)):
+    each = classifiers.covariances(statistics)
+    for label, (mean, covariance) in enumerate(zip(statistics.means, each, strict=True)):
         own = features[labels == label].numpy()
         assert np.allclose(mean, own.mean(0))
         assert np.allclose(covariance, LedoitWolf().fit(own).covariance_)
-    (one, other), spread = features[:2], classifiers.measure(features[:2], labels[:2], 1).covariances[0]
-    # Of two images only how much they vary is kept.
-    assert torch.allclose(spread, (one - other).square().mean() / 4 * torch.eye(4, dtype=torch.float64))
+        assert np.allclose(statistics.scatters[label], 400 * np.cov(own.T, bias=True))
+    (one, other), two = features[:2], classifiers.measure(features[:2], labels[:2], 1)
+    # Of two images only how much they vary counts.
+    spread = (one - other).square().mean() / 4 * torch.eye(4, dtype=torch.float64)
+    assert torch.allclose(classifiers.covariances(two)[0], spread)
     kept = classifiers.to_checkpoint(statistics)
-    assert {kept[name].dtype for name in ("means", "covariances")} == {torch.float32}
+    assert {part.dtype for part in kept.values()} == {torch.float32}
     again = classifiers.from_checkpoint({"statistics": kept})
-    assert again.means.dtype == torch.float64
-    assert torch.allclose(again.covariances, statistics.covariances, rtol=1e-6)
-    assert again.of == statistics.of == [0, 1, 2]
+    for part, before in zip(again, statistics, strict=True):
+        assert part.dtype == torch.float64
+        assert torch.allclose(part, before, rtol=1e-6)
+    assert again.counts.tolist() == [400] * 3
     assert classifiers.from_checkpoint({"statistics": {}}) is None
 
 
-def test_wide_features_have_one_covariance_for_all_classes_of_a_task():
-    features, labels = gaussians(classes=2, width=classifiers.WIDEST + 1, count=40)
-    statistics = classifiers.measure(features, labels, 2)
-    each = [torch.from_numpy(LedoitWolf().fit(features[labels == label].numpy()).covariance_) for label in (0, 1)]
-    assert torch.allclose(statistics.covariances, torch.stack(each).mean(0, keepdim=True))
-    both = statistics.joined(classifiers.measure(3 * features[:40], labels[:40], 1))
-    assert both.of == [0, 0, 1]
-    assert len(both.means) == 3
-    one, other = both.covariances
-    assert torch.allclose(classifiers.shared_covariance(both), (2 * one + other) / 3)  # each class alike, not each task
+def same(one: ClassStatistics, other: ClassStatistics) -> bool:
+    return all(torch.allclose(*parts, rtol=1e-9, atol=1e-9) for parts in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("width", [4, classifiers.WIDEST + 1])
+def test_the_sums_of_two_tasks_are_those_of_both_at_once(width):
+    """Twenty tasks are no larger than one, and each image counts alike, however many a class has."""
+    features, labels = gaussians(classes=5, width=width, count=40)
+    features, labels = features[:170], labels[:170]  # of the last class ten
+    first = labels < 2
+    whole = classifiers.measure(features, labels, 5)
+    joined = classifiers.measure(features[first], labels[first], 2)
+    joined = joined.joined(classifiers.measure(features[~first], labels[~first] - 2, 3))
+    assert same(joined, whole)
+    assert whole.counts.tolist() == [40] * 4 + [10]
+    assert len(whole.scatters) == (5 if width == 4 else 1)
+    each = [torch.from_numpy(LedoitWolf().fit(features[labels == k].numpy()).covariance_) for k in range(5)]
+    plain = [features[labels == k].T.cov(correction=0) for k in range(5)]
+    shares = whole.counts / 170
+    if width > 4:  # what all share is shrunk as far as the classes are in the mean
+        mean, amount = sum(s * c for s, c in zip(shares, plain, strict=True)), float((shares * whole.shrinkages).sum())
+        expected = (1 - amount) * mean + amount * mean.trace() / width * torch.eye(width, dtype=torch.float64)
+    else:
+        expected = sum(share * covariance for share, covariance in zip(shares, each, strict=True))
+    assert torch.allclose(classifiers.shared_covariance(whole), expected)
 
 
 # Drift compensation -----------------------------------------------------------------------------------------------
@@ -85,12 +104,26 @@ def test_an_affine_drift_is_undone_and_the_new_classes_are_those_of_the_new_netw
     assert drift.penalty == classifiers.PENALTIES[0]
     updated = classifiers.update(statistics, features[~old], after[~old], labels[~old])
     assert torch.allclose(updated.means, truth.means, atol=0.02)
-    assert torch.allclose(updated.covariances[:3], truth.covariances[:3], rtol=0.01, atol=0.02)
-    for one, other in ((statistics.means, truth.means), (statistics.covariances, truth.covariances)):
+    assert torch.allclose(updated.scatters[:3] / 400, truth.scatters[:3] / 400, rtol=0.01, atol=0.02)
+    for one, other in ((statistics.means, truth.means), (statistics.scatters / 400, truth.scatters / 400)):
         assert (one - other[:3]).abs().max() > 1  # they did move
-    expected = classifiers.compensate(statistics, drift).joined(classifiers.measure(after[~old], labels[~old] - 3, 2))
-    for one, other in zip(updated, expected, strict=True):
-        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    added = classifiers.measure(after[~old], labels[~old] - 3, 2)
+    assert same(updated, classifiers.compensate(statistics, drift, float(updated.shrinkages[0])).joined(added))
+    assert updated.shrinkages[:3].max() < 1e-4  # the map explains all
+
+
+@pytest.mark.parametrize("widest", [4, 3])
+def test_what_did_not_move_keeps_its_shrinkage_and_a_rough_map_shrinks_more(monkeypatch, widest):
+    monkeypatch.setattr(classifiers, "WIDEST", widest)
+    features, labels = gaussians(classes=5, count=30)
+    old, new = labels < 3, labels[labels > 2]
+    statistics, before = classifiers.measure(features[old], labels[old], 3), features[~old]
+    assert same(classifiers.update(statistics, before, before, new), classifiers.measure(features, labels, 5))
+    noise = torch.randn(len(before), 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    amounts = [classifiers.update(statistics, before, before + n * noise, new).shrinkages[:3] for n in (0.3, 1, 100)]
+    assert (statistics.shrinkages < amounts[0]).all()
+    assert (amounts[0] < amounts[1]).all()
+    assert amounts[2].tolist() == pytest.approx([1] * 3)
 
 
 def test_the_map_and_its_residual_are_those_of_a_ridge_regression_by_scikit_learn():
@@ -115,8 +148,10 @@ def test_the_map_and_its_residual_are_those_of_a_ridge_regression_by_scikit_lear
     assert np.allclose(drift.bias, whole.intercept_)
     assert drift.penalty > classifiers.PENALTIES[0]
     statistics = classifiers.measure(features, torch.arange(2).repeat_interleave(6), 2)
-    expected = drift.weight @ statistics.covariances @ drift.weight.T + drift.residual
-    assert torch.allclose(classifiers.compensate(statistics, drift).covariances, expected)
+    expected = drift.weight @ statistics.scatters @ drift.weight.T + 6 * drift.residual
+    moved = classifiers.compensate(statistics, drift, 0.25)
+    assert torch.allclose(moved.scatters, expected)
+    assert torch.allclose(moved.shrinkages, statistics.shrinkages + 0.25 * (1 - statistics.shrinkages))
     seen = after - features @ drift.weight.T - drift.bias
     assert drift.residual.trace() > 1.5 * seen.square().sum() / 12
 
@@ -145,38 +180,41 @@ def test_ncm_is_the_nearest_mean_by_cosine():
     assert torch.equal((features @ weight.T + bias).argmax(1), cosine.argmax(1))
 
 
-def shrunk(covariances: torch.Tensor, amount: float) -> torch.Tensor:
-    """With ``amount`` of their mean variance more in every direction, as wide features have it."""
-    scale = covariances.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return covariances + amount * scale[..., None, None] * torch.eye(covariances.shape[-1], dtype=covariances.dtype)
-
-
-@pytest.mark.parametrize(("widest", "shrinkage"), [(4, 0.0), (3, classifiers.SHRINKAGE)])
-def test_lda_is_the_likeliest_of_gaussians_with_one_covariance(monkeypatch, widest, shrinkage):
+@pytest.mark.parametrize("widest", [4, 3])
+def test_lda_is_the_likeliest_of_gaussians_with_one_covariance(monkeypatch, widest):
+    monkeypatch.setattr(classifiers, "WIDEST", widest)
     features, labels = gaussians()
     statistics = classifiers.measure(features, labels, 3)
-    monkeypatch.setattr(classifiers, "WIDEST", widest)
     weight, bias = classifiers.lda(statistics)
-    shared = shrunk(statistics.covariances.mean(0), shrinkage)
+    shared = classifiers.shared_covariance(statistics)
     likelihood = [torch.distributions.MultivariateNormal(mean, shared).log_prob(features) for mean in statistics.means]
     logits = features @ weight.T + bias
     assert torch.allclose(logits.softmax(1), torch.stack(likelihood, 1).softmax(1), atol=1e-4)
     assert torch.allclose(weight.sum(0), torch.zeros(4, dtype=torch.float64), atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("apart", "widest", "shrinkage"), [(1.0, 4, 0.0), (30.0, 4, 0.0), (1.0, 3, classifiers.SHRINKAGE)]
-)
-def test_aligned_is_the_softmax_regression_on_drawn_features(monkeypatch, apart, widest, shrinkage):
+def test_lda_is_as_good_as_scikit_learns_if_images_are_few():
+    """Whose amount of shrinkage is Ledoit and Wolf's too."""
+    features, labels = gaussians(classes=6, width=classifiers.WIDEST + 22, count=20, seed=1)
+    (test, truth), means = gaussians(classes=6, width=classifiers.WIDEST + 22, count=200, seed=1), 0.3
+    features, test = means * features, means * test
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features.numpy(), labels.numpy())
+    weight, bias = classifiers.lda(classifiers.measure(features, labels, 6))
+    ours = ((test @ weight.T + bias).argmax(1) == truth).double().mean().item()
+    assert ours > theirs.score(test.numpy(), truth.numpy()) - 0.01
+
+
+@pytest.mark.parametrize(("apart", "widest"), [(1.0, 4), (30.0, 4), (1.0, 3)])
+def test_aligned_is_the_softmax_regression_on_drawn_features(monkeypatch, apart, widest):
     """Also of classes that lie far apart, as those of a wide network do."""
+    monkeypatch.setattr(classifiers, "WIDEST", widest)
     statistics, classes, count = classifiers.measure(*gaussians(), 3), 3, classifiers.DRAWN
     statistics = statistics._replace(means=apart * statistics.means)
-    monkeypatch.setattr(classifiers, "WIDEST", widest)
     noise = torch.randn(classes, count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    roots = torch.linalg.cholesky(shrunk(statistics.covariances, shrinkage))
+    roots = torch.linalg.cholesky(classifiers.covariances(statistics))
     drawn = (statistics.means.unsqueeze(1) + noise @ roots.mT).flatten(0, 1)
     # Its penalty is on weights for features that are white under the shared covariance.
-    whiten = torch.linalg.inv(torch.linalg.cholesky(shrunk(statistics.covariances.mean(0), shrinkage)))
+    whiten = torch.linalg.inv(torch.linalg.cholesky(classifiers.shared_covariance(statistics)))
     regression = LogisticRegression(C=classes / (classifiers.DECAY * len(drawn)), tol=1e-8, max_iter=1000)
     regression.fit((drawn @ whiten.T).numpy(), np.arange(classes).repeat(count))
     features = apart * gaussians(seed=7)[0]
@@ -190,13 +228,14 @@ def test_aligned_is_the_softmax_regression_on_drawn_features(monkeypatch, apart,
 def test_covariances_that_are_flat_or_lost_digits_still_make_every_classifier():
     """Of rank one, such as a map can leave, and in single precision, as a checkpoint has them."""
     lines, means = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rank_one = ClassStatistics(means, lines.unsqueeze(2) * lines.unsqueeze(1), list(range(40)))
+    counts, nothing = torch.ones(40).double(), torch.zeros(40).double()
+    rank_one = ClassStatistics(counts, means, lines.unsqueeze(2) * lines.unsqueeze(1), nothing)
     lost = classifiers.from_checkpoint({"statistics": classifiers.to_checkpoint(rank_one)})
-    assert torch.linalg.cholesky_ex(classifiers.regular(lost.covariances)).info.any()
-    flat = ClassStatistics(torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), [0, 1])
+    assert torch.linalg.cholesky_ex(classifiers.regular(classifiers.covariances(lost))).info.any()
+    flat = ClassStatistics(counts[:2], torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), nothing[:2])
     for name in classifiers.CLASSIFIERS:
         for statistics in (lost, flat):
-            assert all(part.isfinite().all() for part in classifiers.linear_layer(name, statistics))
+            assert all(part.isfinite().all() for part in classifiers.CLASSIFIERS[name](statistics))
 
 
 # With networks ----------------------------------------------------------------------------------------------------
@@ -226,22 +265,27 @@ def test_a_network_answers_with_the_classifier_that_is_put_in(architecture, size
     assert accuracies["lda"]["accuracy"] > 60  # on what it was made of
     for name in classifiers.NAMES:
         answering, now = classifiers.answer_with(model, saved, name)
-        assert (now["classifier"], now["loss_form"]) == (name, "binary" if name == "head" else "softmax")
+        assert now["classifier"] == name
         logits = evaluation.predict(answering, images.pixels, *channels)
         again = torch.nn.functional.linear(features, answering.fc.weight.double(), answering.fc.bias.double())
         torch.testing.assert_close(logits.double(), again, rtol=1e-4, atol=1e-3)
         assert evaluation.accuracies(logits, images.labels, 2) == pytest.approx(accuracies[name])
+        calibrated, _ = classifiers.answer_with(model, saved | {"temperatures": {name: 4.0}}, name)
+        colder = evaluation.predict(calibrated, images.pixels, *channels)
+        torch.testing.assert_close(4 * colder, logits, rtol=1e-4, atol=1e-3)
+    assert torch.equal(model.fc.weight, classifiers.answer_with(model, saved, "head")[0].fc.weight)
 
 
 def test_what_makes_no_classifier_is_said():
     model = models.build("resnet32", 2, 8)
     saved = checkpoint_of(model, "resnet32", "ab", 8)
-    good = {"means": torch.zeros(2, 64), "covariances": torch.eye(64).repeat(2, 1, 1), "of": [0, 1]}
+    good = {"counts": torch.ones(2), "means": torch.zeros(2, 64), "scatters": torch.eye(64).repeat(2, 1, 1)}
+    good["shrinkages"] = torch.zeros(2)
     for name, statistics, text in (
         ("lda", {}, "no statistics of its classes"),
         ("heads", good, "no classifier 'heads'"),
-        ("lda", good | {"covariances": -good["covariances"]}, "statistics are damaged"),
-        ("aligned", good | {"covariances": -good["covariances"]}, "statistics are damaged"),
+        ("lda", good | {"scatters": -good["scatters"]}, "statistics are damaged"),
+        ("aligned", good | {"scatters": -good["scatters"]}, "statistics are damaged"),
         ("lda", good | {"means": torch.full((2, 64), 1e30)}, "is not finite"),
     ):
         assert text in refused(classifiers.answer_with, model, saved | {"statistics": statistics}, name)
@@ -273,7 +317,7 @@ def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answ
 def test_how_far_statistics_are_off_is_in_units_of_the_images():
     features, labels = gaussians()
     statistics = plain(features, labels)
-    spread = [statistics.covariances[label].trace().sqrt().item() for label in range(3)]
+    spread = [covariance.trace().sqrt().item() for covariance in classifiers.covariances(statistics)]
     shift = torch.tensor([3.0, 0, 4.0, 0], dtype=torch.float64)
     for part, changed, expected in (  # of the means, of the covariances
         (0, features, [0, 0, 0]),

@@ -91,7 +91,7 @@ def test_mahalanobis_is_the_distance_among_features_of_unit_length_in_correlatio
     task = two_tasks(MATRIX)[1]
     (scores,) = compare_classifiers.mahalanobis([task], 3.0)
     for label in range(5):
-        covariance = task.statistics.covariances[task.statistics.of[label]].numpy()
+        covariance = classifiers.covariances(task.statistics)[label].numpy()
         covariance = covariance + 3 * np.trace(covariance) / WIDTH * np.eye(WIDTH)
         inverse = np.linalg.inv(covariance / np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal())))
         mean, test = (F.normalize(each, dim=-1).numpy() for each in (task.statistics.means[label], task.test))

@@ -109,7 +109,7 @@ def test_float_images_from_0_to_1_are_the_default_and_the_metadata_say_what_a_re
         assert np.abs(logits - model(normalised(pixels)).logits.numpy()).max() < 1e-4
     meta = {each.key: each.value for each in onnx.load("deep/model.onnx").metadata_props}
     assert json.loads(meta["class_names"]) == NAMES
-    assert (meta["image_size"], meta["probabilities"]) == ("32", "softmax")
+    assert (meta["image_size"], meta["unknown"]) == ("32", "[]")
 
 
 def linear_onnx(path: str, size: int = 32) -> None:
@@ -126,7 +126,7 @@ def linear_onnx(path: str, size: int = 32) -> None:
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
     names = json.dumps(NAMES)
-    onnx.helper.set_model_props(model, {"class_names": names, "image_size": str(size), "probabilities": "softmax"})
+    onnx.helper.set_model_props(model, {"class_names": names, "image_size": str(size), "unknown": "[]"})
     onnx.save(model, path)
 
 
@@ -242,13 +242,12 @@ def test_checkpoint_and_onnx_give_the_same_answers(made, photos, capsys):
     assert max(first) - min(first) > 1e-3  # not one answer for all
 
 
-@pytest.mark.parametrize(("form", "torchs"), [("sigmoid", torch.sigmoid), ("softmax", lambda row: row.softmax(0))])
-def test_the_likeliest_come_first_even_if_probabilities_are_rounded_to_one(form, torchs):
+def test_the_likeliest_come_first_even_if_probabilities_are_rounded_to_one():
     logits = torch.tensor([-901.0, 50.0, 40.0, -900.0], dtype=torch.float64)
-    assert probabilities_of(logits[None].numpy(), form)[0] == pytest.approx(torchs(logits).numpy(), abs=1e-12)
-    found = likeliest(logits.numpy(), form, "abcd", 9)
+    assert probabilities_of(logits[None].numpy())[0] == pytest.approx(logits.softmax(0).numpy(), abs=1e-12)
+    found = likeliest(logits.numpy(), "abcd", 9)
     assert [name for name, _ in found] == list("bcda")
-    assert likeliest(logits.numpy(), form, "abcd", 2) == found[:2]
+    assert likeliest(logits.numpy(), "abcd", 2) == found[:2]
 
 
 def test_folders_give_their_images_or_those_of_subfolders_in_batches(made, photos, capsys, monkeypatch):
@@ -304,7 +303,7 @@ def test_a_bad_image_stops_it_or_is_counted(made, here, capsys):
 
 @pytest.mark.parametrize(
     "changes",  # of what the file says of itself
-    ["", "class_names=[1]", "class_names={", "image_size=big", "image_size=99999", "probabilities=none"],
+    ["", "class_names=[1]", "class_names={", "image_size=big", "image_size=99999", "unknown=none", "unknown=[1]"],
 )
 def test_an_onnx_file_of_another_program_is_refused(made, here, capsys, changes):
     model = onnx.load(made[0] / "model.onnx")

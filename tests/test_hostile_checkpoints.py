@@ -104,7 +104,7 @@ def tensor_changed(base: dict, whole: bytes, rng: random.Random) -> bytes:
     ways = [spoiled, spoiled, torch.Tensor.double, torch.Tensor.half, torch.Tensor.flatten, lambda old: old[None]]
     ways += [lambda old: old.new_zeros(()).expand(old.shape), lambda old: old.new_zeros(1).expand(10**9)]
     ways += [lambda old: old.transpose(0, -1) if old.dim() else old, lambda old: old.to("meta")]
-    tensors = [("model", name) for name in base["model"]] + [("statistics", "means"), ("statistics", "covariances")]
+    tensors = [(part, name) for part in ("model", "statistics") for name in base[part]]
     tensors += [("training", "optimizer", "state", 0, "momentum_buffer")]
     tensors += [("training", "generator"), ("training", "position", "order")]
     return saved(changed(base, rng.choice(tensors), rng.choice(ways)))

@@ -129,7 +129,7 @@ def dpcr(tasks: Sequence[Task], penalty: float) -> Scores:
 def mahalanobis(tasks: Sequence[Task], shrinkage: float) -> Scores:
     """Nearest mean by Mahalanobis' distance, as in AdaGauss's code (Rypesc et al., NeurIPS 2024).
 
-    Each class has its covariance, or above WIDEST channels that of its task, to which ``shrinkage`` times its mean
+    Each class has its covariance, or above WIDEST channels that of all, to which ``shrinkage`` times its mean
     variance is added in all directions, scaled to correlations; features and means have unit length. The statistics are
     ours: shrunk as in Ledoit and Wolf, and compensated by an affine map whose residual is added to the covariances.
     AdaGauss takes in mirrored images, shrinks here alone, and trains a network as the map. FeCAM (Goswami et al.,
@@ -137,17 +137,12 @@ def mahalanobis(tasks: Sequence[Task], shrinkage: float) -> Scores:
     shrinks twice.
     """
     for task in tasks:
-        covariances = classifiers.regular(task.statistics.covariances, shrinkage)
+        covariances = classifiers.regular(classifiers.covariances(task.statistics), shrinkage)
         spread = covariances.diagonal(dim1=1, dim2=2).sqrt()
         roots = torch.linalg.cholesky(covariances / (spread.unsqueeze(2) * spread.unsqueeze(1)))
         means, test = F.normalize(task.statistics.means, dim=1), F.normalize(task.test, dim=1)
-        yield torch.stack(
-            [
-                -torch.linalg.solve_triangular(roots[which], (test - mean).T, upper=False).square().sum(0)
-                for which, mean in zip(task.statistics.of, means, strict=True)
-            ],
-            dim=1,
-        )
+        away = (test - means.unsqueeze(1)).mT  # (N+K, C, m)
+        yield -torch.linalg.solve_triangular(roots.expand(len(means), -1, -1), away, upper=False).square().sum(1).T
 
 
 def ours(tasks: Sequence[Task], make: Callable[..., classifiers.Linear], **option: float) -> Scores:

@@ -18,9 +18,9 @@ import jinja2
 import numpy as np
 
 from lwm import verdict
-from lwm.evaluation import Comparison, Side, View, accuracies, class_accuracies, confusion
+from lwm.evaluation import LONGER, Comparison, Side, View, accuracies, class_accuracies, confusion
 from lwm.images.batches import Images
-from lwm.probabilities import form_of, likeliest
+from lwm.probabilities import likeliest
 from lwm.reporting import plots
 from lwm.runtime.errors import listed
 from lwm.runtime.files import write_atomically
@@ -108,8 +108,7 @@ def _cards(
         for side in sides:
             if label >= side.logits.shape[1]:  # a teacher has no word for it
                 continue
-            form = form_of(side.checkpoint["loss_form"])
-            answer, probability = likeliest(side.logits[index].numpy(), form, names)[0]
+            answer, probability = likeliest(side.logits[index].numpy(), names)[0]
             answers.append((side.role, answer, 100 * probability, answer == names[label]))
         card = {"label": label, "name": names[label], "image": _uri(plots.encode(pixels.transpose(1, 2, 0)))}
         cards.append(card | {"maps": maps, "answers": answers, "note": notes.get(index, "")})
@@ -167,7 +166,7 @@ def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content
         lstrip_blocks=True,
     )
     environment.filters |= {"source_hash": _hash, "listed": listed}
-    environment.globals |= {"between": _between, "untrained": verdict.UNTRAINED}
+    environment.globals |= {"between": _between, "longer": LONGER}
     drawn = counts.any() and len(names) <= DRAWN
     page = environment.get_template("report.html.jinja").render(
         **content,

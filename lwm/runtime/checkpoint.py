@@ -6,8 +6,10 @@ class_names          in the order of the outputs, which is the order in which th
 tasks                one dict a task: its classes, where their images were, method, settings, accuracies; "judged": the
                      data set, folder and split that judged it; "apart": hashes of test images that it set apart
 model                the network's state_dict
-statistics           means and covariances of the classes' features (classifiers.py); may be empty
+statistics           counts, means, scatters and shrinkages of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
+temperatures         for each classifier what its logits are divided by (calibration.py); may be empty
+unknown              for each classifier the quantiles of its score on images of classes it knows; may be empty
 finished             False for a save in the middle of a run
 training             what --resume needs: optimiser, schedule, random states, log, the position inside an epoch, and
                      what tells one run from another; may be empty in a finished one
@@ -39,12 +41,14 @@ from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 5
+OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown")  # may be empty
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
+WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbers are 1 MB
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    checkpoint = {"format": FORMAT, "version": VERSION, "statistics": {}, "classifiers": {}, **checkpoint}
+    checkpoint = {"format": FORMAT, "version": VERSION, **{key: {} for key in OPTIONAL}, **checkpoint}
     _plain(checkpoint)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
@@ -215,7 +219,7 @@ TRAINING = {
     "log": [_each(_optional(_number(-math.inf, math.inf)))],
     "position": _optional(lambda value: _check(value, POSITION, "position")),
 }
-STATISTICS = {"means": Tensor, "covariances": Tensor, "of": [_number(0, 10**6, int)]}
+STATISTICS = dict.fromkeys(("counts", "means", "scatters", "shrinkages"), Tensor)
 CHECKPOINT = {
     **dict.fromkeys(("architecture", "stem"), str),
     "image_size": _number(8, 1024, int),
@@ -226,6 +230,8 @@ CHECKPOINT = {
     "tasks": [TASK],
     **dict.fromkeys(("model", "statistics", "training"), dict),
     "classifiers": _each(_each(PERCENT)),
+    "temperatures": _each(_number(1e-4, 1e4, float)),
+    "unknown": _each(lambda values: _check(values, [_number(-1e9, 1e9, float)], "unknown") and len(values) == 101),
     "finished": bool,
 }
 
@@ -269,12 +275,14 @@ def _check_whole(checkpoint: Any) -> None:
     _check_weights(checkpoint)
     if checkpoint["statistics"]:  # those of every class, as classifiers.ClassStatistics has them
         _check(checkpoint["statistics"], STATISTICS, "statistics")
-        means, covariances, of = (checkpoint["statistics"][name] for name in STATISTICS)
-        classes, width = checkpoint["model"]["fc.weight"].shape
-        fits = (means.shape, covariances.shape[1:]) == ((classes, width), (width, width))
-        _require(fits and len(of) == classes and max(of) < len(covariances), "the statistics do not fit the head")
-        good = all(part.dtype == torch.float32 and part.isfinite().all() for part in (means, covariances))
-        _require(good, "the statistics are not finite numbers of single precision")
+        parts = [checkpoint["statistics"][name] for name in STATISTICS]
+        (counts, means, scatters, shrinkages), (classes, width) = parts, checkpoint["model"]["fc.weight"].shape
+        fits = (counts.shape, means.shape, shrinkages.shape) == ((classes,), (classes, width), (classes,))
+        fits &= scatters.shape == (1 if width > WIDEST else classes, width, width)
+        _require(fits, "the statistics do not fit the head")
+        good = all(part.dtype == torch.float32 and part.isfinite().all() for part in parts)
+        good = good and bool((counts >= 1).all() and (shrinkages >= 0).all() and (shrinkages <= 1).all())
+        _require(good, "the statistics are not finite numbers of single precision, or none that images can have")
     if training or not checkpoint["finished"]:
         _check(training, TRAINING, "training")
         _check(tasks[-1], dict.fromkeys(SETTINGS, _scalar), "the last task")

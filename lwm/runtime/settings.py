@@ -79,6 +79,7 @@ class Settings:
     student: str = setting_types.file("checkpoint of the student")
     checkpoint: str = setting_types.file("any checkpoint of this project")
     images: str = setting_types.file("a folder of your own images to judge, flat or with a subfolder for each class")
+    unknown: str = setting_types.file("answer unknown if less like any class than this share of their images: 0.05")
     image: str = setting_types.file("the image to explain")
     class_name: str | None = setting_types.part("the class to explain (default: the network's answer)")
     layer: str | None = setting_types.part("the layer to look at (default: the last feature map)")
@@ -119,7 +120,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads,
     "demo": (
         "dataset data_dir cache_dir skip_bad_images device classifier quiet json output_dir",
         "teacher student",
-        "images",
+        "images unknown",
     ),
     "gradcam": ("classifier", "checkpoint image", "class_name layer output"),
 }

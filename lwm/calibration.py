@@ -1,0 +1,106 @@
+"""Calibration: what a classifier's probabilities are worth, and which images are of no class that was taught.
+
+Both are found on images of the new classes that neither train nor judge: they are held back. For the old classes stand
+features drawn from their Gaussians in the student. Those are too easy: what held-back images of the new classes need
+more than features drawn of the same classes, the old classes are taken to need too. Each class counts alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from lwm.classifiers import NAMES, ClassStatistics, draw, features_of, linear_layer
+from lwm.images.batches import Images
+from lwm.models import Network
+from lwm.probabilities import familiarity
+from lwm.runtime.errors import log
+
+SHARES = np.linspace(0, 1, 101)  # of which a checkpoint keeps the quantiles of the score
+SEED = 1  # of the drawn features; ``aligned`` was trained on others
+WARMEST = 1e3  # temperature; the coldest is its inverse
+MOST_RATIO = 4.0  # of two temperatures: if classes lie far apart, drawn features hardly fix one
+
+
+class Examples(NamedTuple):
+    """Logits (m, N), or scores (m,) in their place, and labels int64 (m,)."""
+
+    values: Tensor
+    labels: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """(m,), the same for every class, of sum 1."""
+        weights = 1 / torch.bincount(self.labels)[self.labels].double()
+        return weights / weights.sum()
+
+    def only(self, chosen: Tensor) -> Examples:
+        return Examples(self.values[chosen], self.labels[chosen])
+
+    def scored(self, temperature: float) -> Examples:
+        return Examples(torch.from_numpy(familiarity((self.values / temperature).numpy())), self.labels)
+
+
+def calibrate(
+    model: Network, checkpoint: dict[str, Any], statistics: ClassStatistics | None, held: Images, old: int
+) -> None:
+    """Put "temperatures" and "unknown" into ``checkpoint``, by classifier.
+
+    ``held`` are images held back of the classes from ``old`` on; ``statistics`` are those of all classes, if there are
+    any. Without images nothing is put in, and a line says so.
+    """
+    if not len(held.labels):
+        log.info("no images are held back (--calibration), so probabilities are not calibrated")
+        return
+    features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"])
+    checkpoint["temperatures"], checkpoint["unknown"] = {}, {}
+    for name in NAMES if statistics else NAMES[:1]:
+        weight, bias = linear_layer(name, statistics, model)
+        seen, drawn = Examples(features @ weight.T + bias, held.labels), None
+        if statistics is not None and old:
+            inputs, labels = draw(statistics, SEED)
+            drawn = Examples(inputs @ weight.T + bias, labels)
+        temperature = temperature_of(seen, drawn, old)
+        checkpoint["temperatures"][name] = temperature
+        checkpoint["unknown"][name] = quantiles_of(seen.scored(temperature), drawn and drawn.scored(temperature), old)
+
+
+def temperature_of(held: Examples, drawn: Examples | None, old: int) -> float:
+    """What to divide logits by: the best for ``held``, times the ratio of the best for all drawn and for new ones."""
+    if drawn is None:
+        return best_temperature(held)
+    ratio = best_temperature(drawn) / best_temperature(drawn.only(drawn.labels >= old))
+    return best_temperature(held) * float(np.clip(ratio, 1 / MOST_RATIO, MOST_RATIO))
+
+
+def best_temperature(examples: Examples) -> float:
+    """The number by which logits are to be divided so that their log-loss is least."""
+
+    def loss(exponent: float) -> float:
+        each = F.cross_entropy(examples.values * np.exp(-exponent), examples.labels, reduction="none")
+        return float((examples.weights * each).sum())
+
+    most = float(np.log(WARMEST))
+    return float(np.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x))
+
+
+def quantiles_of(held: Examples, drawn: Examples | None, old: int) -> list[float]:
+    """Those of the scores, at ``SHARES``: of held-back images, and of old classes' features, moved.
+
+    Their mean and spread are moved as those of held-back images lie to those of drawn features of the same classes.
+    """
+    scores, labels, weights = held.values, held.labels, held.weights
+    if drawn is not None:
+        same, other = drawn.only(drawn.labels >= old).values, drawn.only(drawn.labels < old)
+        spread = float(scores.std() / same.std().clamp(min=1e-9)) if len(scores) > 2 else 1.0
+        moved = scores.mean() + spread * (other.values - same.mean())
+        both = Examples(torch.cat([moved, scores]), torch.cat([other.labels, labels]))
+        scores, weights = both.values, both.weights
+    order = scores.argsort()
+    below = weights[order].cumsum(0) - weights[order] / 2
+    return np.interp(SHARES, below.numpy(), scores[order].numpy()).tolist()
