@@ -22,7 +22,7 @@ from lwm.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
-SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2"]
+SMALL = ["--model", "resnet32", "--image-size", "8", "--epochs", "2", "--calibration", "0"]
 
 
 @pytest.fixture(scope="module")
