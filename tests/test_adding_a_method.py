@@ -55,7 +55,7 @@ def test_a_method_is_a_function_and_a_record(teacher, tmp_path, capsys, monkeypa
     if name == "pulled":
         assert after["training"]["log"][0].keys() >= {"loss", "classification", "pull", "test_accuracy"}
     else:  # the head is LDA, from statistics that the checkpoint keeps in single precision
-        weight, bias = classifiers.linear_layer("lda", classifiers.from_checkpoint(after))
+        weight, bias = classifiers.lda(classifiers.from_checkpoint(after))
         torch.testing.assert_close(after["model"]["fc.weight"], weight.float(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(after["model"]["fc.bias"], bias.float(), rtol=1e-3, atol=1e-3)
         assert after["classifiers"]["head"] == pytest.approx(after["classifiers"]["lda"])
