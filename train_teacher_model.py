@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -91,30 +92,36 @@ def main(argv: list[str] | None = None) -> None:
     task, channels = checkpoint["tasks"][0], (checkpoint["mean"], checkpoint["std"])
     board = tensorboard.Board(settings, run_folder.folder, "teacher")
 
+    def evaluate() -> dict[str, Any]:
+        """The log's column of the network as it is now, which the task keeps too."""
+        logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
+        task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        return {"test_accuracy": task["group_accuracy"][0]}
+
     if settings.epochs:
         with Training(run_folder, checkpoint, model, train, classify, settings) as training:
             for row in training.epochs():
                 if training.is_due(row):
-                    logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-                    task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
-                    row["test_accuracy"] = task["group_accuracy"][0]
+                    if row["epoch"] == settings.epochs:
+                        training.save()  # whatever fails from now on, the training is done
+                    row |= evaluate()
                     training.save()
                 log.info(progress.line_of(row, settings.epochs, training.seconds_left))
                 board.write(row)
             if not training.is_done:
+                if "test_accuracy" not in training.log[-1]:  # it failed when the epoch was judged
+                    training.log[-1] |= evaluate()
+                    run_folder.write_log(training.log)
                 if settings.statistics:
-                    statistics = classifiers.after_first_task(model, checkpoint, train)
-                    features = classifiers.features_of(model, test.pixels, *channels)
+                    statistics = classifiers.after_first_task(model, checkpoint, train, settings.batch_size)
+                    features = classifiers.features_of(model, test.pixels, *channels, settings.batch_size)
                     checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
                     checkpoint["classifiers"] = evaluation.by_classifier(
                         model, statistics, features, test.labels, len(classes)
                     )
                 training.save(finished=True)
     else:
-        task["group_accuracy"] = [None]
-        if len(test.labels):
-            logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-            task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        evaluate()
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": model.state_dict(), "finished": True, "training": {}})
         distributed.leave()

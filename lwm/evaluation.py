@@ -27,9 +27,7 @@ SHOWN = 60  # images of a page: with their maps at 224 px they take some 3 MB
 
 
 @torch.inference_mode()
-def predict(
-    model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
-) -> Tensor:
+def predict(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int) -> Tensor:
     """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode.
 
     Of several processes each answers its share, and all have the whole.
@@ -44,7 +42,7 @@ def predict(
 
 @torch.no_grad()
 def maps(
-    model: Network, pixels: Tensor, classes: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+    model: Network, pixels: Tensor, classes: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int
 ) -> Tensor:
     """Grad-CAM (n, h, w) at the last feature map, on the CPU, of ``classes`` int64 (n,) in uint8 (n, 3, H, W)."""
     model.eval()
@@ -66,18 +64,22 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """A network as it answers: ``logits`` (n, classes) are its answers, and ``network`` has the head of its maps."""
+    """A network as it answers: ``logits`` (n, classes) are its answers, and ``network`` has the head of its maps.
+
+    It looks at ``batch_size`` images at a time.
+    """
 
     role: str
     network: Network
     checkpoint: dict[str, Any]
     logits: Tensor
+    batch_size: int
 
-    def maps(self, pixels: Tensor, classes: Tensor, batch_size: int = 500) -> Tensor:
-        return maps(self.network, pixels, classes, self.checkpoint["mean"], self.checkpoint["std"], batch_size)
+    def maps(self, pixels: Tensor, classes: Tensor) -> Tensor:
+        return maps(self.network, pixels, classes, self.checkpoint["mean"], self.checkpoint["std"], self.batch_size)
 
 
-def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dict[int, list[View]]:
+def explain(sides: Sequence[Side], images: Images) -> dict[int, list[View]]:
     """For some of ``images``, by position, the maps of the true class, and of the answer if that is another class.
 
     A side makes them of the classes that it knows: a teacher has none of an image of a new class. The images are those
@@ -95,7 +97,7 @@ def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dic
         ]
         if asked:
             where, classes = torch.tensor(asked).T
-            heats = side.maps(images.pixels[where], classes, batch_size)
+            heats = side.maps(images.pixels[where], classes)
             for (index, label), heat in zip(asked, heats, strict=True):
                 views[index].append(View(side.role, label, heat))
     return views
@@ -252,7 +254,11 @@ def statistics_off(
 
 
 def of_statistics(
-    student: Network, teacher_checkpoint: dict[str, Any], student_checkpoint: dict[str, Any], images: Images
+    student: Network,
+    teacher_checkpoint: dict[str, Any],
+    student_checkpoint: dict[str, Any],
+    images: Images,
+    batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """What a student can do with the statistics of its checkpoint, on labelled ``images`` of its classes.
 
@@ -264,7 +270,8 @@ def of_statistics(
     if statistics is None or uncompensated is None or not len(images.labels):
         return metrics
     old, labels = len(teacher_checkpoint["class_names"]), images.labels
-    features = features_of(student, images.pixels, student_checkpoint["mean"], student_checkpoint["std"])
+    channels = student_checkpoint["mean"], student_checkpoint["std"]
+    features = features_of(student, images.pixels, *channels, batch_size)
     metrics["classifiers"] = by_classifier(student, statistics, features, labels, len(statistics.means) - old)
     compensated = ClassStatistics(statistics.means[:old], statistics.covariances, statistics.of[:old])
     for name, each in (("compensated", compensated), ("uncompensated", uncompensated)):
@@ -300,6 +307,7 @@ def compare(
     teacher_checkpoint: dict[str, Any],
     student_checkpoint: dict[str, Any],
     images: Images,
+    batch_size: int,
     history: bool = True,
     heads: tuple[Network, Network] | None = None,
 ) -> Comparison:
@@ -311,13 +319,13 @@ def compare(
     """
     checkpoints, old = (teacher_checkpoint, student_checkpoint), len(teacher_checkpoint["class_names"])
     teacher_logits, student_logits = (
-        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"])
+        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
         for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
     )
     one, other = heads or (teacher, student)
     sides = (
-        Side("teacher", one, teacher_checkpoint, teacher_logits),
-        Side("student", other, student_checkpoint, student_logits),
+        Side("teacher", one, teacher_checkpoint, teacher_logits, batch_size),
+        Side("student", other, student_checkpoint, student_logits, batch_size),
     )
     judged = images.labels >= 0
     shown = (judged & (images.labels < old)).nonzero().squeeze(1)

@@ -52,11 +52,11 @@ def test_every_task_keeps_and_compensates_the_statistics_of_all_classes(tasks):
     model = checkpoint.restore_model(student)
     place = datasets.Place("folder", flags[flags.index("--data-dir") + 1])
     images = datasets.open_source(place, 8).test("abcdef", "abcdef")
-    metrics = evaluation.of_statistics(model, teacher, student, images)
+    metrics = evaluation.of_statistics(model, teacher, student, images, 8)
     assert metrics["classifiers"] == student["classifiers"]
     assert [len(values) for values in metrics["means_off"].values()] == [4, 4]
     assert sum(metrics["means_off"]["compensated"]) < sum(metrics["means_off"]["uncompensated"])
-    features, old = classifiers.features_of(model, images.pixels, student["mean"], student["std"]), images.labels < 4
+    features, old = classifiers.features_of(model, images.pixels, student["mean"], student["std"], 8), images.labels < 4
     for name, saved in (("compensated", student), ("uncompensated", teacher)):
         _, off = evaluation.statistics_off(classifiers.from_checkpoint(saved), features[old], images.labels[old])
         assert metrics["covariances_off"][name] == off[:4]

@@ -69,7 +69,7 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     )
     pixels = np.stack([picture(seed).transpose(2, 0, 1) for seed in range(40)])
     test = Images(torch.from_numpy(pixels), torch.arange(40) % 5)
-    found = evaluation.compare(*networks, before, after, test)
+    found = evaluation.compare(*networks, before, after, test, 8)
     report.of_student(path, test, found)
     return types.SimpleNamespace(
         path=path, page=Page(path), images=test, found=found, metrics=found.metrics, labels=test.labels

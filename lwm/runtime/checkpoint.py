@@ -9,8 +9,8 @@ model                the network's state_dict
 statistics           means and covariances of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
 finished             False for a save in the middle of a run
-training             what --resume needs: optimiser, schedule, random states, log, the position inside an epoch, and
-                     what tells one run from another; may be empty in a finished one
+training             what --resume needs: random states, log, what tells one run from another, and before the run is
+                     finished optimiser, schedule and the position inside an epoch; may be empty in a finished one
 
 A file is read as data: torch's ``weights_only`` runs no code of it. Then it is checked against what a checkpoint is.
 """
@@ -39,6 +39,7 @@ from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 5
+AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 
 
@@ -86,6 +87,11 @@ def restore_model(checkpoint: dict[str, Any]) -> models.Network:
     )
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def batch_size_of(checkpoint: dict[str, Any]) -> int:
+    """How many images at a time its network can take: as many as its last task took, and no more than ``AT_A_TIME``."""
+    return min(AT_A_TIME, checkpoint["tasks"][-1]["batch_size"] or AT_A_TIME)
 
 
 def fingerprint(checkpoint: dict[str, Any]) -> str:
@@ -190,13 +196,13 @@ TASK = {
     "apart": [lambda value: type(value) is str and len(value) == 32],
     "hold_back": _number(0, 0.5),
     "epochs": _number(0, 10**6, int),
+    "batch_size": _optional(_number(1, 10**9, int)),
     "pretrained": bool,
     "group_accuracy": [PERCENT],
 }
 # Besides, of the task that a run may go on with.
-SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "batch_size", "warm_up", "momentum"]
-SETTINGS += ["weight_decay", "flip", "precision", "calibration", "seed", "backbone_lr", "freeze", "balanced"]
-SETTINGS += ["learning_rate"]
+SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "warm_up", "momentum", "weight_decay", "flip"]
+SETTINGS += ["precision", "calibration", "seed", "backbone_lr", "freeze", "balanced", "learning_rate"]
 POSITION = {
     "batches": _number(1, 10**9, int),
     "order": _random_state,
@@ -207,12 +213,14 @@ TRAINING = {
     "epochs": _number(1, 10**6, int),
     **dict.fromkeys(("teacher", "images"), str),
     "machine": _each(_scalar),
-    **dict.fromkeys(("optimizer", "schedule"), dict),
     **dict.fromkeys(("generator", "torch_rng"), _random_state),
     "device_rng": _optional(
         lambda value: isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
     ),
     "log": [_each(_optional(_number(-math.inf, math.inf)))],
+}
+UNFINISHED = {  # besides, of a run that is in the middle of its epochs
+    **dict.fromkeys(("optimizer", "schedule"), dict),
     "position": _optional(lambda value: _check(value, POSITION, "position")),
 }
 STATISTICS = {"means": Tensor, "covariances": Tensor, "of": [_number(0, 10**6, int)]}
@@ -276,7 +284,7 @@ def _check_whole(checkpoint: Any) -> None:
         good = all(part.dtype == torch.float32 and part.isfinite().all() for part in (means, covariances))
         _require(good, "the statistics are not finite numbers of single precision")
     if training or not checkpoint["finished"]:
-        _check(training, TRAINING, "training")
+        _check(training, TRAINING | ({} if checkpoint["finished"] else UNFINISHED), "training")
         _check(tasks[-1], dict.fromkeys(SETTINGS, _scalar), "the last task")
         _check_log(training["log"], training["epochs"], checkpoint["finished"], len(tasks) > 1)
 
@@ -284,12 +292,12 @@ def _check_whole(checkpoint: Any) -> None:
 def _check_log(log: list[dict[str, Any]], epochs: int, finished: bool, of_student: bool) -> None:
     _require(len(log) == epochs or (len(log) < epochs and not finished), "the log is not as long as the training")
     for number, row in enumerate(log, 1):
-        # A row may lack the accuracies alone: not every epoch is judged, but the last one is.
+        # A row may lack the accuracies alone: not every epoch is judged, but the last one of a finished run is.
         required = {"loss", "accuracy"} | {key for key in log[0] if not key.startswith("test_")}
         _require(row.get("epoch") == number and row.keys() >= required, f"row {number} of the log is not valid")
     pairs = [f"test_{name}_{group}" for name in ("accuracy", "told") for group in ("old", "new")]
     last = {"test_accuracy", *(pairs if of_student else ())}
-    _require(len(log) < epochs or log[-1].keys() >= last, "the last epoch is not judged")
+    _require(not finished or log[-1].keys() >= last, "the last epoch is not judged")
 
 
 def _check_weights(checkpoint: dict[str, Any]) -> None:
