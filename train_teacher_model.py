@@ -24,10 +24,11 @@ from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, classify, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
-from lwm.runtime.checkpoint import load, load_weights
+from lwm.runtime.checkpoint import load
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
+from lwm.runtime.weights import load_weights
 from lwm.training import Training, what_failed
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{settings.where('old_classes')} is {','.join(classes)}: a teacher needs two classes at least"
         )
     form = loss_form(settings, "softmax" if settings.weights else "binary")
+    if settings.weights_key is not None and settings.weights in ("", "imagenet"):
+        raise InputError("--weights-key names a state_dict in a file that --weights names; give both or leave it out")
     settings, device = hardware.prepare(dataclasses.replace(settings, loss_form=form))
     run_folder = open_run_folder(settings, "teacher")
     if run_folder.resumed and settings.epochs == 0:
@@ -150,7 +153,7 @@ def read_weights(settings: Settings) -> dict[str, torch.Tensor]:
     """The state_dict that --weights names. Raises InputError."""
     with settings.naming("weights"):
         if settings.weights != "imagenet":
-            return load_weights(settings.weights)
+            return load_weights(settings.weights, settings.weights_key)
         try:
             return torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
         except ValueError as error:

@@ -57,27 +57,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises InputError, in one line that says what it is instead, for every file that is not one.
     """
-    with _one_line(path):
-        checkpoint = _read(Path(path))
+    with one_line(path):
+        checkpoint = _plain(read_torch(Path(path)))
         _check_whole(checkpoint)
     return checkpoint
-
-
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state_dict that another program wrote: alone, or as "state_dict" or "model" of a dict; without the prefix of
-    DataParallel. Raises InputError for a file that holds none.
-    """
-    with _one_line(path):
-        state = _read(Path(path))
-        for key in ("state_dict", "model"):
-            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-        pairs = state.items() if isinstance(state, dict) else ()
-        if not pairs or not all(type(name) is str and isinstance(value, Tensor) for name, value in pairs):
-            raise InputError("holds no state_dict: names and tensors, alone or under 'state_dict' or 'model'")
-    prefix = "module."
-    if all(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def restore_model(checkpoint: dict[str, Any]) -> models.Network:
@@ -107,7 +90,7 @@ def fingerprint(checkpoint: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(path: str | Path) -> Iterator[None]:
+def one_line(path: str | Path) -> Iterator[None]:
     """Raises InputError for whatever may be wrong with a file of torch."""
     try:
         yield
@@ -124,8 +107,8 @@ def _one_line(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {text}") from error
 
 
-def _read(path: Path) -> Any:
-    """What the file holds, on the CPU, in dicts and lists. Runs no code of it."""
+def read_torch(path: Path) -> Any:
+    """What the file holds, on the CPU. Runs no code of it."""
     if not path.is_file():  # a pipe would wait for its writer
         raise InputError("is no file" if path.exists() else "no such file")
     with warnings.catch_warnings(action="ignore"):  # what torch wonders at is no concern of the user
@@ -134,7 +117,7 @@ def _read(path: Path) -> Any:
                 broken = archive.testzip()
             if broken:
                 raise InputError(f"is damaged: {broken!r} in it is not what was written")
-        return _plain(torch.load(path, map_location="cpu", weights_only=True))
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _plain(value: Any) -> Any:
