@@ -73,9 +73,7 @@ class Settings:
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     weights: str = setting_types.file("a torchvision state_dict to begin with, or imagenet for torchvision's own")
-    weights_key: str | None = setting_types.file(
-        "which of several state_dicts in --weights (default: the largest)", None
-    )
+    weights_key: str | None = setting_types.part("which of several state_dicts in --weights (default: the largest)")
     old_classes_file: str = setting_types.file("the old classes' names in the order of the outputs, a line each")
     new_classes_file: str = setting_types.file("the new classes' names, a line each")
     teacher: str = setting_types.file("checkpoint of the model that learns the new classes, a teacher or a student")
