@@ -24,7 +24,7 @@ from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, classify, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
-from lwm.runtime.checkpoint import load
+from lwm.runtime.checkpoint import AT_A_TIME, load
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         here = Place("folder", settings.data_dir) if named else None
         task = {"classes": classes, "judged": None, "apart": [], "hold_back": 0.0}
         test = find_test_images([task], settings.image_size, settings.skip_bad_images, cache, here)
+        settings = dataclasses.replace(settings, batch_size=settings.batch_size or AT_A_TIME)
 
     weights = read_weights(settings) if settings.weights else {}
     torch.manual_seed(settings.seed)
@@ -133,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
 
     saved = load(run_folder.model)
     logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-    side = evaluation.Side("", model, saved, logits)
-    views = evaluation.explain([side], test, settings.batch_size)
+    side = evaluation.Side("", model, saved, logits, settings.batch_size)
+    views = evaluation.explain([side], test)
     report.of_teacher(run_folder.report, test, side, views)
     if settings.epochs:
         plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
