@@ -28,7 +28,7 @@ from lwm.images.judging import find_test_images, read_own_images
 from lwm.probabilities import is_unknown, likeliest, share_of
 from lwm.reporting import plots, report
 from lwm.runtime import hardware, progress
-from lwm.runtime.checkpoint import load, restore_model
+from lwm.runtime.checkpoint import batch_size_of, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.files import make_folder, require_folder, write_atomically
 from lwm.runtime.settings import Settings, read_settings
@@ -54,21 +54,28 @@ def main(argv: list[str] | None = None) -> None:
     images, captions = images_to_judge(settings, student_checkpoint)
     if not len(images.pixels):
         raise InputError("no test images of any class are left; name some with --data-dir or --images")
-    judged = images.labels >= 0
+    judged, batch_size = images.labels >= 0, batch_size_of(student_checkpoint)
 
     answering = classifiers.choose(settings.classifier, student_checkpoint)
     if settings.classifier == "auto":
         log.info(f"CLASSIFIER = {answering} (auto, of this student)")
     labelled = Images(images.pixels[judged], images.labels[judged])
     with settings.naming("student"):
-        of_statistics = evaluation.of_statistics(student, teacher_checkpoint, student_checkpoint, labelled)
+        of_statistics = evaluation.of_statistics(student, teacher_checkpoint, student_checkpoint, labelled, batch_size)
     heads = teacher, student
     with settings.naming("teacher"):
         teacher, teacher_checkpoint = classifiers.answer_with(teacher, teacher_checkpoint, settings.classifier)
     with settings.naming("student"):
         student, student_checkpoint = classifiers.answer_with(student, student_checkpoint, answering)
     comparison = evaluation.compare(
-        teacher, student, teacher_checkpoint, student_checkpoint, images, history=not settings.images, heads=heads
+        teacher,
+        student,
+        teacher_checkpoint,
+        student_checkpoint,
+        images,
+        batch_size,
+        history=not settings.images,
+        heads=heads,
     )
     answers_with = {"classifier": answering, "teacher_classifier": teacher_checkpoint["classifier"]}
     metrics = answers_with | comparison.metrics | of_statistics
@@ -79,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     pixels, labels = images.pixels[chosen], images.labels[chosen]
     wanted = torch.where((labels >= 0) & (labels < old), labels, teacher_logits[chosen].argmax(1))
     maps = [
-        evaluation.maps(model, pixels, wanted, checkpoint["mean"], checkpoint["std"])
+        evaluation.maps(model, pixels, wanted, checkpoint["mean"], checkpoint["std"], batch_size)
         for model, checkpoint in zip(heads, (teacher_checkpoint, student_checkpoint), strict=True)
     ]
     teacher_says, student_says = answers(teacher_logits, names), answers(student_logits, names)

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
     if method.asks_teacher:
-        attention.require_closed_form(teacher, to_input(train.pixels[:8], *channels))
+        attention.require_closed_form(teacher, to_input(train.pixels[: min(8, settings.batch_size)], *channels))
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
     checkpoint = {
         **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std")},
@@ -101,18 +101,19 @@ def main(argv: list[str] | None = None) -> None:
         """Of all classes, the old ones' with drift compensation, and what each classifier makes of them."""
         statistics = None
         if settings.statistics:
-            statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train)
+            statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train, settings.batch_size)
         if statistics is not None:
-            features = classifiers.features_of(student, test.pixels, *channels)
+            features = classifiers.features_of(student, test.pixels, *channels, settings.batch_size)
             checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
             checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, features, test.labels, len(new))
             checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.untrained(
-                teacher, teacher_checkpoint, train, test
+                teacher, teacher_checkpoint, train, test, settings.batch_size
             )
-        calibration.calibrate(student, checkpoint, statistics, held, len(old))
+        calibration.calibrate(student, checkpoint, statistics, held, len(old), settings.batch_size)
 
     if method.loss is None:
-        begin_with_lda(student, classifiers.after_task(teacher, student, teacher_checkpoint, train), settings)
+        of_all = classifiers.after_task(teacher, student, teacher_checkpoint, train, settings.batch_size)
+        begin_with_lda(student, of_all, settings)
         log_row = evaluate()
         add_statistics()
         with run_folder.writing():
@@ -125,11 +126,16 @@ def main(argv: list[str] | None = None) -> None:
         ) as training:
             for row in training.epochs():
                 if training.is_due(row):
+                    if row["epoch"] == settings.epochs:
+                        training.save()  # whatever fails from now on, the training is done
                     row |= evaluate()
                     training.save()
                 log.info(progress.line_of(row, settings.epochs, training.seconds_left))
                 board.write(row)
             if not training.is_done:
+                if "test_accuracy" not in training.log[-1]:  # it failed when the epoch was judged
+                    training.log[-1] |= evaluate()
+                    run_folder.write_log(training.log)
                 add_statistics()
                 training.save(finished=True)
         log_row = training.log[-1]
@@ -144,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, asked)
     student, student_answering = classifiers.answer_with(student, saved, asked)
     answering = student_answering["classifier"]
-    comparison = evaluation.compare(teacher, student, teacher_answering, student_answering, test, heads=heads)
+    comparison = evaluation.compare(
+        teacher, student, teacher_answering, student_answering, test, settings.batch_size, heads=heads
+    )
     report.of_student(run_folder.report, test, comparison)
     board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
     say = progress.results(settings)

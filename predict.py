@@ -147,13 +147,14 @@ def open_checkpoint(path: str, classifier: str) -> Predictor:
 
     from lwm.classifiers import answer_with
     from lwm.evaluation import predict
-    from lwm.runtime.checkpoint import load, restore_model
+    from lwm.runtime.checkpoint import batch_size_of, load, restore_model
 
     checkpoint = load(path)
     model, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
 
     def logits(pixels: np.ndarray) -> np.ndarray:
-        return predict(model, torch.from_numpy(pixels), checkpoint["mean"], checkpoint["std"]).numpy()
+        channels = checkpoint["mean"], checkpoint["std"]
+        return predict(model, torch.from_numpy(pixels), *channels, batch_size_of(checkpoint)).numpy()
 
     unknown = checkpoint["unknown"].get(checkpoint["classifier"], [])
     return Predictor(checkpoint["class_names"], checkpoint["image_size"], unknown, logits)

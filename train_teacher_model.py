@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -23,10 +24,11 @@ from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, classify, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
-from lwm.runtime.checkpoint import load, load_weights
+from lwm.runtime.checkpoint import AT_A_TIME, load
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
+from lwm.runtime.weights import load_weights
 from lwm.training import Training, what_failed
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{settings.where('old_classes')} is {','.join(classes)}: a teacher needs two classes at least"
         )
     form = loss_form(settings, "softmax" if settings.weights else "binary")
+    if settings.weights_key is not None and settings.weights in ("", "imagenet"):
+        raise InputError("--weights-key names a state_dict in a file that --weights names; give both or leave it out")
     settings, device = hardware.prepare(dataclasses.replace(settings, loss_form=form))
     run_folder = open_run_folder(settings, "teacher")
     if run_folder.resumed and settings.epochs == 0:
@@ -64,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         here = Place("folder", settings.data_dir) if named else None
         task = {"classes": classes, "judged": None, "apart": [], "hold_back": 0.0}
         test = find_test_images([task], settings.image_size, settings.skip_bad_images, cache, here)
+        settings = dataclasses.replace(settings, batch_size=settings.batch_size or AT_A_TIME)
 
     weights = read_weights(settings) if settings.weights else {}
     torch.manual_seed(settings.seed)
@@ -91,32 +96,38 @@ def main(argv: list[str] | None = None) -> None:
     task, channels = checkpoint["tasks"][0], (checkpoint["mean"], checkpoint["std"])
     board = tensorboard.Board(settings, run_folder.folder, "teacher")
 
+    def evaluate() -> dict[str, Any]:
+        """The log's column of the network as it is now, which the task keeps too."""
+        logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
+        task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        return {"test_accuracy": task["group_accuracy"][0]}
+
     if settings.epochs:
         with Training(run_folder, checkpoint, model, train, classify, settings) as training:
             for row in training.epochs():
                 if training.is_due(row):
-                    logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-                    task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
-                    row["test_accuracy"] = task["group_accuracy"][0]
+                    if row["epoch"] == settings.epochs:
+                        training.save()  # whatever fails from now on, the training is done
+                    row |= evaluate()
                     training.save()
                 log.info(progress.line_of(row, settings.epochs, training.seconds_left))
                 board.write(row)
             if not training.is_done:
+                if "test_accuracy" not in training.log[-1]:  # it failed when the epoch was judged
+                    training.log[-1] |= evaluate()
+                    run_folder.write_log(training.log)
                 statistics = None
                 if settings.statistics:
-                    statistics = classifiers.after_first_task(model, checkpoint, train)
-                    features = classifiers.features_of(model, test.pixels, *channels)
+                    statistics = classifiers.after_first_task(model, checkpoint, train, settings.batch_size)
+                    features = classifiers.features_of(model, test.pixels, *channels, settings.batch_size)
                     checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
                     checkpoint["classifiers"] = evaluation.by_classifier(
                         model, statistics, features, test.labels, len(classes)
                     )
-                calibration.calibrate(model, checkpoint, statistics, held, 0)
+                calibration.calibrate(model, checkpoint, statistics, held, 0, settings.batch_size)
                 training.save(finished=True)
     else:
-        task["group_accuracy"] = [None]
-        if len(test.labels):
-            logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-            task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        evaluate()
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": model.state_dict(), "finished": True, "training": {}})
         distributed.leave()
@@ -125,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model, saved = classifiers.answer_with(model, load(run_folder.model), "head")
     logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
-    side = evaluation.Side("", model, saved, logits)
-    views = evaluation.explain([side], test, settings.batch_size)
+    side = evaluation.Side("", model, saved, logits, settings.batch_size)
+    views = evaluation.explain([side], test)
     report.of_teacher(run_folder.report, test, side, views)
     if settings.epochs:
         plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
@@ -145,7 +156,7 @@ def read_weights(settings: Settings) -> dict[str, torch.Tensor]:
     """The state_dict that --weights names. Raises InputError."""
     with settings.naming("weights"):
         if settings.weights != "imagenet":
-            return load_weights(settings.weights)
+            return load_weights(settings.weights, settings.weights_key)
         try:
             return torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
         except ValueError as error:

@@ -47,7 +47,12 @@ class Examples(NamedTuple):
 
 
 def calibrate(
-    model: Network, checkpoint: dict[str, Any], statistics: ClassStatistics | None, held: Images, old: int
+    model: Network,
+    checkpoint: dict[str, Any],
+    statistics: ClassStatistics | None,
+    held: Images,
+    old: int,
+    batch_size: int,
 ) -> None:
     """Put "temperatures" and "unknown" into ``checkpoint``, by classifier.
 
@@ -57,7 +62,7 @@ def calibrate(
     if not len(held.labels):
         log.info("no images are held back (--calibration), so probabilities are not calibrated")
         return
-    features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"])
+    features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
     checkpoint["temperatures"], checkpoint["unknown"] = {}, {}
     for name in NAMES if statistics else NAMES[:1]:
         weight, bias = linear_layer(name, statistics, model)

@@ -71,9 +71,7 @@ class DriftMap(NamedTuple):
 
 
 @torch.no_grad()
-def features_of(
-    model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
-) -> Tensor:
+def features_of(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int) -> Tensor:
     """What the head sees of uint8 (n, 3, H, W), in eval mode: float64 (n, C), on the CPU.
 
     Raises RunError if that is not finite.
@@ -296,14 +294,14 @@ def from_checkpoint(checkpoint: dict[str, Any]) -> ClassStatistics | None:
     return ClassStatistics(*(kept[name].double() for name in ClassStatistics._fields)) if kept else None
 
 
-def after_first_task(model: Network, checkpoint: dict[str, Any], images: Images) -> ClassStatistics:
+def after_first_task(model: Network, checkpoint: dict[str, Any], images: Images, batch_size: int) -> ClassStatistics:
     """Of all classes of a first task, on its training images."""
-    features = features_of(model, images.pixels, checkpoint["mean"], checkpoint["std"])
+    features = features_of(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
     return measure(features, images.labels, len(checkpoint["class_names"]))
 
 
 def after_task(
-    teacher: Network, student: Network, teacher_checkpoint: dict[str, Any], images: Images
+    teacher: Network, student: Network, teacher_checkpoint: dict[str, Any], images: Images, batch_size: int
 ) -> ClassStatistics | None:
     """The teacher's statistics, compensated, and those of the new classes behind them; None if the teacher has none.
 
@@ -313,7 +311,7 @@ def after_task(
     if statistics is None:
         return None
     mean, std = teacher_checkpoint["mean"], teacher_checkpoint["std"]
-    old, new = (features_of(model, images.pixels, mean, std) for model in (teacher, student))
+    old, new = (features_of(model, images.pixels, mean, std, batch_size) for model in (teacher, student))
     return update(statistics, old, new, images.labels)
 
 

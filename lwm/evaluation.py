@@ -28,9 +28,7 @@ SHOWN = 60  # images of a page: with their maps at 224 px they take some 3 MB
 
 
 @torch.inference_mode()
-def predict(
-    model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
-) -> Tensor:
+def predict(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int) -> Tensor:
     """Logits (n, classes) on the CPU for uint8 (n, 3, H, W); the model is left in eval mode.
 
     Of several processes each answers its share, and all have the whole.
@@ -45,7 +43,7 @@ def predict(
 
 @torch.no_grad()
 def maps(
-    model: Network, pixels: Tensor, classes: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int = 500
+    model: Network, pixels: Tensor, classes: Tensor, mean: Sequence[float], std: Sequence[float], batch_size: int
 ) -> Tensor:
     """Grad-CAM (n, h, w) at the last feature map, on the CPU, of ``classes`` int64 (n,) in uint8 (n, 3, H, W)."""
     model.eval()
@@ -67,18 +65,22 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """A network as it answers: ``logits`` (n, classes) are its answers, and ``network`` has the head of its maps."""
+    """A network as it answers: ``logits`` (n, classes) are its answers, and ``network`` has the head of its maps.
+
+    It looks at ``batch_size`` images at a time.
+    """
 
     role: str
     network: Network
     checkpoint: dict[str, Any]
     logits: Tensor
+    batch_size: int
 
-    def maps(self, pixels: Tensor, classes: Tensor, batch_size: int = 500) -> Tensor:
-        return maps(self.network, pixels, classes, self.checkpoint["mean"], self.checkpoint["std"], batch_size)
+    def maps(self, pixels: Tensor, classes: Tensor) -> Tensor:
+        return maps(self.network, pixels, classes, self.checkpoint["mean"], self.checkpoint["std"], self.batch_size)
 
 
-def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dict[int, list[View]]:
+def explain(sides: Sequence[Side], images: Images) -> dict[int, list[View]]:
     """For some of ``images``, by position, the maps of the true class, and of the answer if that is another class.
 
     A side makes them of the classes that it knows: a teacher has none of an image of a new class. The images are those
@@ -96,7 +98,7 @@ def explain(sides: Sequence[Side], images: Images, batch_size: int = 500) -> dic
         ]
         if asked:
             where, classes = torch.tensor(asked).T
-            heats = side.maps(images.pixels[where], classes, batch_size)
+            heats = side.maps(images.pixels[where], classes)
             for (index, label), heat in zip(asked, heats, strict=True):
                 views[index].append(View(side.role, label, heat))
     return views
@@ -216,7 +218,9 @@ def by_classifier(
     }
 
 
-def untrained(teacher: Network, checkpoint: dict[str, Any], train: Images, test: Images) -> dict[str, float | None]:
+def untrained(
+    teacher: Network, checkpoint: dict[str, Any], train: Images, test: Images, batch_size: int
+) -> dict[str, float | None]:
     """Accuracies in percent of LDA on the features of a teacher, to whose statistics those of ``train`` are added.
 
     They say what a student's training is worth. Raises InputError for damaged statistics.
@@ -224,9 +228,10 @@ def untrained(teacher: Network, checkpoint: dict[str, Any], train: Images, test:
     statistics, channels = from_checkpoint(checkpoint), (checkpoint["mean"], checkpoint["std"])
     assert statistics is not None  # the student of a teacher without them has none itself
     old = len(statistics.means)
-    new = measure(features_of(teacher, train.pixels, *channels), train.labels - old, int(train.labels.max()) + 1 - old)
+    features, tested = (features_of(teacher, each.pixels, *channels, batch_size) for each in (train, test))
+    new = measure(features, train.labels - old, int(train.labels.max()) + 1 - old)
     weight, bias = linear_layer("lda", statistics.joined(new), teacher)
-    return accuracies(features_of(teacher, test.pixels, *channels) @ weight.T + bias, test.labels, old)
+    return accuracies(tested @ weight.T + bias, test.labels, old)
 
 
 def classifier_table(accuracies_by_classifier: dict[str, dict[str, float | None]], answering: str) -> str:
@@ -267,7 +272,11 @@ def statistics_off(
 
 
 def of_statistics(
-    student: Network, teacher_checkpoint: dict[str, Any], student_checkpoint: dict[str, Any], images: Images
+    student: Network,
+    teacher_checkpoint: dict[str, Any],
+    student_checkpoint: dict[str, Any],
+    images: Images,
+    batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """What a student can do with the statistics of its checkpoint, on labelled ``images`` of its classes.
 
@@ -279,7 +288,8 @@ def of_statistics(
     if statistics is None or uncompensated is None or not len(images.labels):
         return metrics
     old, labels = len(teacher_checkpoint["class_names"]), images.labels
-    features = features_of(student, images.pixels, student_checkpoint["mean"], student_checkpoint["std"])
+    channels = student_checkpoint["mean"], student_checkpoint["std"]
+    features = features_of(student, images.pixels, *channels, batch_size)
     metrics["classifiers"] = by_classifier(student, statistics, features, labels, len(statistics.means) - old)
     for name, each in (("compensated", statistics), ("uncompensated", uncompensated)):
         off = statistics_off(each, features[labels < old], labels[labels < old])
@@ -314,6 +324,7 @@ def compare(
     teacher_checkpoint: dict[str, Any],
     student_checkpoint: dict[str, Any],
     images: Images,
+    batch_size: int,
     history: bool = True,
     heads: tuple[Network, Network] | None = None,
 ) -> Comparison:
@@ -325,13 +336,13 @@ def compare(
     """
     checkpoints, old = (teacher_checkpoint, student_checkpoint), len(teacher_checkpoint["class_names"])
     teacher_logits, student_logits = (
-        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"])
+        predict(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
         for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
     )
     one, other = heads or (teacher, student)
     sides = (
-        Side("teacher", one, teacher_checkpoint, teacher_logits),
-        Side("student", other, student_checkpoint, student_logits),
+        Side("teacher", one, teacher_checkpoint, teacher_logits, batch_size),
+        Side("student", other, student_checkpoint, student_logits, batch_size),
     )
     judged = images.labels >= 0
     shown = (judged & (images.labels < old)).nonzero().squeeze(1)

@@ -214,14 +214,17 @@ class Training:
             )
         training = {
             **self.identity,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "device_rng": random_state(self.device),
             "log": self.log,
-            "position": self.batches.position() if self.batches else None,
         }
+        if not finished:  # more epochs begin with a new optimiser and a new schedule
+            training |= {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "position": self.batches.position() if self.batches else None,
+            }
         self.run_folder.save(
             {**self.checkpoint, "model": self.student.state_dict(), "finished": finished, "training": training}
         )
@@ -237,6 +240,9 @@ class Training:
             more = self.planned - len(self.log)
             done = f"{len(self.log)} epochs are done, "
             log.info(done + (f"{more} more with a new cosine schedule" if more else "all of them: nothing is left"))
+            return
+        if len(self.log) == self.planned:  # the optimiser, whose learning rate has come to 0, makes no step any more
+            log.info(f"going on from {self.run_folder.source}, with what comes after its last epoch")
             return
         self.optimizer.load_state_dict(checked_optimizer(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(checked_state(state["schedule"], self.schedule.state_dict(), "schedule"))

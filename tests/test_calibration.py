@@ -117,7 +117,7 @@ def test_checkpoints_keep_what_the_images_held_back_say(runs):
         assert all(values == sorted(values) for values in saved["unknown"].values())
         model, again = checkpoint.restore_model(saved), dict(saved)
         held = datasets.open_source(place, 8).test(names[old:], names)
-        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, old)
+        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, old, 8)
         assert again["temperatures"] == pytest.approx(saved["temperatures"], rel=1e-3)
 
 
@@ -130,9 +130,9 @@ def test_without_images_nothing_is_kept_and_without_statistics_the_head_alone(ru
     )
     held = held.test("cd", "abcd")
     bare = saved | {"temperatures": {}, "unknown": {}}
-    calibration.calibrate(model, bare, None, held._replace(pixels=held.pixels[:0], labels=held.labels[:0]), 2)
+    calibration.calibrate(model, bare, None, held._replace(pixels=held.pixels[:0], labels=held.labels[:0]), 2, 8)
     assert bare["temperatures"] == bare["unknown"] == {}
-    calibration.calibrate(model, bare, None, held, 2)
+    calibration.calibrate(model, bare, None, held, 2, 8)
     assert list(bare["temperatures"]) == list(bare["unknown"]) == ["head"]
 
 
@@ -152,7 +152,7 @@ def test_predict_and_onnx_say_unknown_alike_with_calibrated_probabilities(runs, 
     saved = checkpoint.load(student)
     model, _ = classifiers.answer_with(checkpoint.restore_model(saved), saved | {"temperatures": {}}, name)
     pixels = datasets.open_source(datasets.Place("folder", str(root / "images")), 8).test("abcd", "abcd").pixels
-    features = classifiers.features_of(model, pixels, saved["mean"], saved["std"])
+    features = classifiers.features_of(model, pixels, saved["mean"], saved["std"], 8)
     logits = (features @ model.fc.weight.double().T + model.fc.bias.double()).detach() / saved["temperatures"][name]
     expected = probabilities_of(logits.numpy()).max(1)
     for rows in both:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
 
 import checkpointfiles
+import filelock
 import pytest
 import torch
+from conftest import refused, write_images
 
 from lwm import models
+from lwm.images.cache import decoded
 from lwm.runtime import checkpoint
-from lwm.runtime.errors import InputError
+from lwm.runtime.errors import InputError, log
 from lwm.runtime.files import make_folder, require_folder, write_atomically
+from lwm.runtime.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +115,66 @@ def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     assert done == ["file", "rename", "folder"]
 
 
+def failing(code: int, only: Callable[..., bool] = lambda *arguments: True, usual: Callable | None = None) -> Callable:
+    def fail(*arguments, **named):
+        if only(*arguments):
+            raise OSError(code, os.strerror(code))
+        return usual(*arguments, **named)
+
+    return fail
+
+
+def is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+ODD = {  # file systems on which a file can be written all the same
+    "no chmod (CIFS, /mnt/c of WSL)": ("chmod", failing(errno.EPERM)),
+    "folders cannot be synced": ("fsync", failing(errno.EINVAL, is_folder, os.fsync)),
+    "a folder's sync fails": ("fsync", failing(errno.EIO, is_folder, os.fsync)),
+    "folders cannot be opened (Windows)": (
+        "open",
+        failing(errno.EACCES, lambda path, *_: Path(path).is_dir(), os.open),
+    ),
+    "no fsync": ("fsync", failing(errno.ENOTSUP)),
+}
+
+
+@pytest.mark.parametrize("system", ODD)
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_file_system_that_can_do_little_takes_a_file_all_the_same(tmp_path, monkeypatch, system, existed):
+    path = tmp_path / "model.pth"
+    if existed:
+        path.write_bytes(b"the old one")
+    monkeypatch.setattr(os, *ODD[system])
+    write_atomically(path, b"the new one")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"the new one"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks"), OSError(errno.ENOTSUP, "")]
+)
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog, error):
+    monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=error))
+    monkeypatch.setattr(log, "propagate", True)
+    paths = write_images(tmp_path / "images", 2)
+    assert len(decoded(paths, 16, tmp_path / "cache")[0]) == 2
+    with RunFolder("teacher", tmp_path / "out", tmp_path / "none", None).writing():
+        write_atomically(tmp_path / "out" / "model.pth", b"new")
+    said = [record.message for record in caplog.records]
+    assert [text.split(" knows no locks")[0] for text in said] == [str(tmp_path / name) for name in ("cache", "out")]
+
+
+def test_a_cache_on_a_system_without_fsync_is_made_and_one_that_fails_is_not(tmp_path, monkeypatch):
+    paths = write_images(tmp_path / "images", 2)
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOTSUP))
+    assert len(decoded(paths, 16, tmp_path / "cache")[0]) == 2
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))  # as a share says only now that it is full
+    assert "--cache-dir" in refused(decoded, paths, 8, tmp_path / "cache")
+
+
 def test_a_file_that_has_the_content_already_is_not_touched(tmp_path):
     path = tmp_path / "log.csv"
     write_atomically(path, b"abc")
@@ -115,6 +183,14 @@ def test_a_file_that_has_the_content_already_is_not_touched(tmp_path):
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     write_atomically(path, b"abd")
     assert path.read_bytes() == b"abd"
+
+
+def test_an_old_file_that_cannot_be_read_makes_way(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"abc")
+    monkeypatch.setattr(Path, "read_bytes", failing(errno.EIO))
+    write_atomically(path, b"abd")
+    assert path.read_text() == "abd"
 
 
 def test_a_write_honours_the_umask(tmp_path):

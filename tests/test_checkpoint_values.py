@@ -81,7 +81,9 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({TRAIN + "log": ["epoch 1"]}, "log"),
     ({ROW + "loss": "0.5"}, "log"),
     ({ROW + "epoch": 2}, "log"),
-    ({TRAIN + "epochs": 1, ROW + "test_accuracy": ...}, "last epoch"),
+    ({"finished": True, TRAIN + "epochs": 1, ROW + "test_accuracy": ...}, "last epoch"),
+    ({TRAIN + "optimizer": ...}, "optimizer"),
+    ({TASK + "batch_size": 0}, "batch_size"),
     ({PART + "sums": ...}, "sums"),
     ({PART + "seconds": math.inf}, "seconds"),
     ({PART + "sums/total": "7"}, "sums"),
@@ -102,7 +104,8 @@ def test_a_checkpoint_with_a_value_that_no_run_saves_is_refused(tmp_path, unfini
 @pytest.mark.parametrize(
     "changes",
     [
-        {TRAIN + "epochs": 1, TRAIN + "position": None},  # the log is whole, the statistics are not taken yet
+        {TRAIN + "epochs": 1, TRAIN + "position": None, ROW + "test_accuracy": ...},  # the last epoch is not judged yet
+        {"finished": True, TRAIN + "epochs": 1, **{TRAIN + key: ... for key in ("optimizer", "schedule", "position")}},
         {
             FIRST: lambda tensor: tensor.to(memory_format=torch.channels_last),
             TRAIN + "device_rng": torch.zeros(9).byte(),

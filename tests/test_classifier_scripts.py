@@ -52,19 +52,19 @@ def test_every_task_keeps_and_compensates_the_statistics_of_all_classes(tasks):
     model = checkpoint.restore_model(student)
     place = datasets.Place("folder", flags[flags.index("--data-dir") + 1])
     images = datasets.open_source(place, 8).test("abcdef", "abcdef")
-    metrics = evaluation.of_statistics(model, teacher, student, images)
+    metrics = evaluation.of_statistics(model, teacher, student, images, 8)
     untrained = student["classifiers"].pop("untrained")
     assert metrics["classifiers"] == student["classifiers"]
     before, new = checkpoint.restore_model(teacher), datasets.open_source(place, 8).train("ef", "abcdef")
     seen, now = (
-        classifiers.features_of(before, each.pixels, teacher["mean"], teacher["std"]) for each in (images, new)
+        classifiers.features_of(before, each.pixels, teacher["mean"], teacher["std"], 8) for each in (images, new)
     )
     joined = classifiers.from_checkpoint(teacher).joined(classifiers.measure(now, new.labels - 4, 2))
     weight, bias = classifiers.lda(joined)
     assert untrained == pytest.approx(evaluation.accuracies(seen @ weight.T + bias, images.labels, 4))
     assert [len(values) for values in metrics["means_off"].values()] == [4, 4]
     assert sum(metrics["means_off"]["compensated"]) < sum(metrics["means_off"]["uncompensated"])
-    features, old = classifiers.features_of(model, images.pixels, student["mean"], student["std"]), images.labels < 4
+    features, old = classifiers.features_of(model, images.pixels, student["mean"], student["std"], 8), images.labels < 4
     for name, saved in (("compensated", student), ("uncompensated", teacher)):
         _, off = evaluation.statistics_off(classifiers.from_checkpoint(saved), features[old], images.labels[old])
         assert metrics["covariances_off"][name] == off[:4]

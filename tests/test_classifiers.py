@@ -244,7 +244,7 @@ def test_covariances_that_are_flat_or_lost_digits_still_make_every_classifier():
 def own_statistics(model: models.Network, saved: dict, images: Images) -> ClassStatistics:
     """Those of a network's classes, which its checkpoint is given too."""
     known = images.labels < len(saved["class_names"])
-    statistics = classifiers.after_first_task(model, saved, Images(images.pixels[known], images.labels[known]))
+    statistics = classifiers.after_first_task(model, saved, Images(images.pixels[known], images.labels[known]), 20)
     saved["statistics"] = classifiers.to_checkpoint(statistics)
     return statistics
 
@@ -266,7 +266,7 @@ def test_a_network_answers_with_the_classifier_that_is_put_in(architecture, size
     for name in classifiers.NAMES:
         answering, now = classifiers.answer_with(model, saved, name)
         assert now["classifier"] == name
-        logits = evaluation.predict(answering, images.pixels, *channels)
+        logits = evaluation.predict(answering, images.pixels, *channels, 20)
         again = torch.nn.functional.linear(features, answering.fc.weight.double(), answering.fc.bias.double())
         torch.testing.assert_close(logits.double(), again, rtol=1e-4, atol=1e-3)
         assert evaluation.accuracies(logits, images.labels, 2) == pytest.approx(accuracies[name])
@@ -291,7 +291,7 @@ def test_what_makes_no_classifier_is_said():
         assert text in refused(classifiers.answer_with, model, saved | {"statistics": statistics}, name)
     torch.nn.init.constant_(model.conv1.weight, torch.inf)
     with pytest.raises(RunError, match="features are not finite"):
-        classifiers.features_of(model, random_images(1, 1, 8).pixels, [0.5] * 3, [0.25] * 3)
+        classifiers.features_of(model, random_images(1, 1, 8).pixels, [0.5] * 3, [0.25] * 3, 1)
 
 
 def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answers():
@@ -302,7 +302,7 @@ def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answ
         own_statistics(model, saved, images)
         answering.append(classifiers.answer_with(model, saved, "lda"))
     both = [part for parts in zip(*answering, strict=True) for part in parts]
-    of_heads, of_lda = evaluation.compare(*both, images, heads=heads), evaluation.compare(*both, images)
+    of_heads, of_lda = evaluation.compare(*both, images, 20, heads=heads), evaluation.compare(*both, images, 20)
     labels, inputs = images.labels[of_heads.shown], to_input(images.pixels[of_heads.shown], saved["mean"], saved["std"])
     assert labels.tolist() == [0, 1] * 10
     for side, model in enumerate(heads):
@@ -310,7 +310,7 @@ def test_the_maps_compared_are_those_of_the_heads_and_true_classes_whatever_answ
         torch.testing.assert_close(of_heads.maps[:, side], expected, rtol=1e-4, atol=1e-6)
         assert (of_lda.maps[:, side] - expected).abs().max() > 1e-3
     assert torch.equal(of_heads.sides[1].logits, of_lda.sides[1].logits)
-    nothing = evaluation.of_statistics(heads[1], *both[2:], Images(images.pixels[:0], images.labels[:0]))
+    nothing = evaluation.of_statistics(heads[1], *both[2:], Images(images.pixels[:0], images.labels[:0]), 20)
     assert nothing == {"classifiers": {}, "means_off": {}, "covariances_off": {}}
 
 

@@ -104,8 +104,8 @@ def test_predictions_and_maps_are_in_eval_mode_whatever_the_batch(batch_size):
     torch.testing.assert_close(logits, model(inputs).logits, rtol=1e-3, atol=1e-4)
     assert not logits.requires_grad
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    none = evaluation.Side("", model, {"mean": mean, "std": std}, logits[:0])
-    assert evaluation.explain([none], Images(pixels[:0], classes[:0]), batch_size) == {}
+    none = evaluation.Side("", model, {"mean": mean, "std": std}, logits[:0], batch_size)
+    assert evaluation.explain([none], Images(pixels[:0], classes[:0])) == {}
 
 
 def test_the_images_of_a_page_are_spread_over_classes_and_how_sure_the_model_is():

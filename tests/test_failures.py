@@ -6,15 +6,22 @@ import contextlib
 import math
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import image_folder
 from killing import differences, left_behind
-from tinyruns import STEPS, at_step, one_line
+from tinyruns import SMALL, STEPS, at_step, one_line
 
+import demo
+import incremental_learning_system as incremental
+import predict
 import train_teacher_model as trainer
+from lwm import classifiers, evaluation, models
 from lwm.images import datasets
+from lwm.reporting import report
 from lwm.runtime import checkpoint
 from lwm.runtime.errors import one_line_errors
 
@@ -26,7 +33,7 @@ def batches_done(folder: Path) -> int:
 
 
 def failing_with(error: BaseException):
-    def fail(*arguments):
+    def fail(*arguments, **named):
         raise error
 
     return fail
@@ -131,6 +138,62 @@ def test_a_batch_of_one_image_is_named_if_batch_norm_cannot_take_it(tmp_path, ca
     flags += ["--old-classes", "a,b", "--model", "resnet18", "--image-size", "8", "--batch-size", "2"]
     assert trainer.main([*flags, "--output-dir", str(tmp_path / "out")]) == 1
     assert "a batch of one image" in one_line(capsys)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("owner", "name", "finished"),
+    [
+        (evaluation, "predict", False),
+        (classifiers, "features_of", False),
+        (report, "_write", True),
+    ],
+)
+def test_what_fails_after_the_last_epoch_costs_none(tmp_path, whole, run, monkeypatch, role, owner, name, finished):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing_with(MemoryError()))
+        assert run(role, tmp_path) == 1
+    saved = checkpoint.load(tmp_path / f"{role}_model.pth")
+    assert (len(saved["training"]["log"]), saved["finished"]) == (2, finished)
+    at_step(monkeypatch, 1, failing_with(AssertionError("trained again")))
+    assert run(role, tmp_path, "--resume") == 0
+    assert differences(role, whole, tmp_path) == {}
+    assert (tmp_path / f"{role}_report.html").exists()
+
+
+def test_no_network_ever_sees_more_images_than_a_batch_of_its_run(tmp_path):
+    seen: list[int] = []
+
+    def count(module, inputs, output):
+        if isinstance(module, models.Network):
+            seen.append(len(inputs[0]))
+
+    def largest(act: Callable[..., int], arguments: list[str]) -> int:
+        seen.clear()
+        assert act(arguments) == 0
+        return max(seen)
+
+    data = image_folder(tmp_path / "data", dict.fromkeys("abcd", 9), dict.fromkeys("abcd", 4))
+    flags = ["--dataset", "folder", "--data-dir", str(data), "--cache-dir", str(tmp_path / "cache"), "--epochs", "1"]
+    flags += ["--output-dir", str(tmp_path)]
+    both = ["--teacher", str(tmp_path / "teacher_model.pth"), "--student", str(tmp_path / "student_model.pth")]
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        assert largest(trainer.main, [*SMALL, *flags, "--old-classes", "a,b", "--batch-size", "7"]) == 7
+        assert largest(incremental.main, [*both[:2], *flags, "--new-classes", "c,d", "--batch-size", "6"]) == 6
+        assert largest(demo.main, [*both, *flags]) == 6
+        assert largest(predict.main, ["--checkpoint", both[3], str(data / "train" / "a")]) == 6
+    finally:
+        hook.remove()
+
+
+def test_without_a_run_64_images_at_a_time_are_judged_at_most():
+    assert [checkpoint.batch_size_of({"tasks": [{"batch_size": size}]}) for size in (2, 64, 2048, None)] == [
+        2,
+        64,
+        64,
+        64,
+    ]
 
 
 @pytest.mark.parametrize(

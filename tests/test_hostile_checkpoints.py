@@ -22,6 +22,7 @@ from torch import nn
 from lwm import models
 from lwm.runtime import checkpoint
 from lwm.runtime.errors import InputError
+from lwm.runtime.weights import load_weights
 
 COUNT = 1000
 
@@ -195,7 +196,7 @@ def test_a_thousand_damaged_or_hostile_checkpoints_are_valid_or_refused(tmp_path
 
 
 @pytest.mark.parametrize("write_file", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-@pytest.mark.parametrize("reader", [checkpoint.load, checkpoint.load_weights])
+@pytest.mark.parametrize("reader", [checkpoint.load, load_weights])
 def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, write_file, reader):
     monkeypatch.chdir(tmp_path)
     write_file({"format": checkpoint.FORMAT, "model": Trap()}, tmp_path / "model.pth")

@@ -103,19 +103,6 @@ def test_the_maps_of_a_frozen_network_without_closed_form_need_no_graph_from_out
 # Weights from elsewhere -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", ["", "state_dict", "model"])
-def test_weights_come_bare_or_wrapped_and_with_the_prefix_of_dataparallel(tmp_path, wrapped):
-    network = torch.nn.DataParallel(original("resnet18"))
-    state = network.state_dict()
-    torch.save({wrapped: state, "epoch": 3} if wrapped else state, tmp_path / "model.pth")
-    torch.save({wrapped: {"a": 1}}, tmp_path / "none.pth")
-    with pytest.raises(InputError, match=r"none\.pth: .*state_dict"):
-        checkpoint.load_weights(tmp_path / "none.pth")
-    loaded = checkpoint.load_weights(tmp_path / "model.pth")
-    assert loaded.keys() == network.module.state_dict().keys()
-    assert torch.equal(loaded["layer3.0.conv1.weight"], network.module.layer3[0].conv1.weight)
-
-
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
@@ -278,6 +265,8 @@ def test_a_head_of_another_width_is_replaced_in_training_alone(folder, capsys, m
         (["--freeze", "9"], "--freeze: "),
         (["--weights", "imagenet", "--model", "resnet32"], "resnet32"),
         (["--weights", "imagenet"], "--weights: "),
+        (["--weights-key", "ema"], "'ema'"),
+        (["--weights", "imagenet", "--weights-key", "ema"], "--weights-key"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_written(folder, capsys, monkeypatch, flags, culprit):

@@ -69,7 +69,7 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     )
     pixels = np.stack([picture(seed).transpose(2, 0, 1) for seed in range(40)])
     test = Images(torch.from_numpy(pixels), torch.arange(40) % 5)
-    found = evaluation.compare(*networks, before, after, test)
+    found = evaluation.compare(*networks, before, after, test, 8)
     report.of_student(path, test, found)
     return types.SimpleNamespace(
         path=path, page=Page(path), images=test, found=found, metrics=found.metrics, labels=test.labels
@@ -160,7 +160,7 @@ def test_of_a_thousand_classes_the_page_stays_small_and_shows_the_worst_first(tm
     logits[labels == 700] -= 20 * torch.nn.functional.one_hot(torch.tensor([700]), 1000)
     model = models.build("resnet32", 1000, 8)
     saved = checkpoint_of(model, "resnet32", names, 8)
-    side = evaluation.Side("", model, saved, logits)
+    side = evaluation.Side("", model, saved, logits, 8)
     pixels = torch.randint(0, 256, (2000, 3, 8, 8), dtype=torch.uint8, generator=generator)
     test = Images(pixels, labels)
     views = evaluation.explain([side], test)

@@ -58,7 +58,8 @@ class Task(NamedTuple):
 
 def task_after(tasks: Sequence[Task], networks: Sequence[Network], train: Images, test: Images, saved: dict) -> Task:
     """The task after ``tasks``: ``networks`` are those after each of them, this one included; ``saved`` is its file."""
-    features_of = partial(classifiers.features_of, mean=saved["mean"], std=saved["std"])
+    size = checkpoint.batch_size_of(saved)
+    features_of = partial(classifiers.features_of, mean=saved["mean"], std=saved["std"], batch_size=size)
     first, earlier, now = networks[0], networks[-2:][0], networks[-1]
     old, new, at_first = (features_of(network, train.pixels) for network in (earlier, now, first))
     tested, first_tested = (features_of(network, test.pixels) for network in (now, first))

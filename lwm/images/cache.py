@@ -18,12 +18,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 from lwm.images.files import decode_all
 from lwm.runtime import progress
 from lwm.runtime.errors import InputError, RunError, log, start_log
+from lwm.runtime.files import locked, sync
 
 VERSION = 2  # to be raised when a file would be decoded to other pixels
 CHUNK = 250  # images that are decoded at a time
@@ -44,7 +44,7 @@ def decoded(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             # Of two processes that need the same images one decodes them, and the other waits.
-            with filelock.FileLock(cache_dir / f".{entry.name}.lock"):
+            with locked(cache_dir / f".{entry.name}.lock", wait=True):
                 if not _is_whole(entry):
                     _build(entry, paths, image_size, skip_bad_images)
         except OSError as error:
@@ -100,7 +100,7 @@ def _build(entry: Path, paths: Sequence[Path], image_size: int, skip_bad_images:
                 file.write(pixels.data)
                 bad |= {number * CHUNK + index: text for index, text in wrong.items()}
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         (temporary / "bad.json").write_text(json.dumps(bad))
         (temporary / "bytes").write_text(str((len(paths) - len(bad)) * image_bytes))
         temporary.rename(entry)

@@ -11,8 +11,8 @@ classifiers          for each classifier its accuracies on the test images; may 
 temperatures         for each classifier what its logits are divided by (calibration.py); may be empty
 unknown              for each classifier the quantiles of its score on images of classes it knows; may be empty
 finished             False for a save in the middle of a run
-training             what --resume needs: optimiser, schedule, random states, log, the position inside an epoch, and
-                     what tells one run from another; may be empty in a finished one
+training             what --resume needs: random states, log, what tells one run from another, and before the run is
+                     finished optimiser, schedule and the position inside an epoch; may be empty in a finished one
 
 A file is read as data: torch's ``weights_only`` runs no code of it. Then it is checked against what a checkpoint is.
 """
@@ -42,6 +42,7 @@ from lwm.runtime.setting_types import UNPRINTABLE
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 5
 OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown")  # may be empty
+AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbers are 1 MB
 
@@ -60,27 +61,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Raises InputError, in one line that says what it is instead, for every file that is not one.
     """
-    with _one_line(path):
-        checkpoint = _read(Path(path))
+    with one_line(path):
+        checkpoint = _plain(read_torch(Path(path)))
         _check_whole(checkpoint)
     return checkpoint
-
-
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state_dict that another program wrote: alone, or as "state_dict" or "model" of a dict; without the prefix of
-    DataParallel. Raises InputError for a file that holds none.
-    """
-    with _one_line(path):
-        state = _read(Path(path))
-        for key in ("state_dict", "model"):
-            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-        pairs = state.items() if isinstance(state, dict) else ()
-        if not pairs or not all(type(name) is str and isinstance(value, Tensor) for name, value in pairs):
-            raise InputError("holds no state_dict: names and tensors, alone or under 'state_dict' or 'model'")
-    prefix = "module."
-    if all(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def restore_model(checkpoint: dict[str, Any]) -> models.Network:
@@ -90,6 +74,11 @@ def restore_model(checkpoint: dict[str, Any]) -> models.Network:
     )
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def batch_size_of(checkpoint: dict[str, Any]) -> int:
+    """How many images at a time its network can take: as many as its last task took, and no more than ``AT_A_TIME``."""
+    return min(AT_A_TIME, checkpoint["tasks"][-1]["batch_size"] or AT_A_TIME)
 
 
 def fingerprint(checkpoint: dict[str, Any]) -> str:
@@ -105,7 +94,7 @@ def fingerprint(checkpoint: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(path: str | Path) -> Iterator[None]:
+def one_line(path: str | Path) -> Iterator[None]:
     """Raises InputError for whatever may be wrong with a file of torch."""
     try:
         yield
@@ -122,8 +111,8 @@ def _one_line(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {text}") from error
 
 
-def _read(path: Path) -> Any:
-    """What the file holds, on the CPU, in dicts and lists. Runs no code of it."""
+def read_torch(path: Path) -> Any:
+    """What the file holds, on the CPU. Runs no code of it."""
     if not path.is_file():  # a pipe would wait for its writer
         raise InputError("is no file" if path.exists() else "no such file")
     with warnings.catch_warnings(action="ignore"):  # what torch wonders at is no concern of the user
@@ -132,7 +121,7 @@ def _read(path: Path) -> Any:
                 broken = archive.testzip()
             if broken:
                 raise InputError(f"is damaged: {broken!r} in it is not what was written")
-        return _plain(torch.load(path, map_location="cpu", weights_only=True))
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _plain(value: Any) -> Any:
@@ -194,13 +183,13 @@ TASK = {
     "apart": [lambda value: type(value) is str and len(value) == 32],
     "hold_back": _number(0, 0.5),
     "epochs": _number(0, 10**6, int),
+    "batch_size": _optional(_number(1, 10**9, int)),
     "pretrained": bool,
     "group_accuracy": [PERCENT],
 }
 # Besides, of the task that a run may go on with.
-SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "batch_size", "warm_up", "momentum"]
-SETTINGS += ["weight_decay", "flip", "precision", "calibration", "seed", "backbone_lr", "freeze", "balanced"]
-SETTINGS += ["learning_rate"]
+SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "warm_up", "momentum", "weight_decay", "flip"]
+SETTINGS += ["precision", "calibration", "seed", "backbone_lr", "freeze", "balanced", "learning_rate"]
 POSITION = {
     "batches": _number(1, 10**9, int),
     "order": _random_state,
@@ -211,12 +200,14 @@ TRAINING = {
     "epochs": _number(1, 10**6, int),
     **dict.fromkeys(("teacher", "images"), str),
     "machine": _each(_scalar),
-    **dict.fromkeys(("optimizer", "schedule"), dict),
     **dict.fromkeys(("generator", "torch_rng"), _random_state),
     "device_rng": _optional(
         lambda value: isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
     ),
     "log": [_each(_optional(_number(-math.inf, math.inf)))],
+}
+UNFINISHED = {  # besides, of a run that is in the middle of its epochs
+    **dict.fromkeys(("optimizer", "schedule"), dict),
     "position": _optional(lambda value: _check(value, POSITION, "position")),
 }
 STATISTICS = dict.fromkeys(("counts", "means", "scatters", "shrinkages"), Tensor)
@@ -284,7 +275,7 @@ def _check_whole(checkpoint: Any) -> None:
         good = good and bool((counts >= 1).all() and (shrinkages >= 0).all() and (shrinkages <= 1).all())
         _require(good, "the statistics are not finite numbers of single precision, or none that images can have")
     if training or not checkpoint["finished"]:
-        _check(training, TRAINING, "training")
+        _check(training, TRAINING | ({} if checkpoint["finished"] else UNFINISHED), "training")
         _check(tasks[-1], dict.fromkeys(SETTINGS, _scalar), "the last task")
         _check_log(training["log"], training["epochs"], checkpoint["finished"], len(tasks) > 1)
 
@@ -292,12 +283,12 @@ def _check_whole(checkpoint: Any) -> None:
 def _check_log(log: list[dict[str, Any]], epochs: int, finished: bool, of_student: bool) -> None:
     _require(len(log) == epochs or (len(log) < epochs and not finished), "the log is not as long as the training")
     for number, row in enumerate(log, 1):
-        # A row may lack the accuracies alone: not every epoch is judged, but the last one is.
+        # A row may lack the accuracies alone: not every epoch is judged, but the last one of a finished run is.
         required = {"loss", "accuracy"} | {key for key in log[0] if not key.startswith("test_")}
         _require(row.get("epoch") == number and row.keys() >= required, f"row {number} of the log is not valid")
     pairs = [f"test_{name}_{group}" for name in ("accuracy", "told") for group in ("old", "new")]
     last = {"test_accuracy", *(pairs if of_student else ())}
-    _require(len(log) < epochs or log[-1].keys() >= last, "the last epoch is not judged")
+    _require(not finished or log[-1].keys() >= last, "the last epoch is not judged")
 
 
 def _check_weights(checkpoint: dict[str, Any]) -> None:

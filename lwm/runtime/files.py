@@ -1,12 +1,19 @@
-"""Folders and whole files."""
+"""Folders, whole files and locks, on file systems that can do little as well."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from lwm.runtime.errors import InputError
+import filelock
+
+from lwm.runtime.errors import InputError, log
+
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)  # says a file system
 
 
 def require_folder(where: str, folder: str | Path) -> None:
@@ -46,25 +53,62 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise InputError(f"{path}: is there and is no file; take another name")
     temporary = None
     try:
-        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        if _holds(path, content):
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+            sync(file.fileno())
+        with contextlib.suppress(OSError):  # a share may have one mode for all of its files
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         raise
+    with contextlib.suppress(OSError):  # the file is in place; Windows opens no folder, and a share may sync none
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _holds(path: Path, content: bytes | memoryview) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:  # what cannot be read is written anew
+        return False
+
+
+def sync(descriptor: int) -> None:
+    """Wait until an open file is on the disk, if its file system can tell. Raises OSError if it did not get there."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock file ``path``; a file system without locks is named, and nothing is held.
+
+    Raises filelock.Timeout if another process holds it and this one is not to ``wait``, OSError if it cannot be made.
+    """
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+            raise
+        log.warning(f"{path.parent} knows no locks: a second process in it would not be noticed")
+    try:
+        yield
+    finally:
+        lock.release()

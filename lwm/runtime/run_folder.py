@@ -16,7 +16,7 @@ import filelock
 
 from lwm.runtime import checkpoint as checkpoints
 from lwm.runtime.errors import InputError, RunError, log, process_number
-from lwm.runtime.files import make_folder, require_folder, write_atomically
+from lwm.runtime.files import locked, make_folder, require_folder, write_atomically
 
 Row = dict[str, Any]
 # Recorded for each task, and compared when a run goes on.
@@ -190,23 +190,18 @@ def open_run_folder(settings: Any, role: str) -> RunFolder:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise InputError(f"--output-dir {folder} is in use by another run; wait, or take another folder") from error
-    except OSError as error:
-        raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
-    except NotImplementedError:
-        log.warning(f"{folder} knows no locks: a second process in it would not be noticed")
-        yield
-        return
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-        lock.release()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK, wait=False))
+        except filelock.Timeout as error:
+            raise InputError(f"--output-dir {folder} is in use by another run; wait, or take another folder") from error
+        except OSError as error:
+            raise InputError(f"--output-dir {folder}: cannot be written to ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -73,6 +73,7 @@ class Settings:
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     weights: str = setting_types.file("a torchvision state_dict to begin with, or imagenet for torchvision's own")
+    weights_key: str | None = setting_types.part("which of several state_dicts in --weights (default: the largest)")
     old_classes_file: str = setting_types.file("the old classes' names in the order of the outputs, a line each")
     new_classes_file: str = setting_types.file("the new classes' names, a line each")
     teacher: str = setting_types.file("checkpoint of the model that learns the new classes, a teacher or a student")
@@ -110,7 +111,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads,
     "train_teacher_model": (
         f"old_classes model image_size stem mean std lr {_TRAINING}",
         "",
-        "weights old_classes_file",
+        "weights weights_key old_classes_file",
     ),
     "incremental_learning_system": (
         f"new_classes incremental_lr beta gamma temperature batch_norm classifier {_TRAINING}",
