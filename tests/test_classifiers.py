@@ -271,7 +271,7 @@ def test_a_network_answers_with_the_classifier_that_is_put_in(architecture, size
         torch.testing.assert_close(logits.double(), again, rtol=1e-4, atol=1e-3)
         assert evaluation.accuracies(logits, images.labels, 2) == pytest.approx(accuracies[name])
         calibrated, _ = classifiers.answer_with(model, saved | {"temperatures": {name: 4.0}}, name)
-        colder = evaluation.predict(calibrated, images.pixels, *channels)
+        colder = evaluation.predict(calibrated, images.pixels, *channels, 20)
         torch.testing.assert_close(4 * colder, logits, rtol=1e-4, atol=1e-3)
     assert torch.equal(model.fc.weight, classifiers.answer_with(model, saved, "head")[0].fc.weight)
 
