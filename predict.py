@@ -143,21 +143,10 @@ def open_onnx(path: str) -> Predictor:
 
 def open_checkpoint(path: str, classifier: str) -> Predictor:
     """Raises InputError for a file that is no checkpoint of this project."""
-    import torch
+    from lwm import Classifier
 
-    from lwm.classifiers import answer_with
-    from lwm.evaluation import predict
-    from lwm.runtime.checkpoint import batch_size_of, load, restore_model
-
-    checkpoint = load(path)
-    model, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
-
-    def logits(pixels: np.ndarray) -> np.ndarray:
-        channels = checkpoint["mean"], checkpoint["std"]
-        return predict(model, torch.from_numpy(pixels), *channels, batch_size_of(checkpoint)).numpy()
-
-    unknown = checkpoint["unknown"].get(checkpoint["classifier"], [])
-    return Predictor(checkpoint["class_names"], checkpoint["image_size"], unknown, logits)
+    model = Classifier.load(path, classifier)
+    return Predictor(model.class_names, model.checkpoint["image_size"], model.unknown, model.logits)
 
 
 def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:

@@ -204,7 +204,7 @@ def test_three_tasks_from_the_student_alone_and_one_single_class(tmp_path, stude
     assert saved["class_names"] == ["0", "1", "2", "3", "9", "5", "4"]
     assert [len(task["group_accuracy"]) for task in saved["tasks"]] == [1, 2, 3, 4]
     tests = open_source(Place("digits", ""), 8).test(saved["class_names"], saved["class_names"])
-    logits = predict(checkpoint.restore_model(saved), tests.pixels, saved["mean"], saved["std"])
+    logits = predict(checkpoint.restore_model(saved), tests.pixels, saved["mean"], saved["std"], 8)
     expected = accuracies(logits, tests.labels, 5) | {"task_aware": task_aware(logits, tests.labels, [2, 2, 1, 2])}
     last = rows(third / "student_log.csv")[-1]
     assert {name: float(last[f"test_{name}"]) for name in expected} == pytest.approx(expected)

@@ -253,6 +253,13 @@ def _check_work(path: str | Path, image: ImageFile.ImageFile) -> None:
         )
 
 
+def fitted(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) as ``decode_image`` would give it from a file. Raises InputError for another array."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise InputError(f"an image as uint8 (H, W, 3) is needed, not {pixels.dtype} {pixels.shape}")
+    return np.asarray(_fit(Image.fromarray(pixels), size)).transpose(2, 0, 1).copy()
+
+
 def _within_largest(image: Image.Image) -> Image.Image:
     return ImageOps.contain(image, (LARGEST, LARGEST)) if max(image.size) > LARGEST else image
 
