@@ -40,14 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="further flags of the teacher's script")
     parser.add_argument("--work-dir", default=Path("runs/own-images"), type=Path)
     options = parser.parse_args(argv)
-    names = sorted(path.name for path in (options.data_dir / "train").glob("*") if path.is_dir())
-    if len(names) < OLD + NEW:
-        raise InputError(f"--data-dir {options.data_dir}: {OLD + NEW} classes are needed in its folder train")
     code, results = options.code.resolve(), tables.ROOT / "results" / "own-images"
     commit = subprocess.check_output(["git", "-C", str(code), "rev-parse", "--short", "HEAD"], text=True).strip()
     name = f"{commit}, {options.size} px {options.flags}".strip()
     for number, shift in enumerate(SPLITS):
-        chosen = [names[(shift + index) % len(names)] for index in range(OLD + NEW)]
+        chosen, _ = classes_of(options.data_dir, shift)
         photos = linked(options.data_dir, chosen, options.work_dir / f"split{number}")
         folder = options.work_dir / re.sub(r"\W+", "-", name) / str(number)
         row = follow(code, photos, chosen, options.size, options.flags.split(), folder)
@@ -58,6 +55,15 @@ def main(argv: list[str] | None = None) -> None:
         means = own[["teacher", "accuracy", "old", "new", "head", "minutes"]].mean().map("{:.1f}".format)
         lines.append({"commit, size, flags": run, "splits": len(own), **means})
     tables.publish({results / "table.md": tables.markdown(lines)})
+
+
+def classes_of(data_dir: Path, shift: int) -> tuple[list[str], list[str]]:
+    """The classes of a split, in their order, and those that it leaves out. Raises InputError if there are too few."""
+    names = sorted(path.name for path in (data_dir / "train").glob("*") if path.is_dir())
+    if len(names) < OLD + NEW:
+        raise InputError(f"--data-dir {data_dir}: {OLD + NEW} classes are needed in its folder train")
+    names = [names[(shift + index) % len(names)] for index in range(len(names))]
+    return names[: OLD + NEW], names[OLD + NEW :]
 
 
 def linked(data_dir: Path, classes: list[str], folder: Path) -> Path:
