@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import checkpointfiles
 import pytest
 import torch
 from conftest import image_folder, picture, write_images
@@ -60,7 +61,7 @@ def desk(tmp_path_factory) -> Path:
     homeless = [{**task, "judged": {**task["judged"], "data_dir": str(desk / "gone")}} for task in student["tasks"]]
     checkpoint.save(desk / "teacher.pth", teacher)
     checkpoint.save(desk / "student.pth", student)
-    checkpoint.save(desk / "unfinished.pth", {**teacher, "finished": False})
+    checkpoint.save(desk / "unfinished.pth", checkpointfiles.unfinished())
     checkpoint.save(desk / "homeless.pth", {**student, "tasks": homeless})
     checkpoint.save(desk / "bare.pth", {**student, "statistics": {}})
     scatters = student["statistics"]["scatters"].neg()

@@ -25,9 +25,9 @@ from lwm.runtime import checkpoint, distributed
 from lwm.runtime.errors import InputError
 
 # Batches are shared as 8 + 7, and crops and mirror images are drawn for the whole batch. Steps are small: rounding
-# stays below 1e-6; a wrong weight of the shares makes 4e-4.
+# stays below 1e-6, unless it changes which old class is likeliest (seed 0); a wrong weight of the shares makes 4e-4.
 SHARED = ["--hold-back", "0.5", "--batch-size", "15", "--flip", "--batch-norm", "frozen"]
-STUDENT = [*FP32, "--epochs", "2", "--incremental-lr", "0.001", *SHARED]
+STUDENT = [*FP32, "--seed", "1", "--calibration", "0", "--epochs", "2", "--incremental-lr", "0.001", *SHARED]
 
 
 def together(folder: Path, act: Callable, *arguments: object) -> tuple[list[int], str]:

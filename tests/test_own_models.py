@@ -42,7 +42,7 @@ def original(architecture: str, classes: int = 3) -> torch.nn.Module:
 @pytest.mark.parametrize("architecture", [*CLOSED, *DIFFERENTIATED, "resnet34", "resnet50", "resnext50_32x4d"])
 def test_it_answers_and_explains_as_torchvisions_network_does(architecture):
     theirs = original(architecture).eval()
-    ours = models.build(architecture, 3, 64)
+    ours = models.build(architecture, 3, 64, models.stem_of(architecture, theirs.state_dict()))
     assert models.load_torchvision(ours, theirs.state_dict()) == 3
     assert ours.training
     assert sum(map(torch.numel, ours.parameters())) == sum(map(torch.numel, theirs.parameters()))  # each is in it once
@@ -260,7 +260,7 @@ def test_a_head_of_another_width_is_replaced_in_training_alone(folder, capsys, m
         (["--weights", "nowhere.pth"], "--weights: nowhere.pth"),
         (["--weights", "classes.txt"], "--weights: classes.txt"),
         (["--model", "resnet50"], "--weights: "),
-        (["--image-size", "32"], "'conv1.weight'"),
+        (["--stem", "cifar"], "'conv1.weight'"),
         (["--model", "vit_b_16"], "--model: vit_b_16"),
         (["--freeze", "9"], "--freeze: "),
         (["--weights", "imagenet", "--model", "resnet32"], "resnet32"),

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -55,11 +56,16 @@ def main(argv: list[str] | None = None) -> None:
             key = {"protocol": "own-images", "method": name, "seed": number, "task": 1}
             row = judged(saved, name, taught, strange)
             tables.write_rows(path, [{**key, **row, **hardware.machine()}])
-    rows, lines = tables.read_rows(path), []
+    tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
+
+
+def table_of(rows: pd.DataFrame) -> str:
+    """Means over the splits."""
+    lines = []
     for name, own in rows.groupby("method", sort=False):
         columns = [each for each in own if each.startswith(("calibration", "log_loss", "unknown", "auroc"))]
         lines.append({"classifier": name, "splits": len(own), **own[columns].mean().map("{:.3g}".format)})
-    tables.publish({path.with_name("table.md"): tables.markdown(lines)})
+    return tables.markdown(lines)
 
 
 def judged(saved: dict, name: str, taught: Images, strange: dict[str, Images]) -> dict[str, float]:

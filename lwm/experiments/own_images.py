@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from lwm.experiments import tables
 from lwm.runtime import hardware
 from lwm.runtime.errors import InputError, RunError, one_line_errors
@@ -50,11 +52,16 @@ def main(argv: list[str] | None = None) -> None:
         row = follow(code, photos, chosen, options.size, options.flags.split(), folder)
         key = {"protocol": "own-images", "method": name, "seed": number, "task": 1}
         tables.write_rows(results / "accuracy.csv", [{**key, **row}])
-    rows, lines = tables.read_rows(results / "accuracy.csv"), []
+    tables.publish({results / "table.md": table_of(tables.read_rows(results / "accuracy.csv"))})
+
+
+def table_of(rows: pd.DataFrame) -> str:
+    """Means over the splits."""
+    lines = []
     for run, own in rows.groupby("method", sort=False):
         means = own[["teacher", "accuracy", "old", "new", "head", "minutes"]].mean().map("{:.1f}".format)
         lines.append({"commit, size, flags": run, "splits": len(own), **means})
-    tables.publish({results / "table.md": tables.markdown(lines)})
+    return tables.markdown(lines)
 
 
 def classes_of(data_dir: Path, shift: int) -> tuple[list[str], list[str]]:
