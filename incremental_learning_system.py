@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.untrained(
                 teacher, teacher_checkpoint, train, test, settings.batch_size
             )
-        calibration.calibrate(student, checkpoint, statistics, held, len(old), settings.batch_size)
+        calibration.calibrate(student, checkpoint, statistics, held, len(old), settings.batch_size, teacher_checkpoint)
 
     if method.loss is None:
         of_all = classifiers.after_task(teacher, student, teacher_checkpoint, train, settings.batch_size)

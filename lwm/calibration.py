@@ -53,17 +53,20 @@ def calibrate(
     held: Images,
     old: int,
     batch_size: int,
+    before: dict[str, Any] | None = None,
 ) -> None:
-    """Put "temperatures" and "unknown" into ``checkpoint``, by classifier.
+    """Put "temperatures" and "unknown" into ``checkpoint``, by classifier, and "calibrated_on", a number of images.
 
     ``held`` are images held back of the classes from ``old`` on; ``statistics`` are those of all classes, if there are
-    any. Without images nothing is put in, and a line says so.
+    any. A few images hardly fix a temperature: that of the checkpoint ``before``, the teacher's, has as many votes as
+    the images that it was fitted on. Without images nothing is put in, and a line says so.
     """
     if not len(held.labels):
         log.info("no images are held back (--calibration), so probabilities are not calibrated")
         return
     features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
-    checkpoint["temperatures"], checkpoint["unknown"] = {}, {}
+    count, earlier = len(held.labels), before["calibrated_on"] if before else 0
+    checkpoint["temperatures"], checkpoint["unknown"], checkpoint["calibrated_on"] = {}, {}, count + earlier
     for name in NAMES if statistics else NAMES[:1]:
         weight, bias = linear_layer(name, statistics, model)
         seen, drawn = Examples(features @ weight.T + bias, held.labels), None
@@ -71,6 +74,9 @@ def calibrate(
             inputs, labels = draw(statistics, SEED)
             drawn = Examples(inputs @ weight.T + bias, labels)
         temperature = temperature_of(seen, drawn, old)
+        if before and name in before["temperatures"]:
+            votes = count * np.log(temperature) + earlier * np.log(before["temperatures"][name])
+            temperature = float(np.exp(votes / (count + earlier)))
         checkpoint["temperatures"][name] = temperature
         checkpoint["unknown"][name] = quantiles_of(seen.scored(temperature), drawn and drawn.scored(temperature), old)
 
@@ -97,15 +103,21 @@ def best_temperature(examples: Examples) -> float:
 def quantiles_of(held: Examples, drawn: Examples | None, old: int) -> list[float]:
     """Those of the scores, at ``SHARES``: of held-back images, and of old classes' features, moved.
 
-    Their mean and spread are moved as those of held-back images lie to those of drawn features of the same classes.
+    Median and lower spread are moved as those of held-back images lie to those of drawn features of the same classes.
     """
     scores, labels, weights = held.values, held.labels, held.weights
     if drawn is not None:
         same, other = drawn.only(drawn.labels >= old).values, drawn.only(drawn.labels < old)
-        spread = float(scores.std() / same.std().clamp(min=1e-9)) if len(scores) > 2 else 1.0
-        moved = scores.mean() + spread * (other.values - same.mean())
+        spread = float(lower_spread(scores) / lower_spread(same).clamp(min=1e-9)) if len(scores) > 2 else 1.0
+        moved = scores.median() + spread * (other.values - same.median())
         both = Examples(torch.cat([moved, scores]), torch.cat([other.labels, labels]))
         scores, weights = both.values, both.weights
     order = scores.argsort()
     below = weights[order].cumsum(0) - weights[order] / 2
     return np.interp(SHARES, below.numpy(), scores[order].numpy()).tolist()
+
+
+def lower_spread(scores: Tensor) -> Tensor:
+    """Of the scores (m,) up to their median, around it: what is above says nothing of what is unfamiliar."""
+    below = scores[scores <= scores.median()]
+    return (below - scores.median()).square().mean().sqrt()

@@ -110,15 +110,32 @@ def runs(tmp_path_factory):
 
 def test_checkpoints_keep_what_the_images_held_back_say(runs):
     root, _ = runs
-    place = datasets.Place("folder", str(root / "images"))
+    place, before = datasets.Place("folder", str(root / "images")), None
     for role, names, old in (("teacher", "ab", 0), ("student", "abcd", 2)):
         saved = checkpoint.load(root / f"{role}_model.pth")
         assert tuple(saved["temperatures"]) == tuple(saved["unknown"]) == classifiers.NAMES
         assert all(values == sorted(values) for values in saved["unknown"].values())
         model, again = checkpoint.restore_model(saved), dict(saved)
         held = datasets.open_source(place, 8).test(names[old:], names)
-        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, old, 8)
+        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, old, 8, before)
         assert again["temperatures"] == pytest.approx(saved["temperatures"], rel=1e-3)
+        assert saved["calibrated_on"] == (8 if before is None else 16)
+        before = saved
+
+
+def test_the_teachers_temperature_has_as_many_votes_as_its_images(runs):
+    root, _ = runs
+    saved, teacher = (checkpoint.load(root / f"{role}_model.pth") for role in ("student", "teacher"))
+    held = datasets.open_source(datasets.Place("folder", str(root / "images")), 8).test("cd", "abcd")
+    found = []
+    for before in (None, teacher, teacher | {"calibrated_on": 8 * 10**6}):
+        calibration.calibrate(
+            checkpoint.restore_model(saved), saved, classifiers.from_checkpoint(saved), held, 2, 8, before
+        )
+        found.append(saved["temperatures"]["lda"])
+    alone, both, outvoted = found
+    assert both == pytest.approx((alone * teacher["temperatures"]["lda"]) ** 0.5)
+    assert outvoted == pytest.approx(teacher["temperatures"]["lda"], rel=1e-3)
 
 
 def test_without_images_nothing_is_kept_and_without_statistics_the_head_alone(runs, caplog):

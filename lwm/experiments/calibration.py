@@ -3,7 +3,7 @@
     python3 -m lwm.experiments.own_images --data-dir photos84
     python3 -m lwm.experiments.calibration --data-dir photos84 --runs runs/own-images/...
 
-The students that own_images.py has left in ``--runs`` are read, nothing is trained. The two classes that a split leaves
+The networks that own_images.py has left in ``--runs`` are read and calibrated, none is trained. The two classes that a split leaves
 out, and the digits, are what is to be called unknown. results/calibration/ gets a row for each split and classifier,
 and a table: expected calibration error (15 equal bins of the answer's probability) and log-loss, both also at
 temperature 1, the share of test images of taught classes called unknown at 0.05, and the areas under the ROC curve.
@@ -21,6 +21,8 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from lwm import classifiers
+from lwm.calibration import calibrate
+from lwm.classifiers import from_checkpoint
 from lwm.evaluation import predict
 from lwm.experiments import tables
 from lwm.experiments.own_images import SPLITS, classes_of, linked
@@ -45,11 +47,16 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     path = tables.ROOT / "results" / "calibration" / "accuracy.csv"
     for number, shift in enumerate(SPLITS):
-        saved = load(options.runs / str(number) / "student_model.pth")
+        saved, teacher = (load(options.runs / str(number) / f"{role}_model.pth") for role in ("student", "teacher"))
         names, others = classes_of(options.data_dir, shift)
         photos = linked(options.data_dir, names, options.runs.parent / f"split{number}")
         size, digits = saved["image_size"], [str(digit) for digit in range(10)]
-        taught = open_source(Place("folder", str(photos)), size).test(names, names)
+        place = Place("folder", str(photos), calibration=saved["tasks"][-1]["calibration"])
+        taught, known = open_source(place, size).test(names, names), teacher["class_names"]
+        for each, before, first in ((teacher, None, 0), (saved, teacher, len(known))):
+            own = each["class_names"]
+            held, statistics = open_source(place, size).held_back(own[first:], own), from_checkpoint(each)
+            calibrate(restore_model(each), each, statistics, held, first, batch_size_of(each), before)
         strange = {"others": open_source(Place("folder", str(options.data_dir)), size).test(others, others)}
         strange["digits"] = open_source(Place("digits", ""), size).test(digits, digits)
         for name in classifiers.NAMES:

@@ -9,6 +9,7 @@ model                the network's state_dict
 statistics           counts, means, scatters and shrinkages of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
 temperatures         for each classifier what its logits are divided by (calibration.py); may be empty
+calibrated_on        number of held-back images behind the temperatures
 unknown              for each classifier the quantiles of its score on images of classes it knows; may be empty
 finished             False for a save in the middle of a run
 training             what --resume needs: random states, log, what tells one run from another, and before the run is
@@ -49,7 +50,7 @@ WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbe
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    checkpoint = {"format": FORMAT, "version": VERSION, **{key: {} for key in OPTIONAL}, **checkpoint}
+    checkpoint = {"format": FORMAT, "version": VERSION, **{key: {} for key in OPTIONAL}, "calibrated_on": 0, **checkpoint}
     _plain(checkpoint)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
@@ -222,6 +223,7 @@ CHECKPOINT = {
     **dict.fromkeys(("model", "statistics", "training"), dict),
     "classifiers": _each(_each(PERCENT)),
     "temperatures": _each(_number(1e-4, 1e4, float)),
+    "calibrated_on": _number(0, 10**9, int),
     "unknown": _each(lambda values: _check(values, [_number(-1e9, 1e9, float)], "unknown") and len(values) == 101),
     "finished": bool,
 }
