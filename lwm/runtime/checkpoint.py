@@ -222,7 +222,7 @@ CHECKPOINT = {
     **dict.fromkeys(("model", "statistics", "training"), dict),
     "classifiers": _each(_each(PERCENT)),
     "temperatures": _each(_number(1e-4, 1e4, float)),
-    "unknown": _each(lambda values: _check(values, [_number(-1e9, 1e9, float)], "unknown") and len(values) == 101),
+    "unknown": _each(lambda values: _check(values, [_number(-1e300, 1e300, float)], "unknown") and len(values) == 101),
     "finished": bool,
 }
 
