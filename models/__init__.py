@@ -48,7 +48,8 @@ def stem_of(architecture: str, weights: Mapping[str, Tensor]) -> str:
 @torch.no_grad()
 def cells(model: Network, image_size: int) -> int:
     """How many cells the last map has in each direction; the model is left in eval mode."""
-    return model.eval()(torch.zeros(1, 3, image_size, image_size)).features.shape[-1]
+    output: Output = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return output.features.shape[-1]
 
 
 @functools.lru_cache(maxsize=16)  # every checkpoint that is read is compared with it
