@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         begin_with_weights(model, weights, settings)
     with settings.naming("freeze"):
         models.freeze(model, settings.freeze)
+    if (cells := models.cells(model, settings.image_size)) < models.FEWEST_CELLS:
+        log.info(f"attention maps have {cells} x {cells} cells; a larger --image-size gives finer ones")
     model = hardware.to_device(model, device)
     mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
     checkpoint = {

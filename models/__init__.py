@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from lwm.models.from_torchvision import FromTorchvision
 from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, Network, recommended_stem
+from lwm.models.resnet import FEWEST_CELLS as FEWEST_CELLS
 from lwm.models.resnet import Output as Output
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -42,6 +43,13 @@ def stem_of(architecture: str, weights: Mapping[str, Tensor]) -> str:
     if architecture not in DEEPER or "conv1.weight" not in weights:
         return ""
     return "cifar" if weights["conv1.weight"].shape[-1] == STEMS["cifar"].kernel else "imagenet"
+
+
+@torch.no_grad()
+def cells(model: Network, image_size: int) -> int:
+    """How many cells the last map has in each direction; the model is left in eval mode."""
+    output: Output = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return output.features.shape[-1]
 
 
 @functools.lru_cache(maxsize=16)  # every checkpoint that is read is compared with it

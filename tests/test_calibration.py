@@ -200,3 +200,16 @@ def test_a_network_without_scores_refuses_to_say_unknown(tmp_path, capsys):
     (image,) = write_images(tmp_path / "one", 1)
     assert predict.main([str(image), "--checkpoint", str(tmp_path / "bare.pth"), "--unknown", "0.05"]) == 2
     assert "--calibration" in capsys.readouterr().err
+
+
+def test_a_network_whose_features_have_collapsed_keeps_scores_that_can_be_read_again(tmp_path):
+    """LDA divides by their variance: its scores are huge, and a run must not lose its model over them."""
+    model = randomised("resnet32", 2, 8).double()
+    features = 0.5 + 1e-8 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    statistics = classifiers.measure(features, torch.arange(40) % 2, 2)
+    held = datasets.Images(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 2)
+    saved = checkpoint_of(model.float(), "resnet32", "ab", 8, statistics=classifiers.to_checkpoint(statistics))
+    calibration.calibrate(model, saved, classifiers.from_checkpoint(saved), held, 0, 8)
+    assert abs(saved["unknown"]["lda"][0]) > 1e9
+    checkpoint.save(tmp_path / "it.pth", saved)
+    assert checkpoint.load(tmp_path / "it.pth")["unknown"] == saved["unknown"]

@@ -107,6 +107,18 @@ def test_classification_forms_and_which_logits_they_reach(old, new, batch, seed)
 # The methods ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_only_a_loss_that_needs_the_teacher_has_it_run(name):
+    method, (student, _, labels) = METHODS[name], case()
+    settings = loss_settings(loss_form=method.form or "binary", beta=1.0, gamma=1.0, temperature=2.0)
+    try:
+        method.loss(student, None, labels, OLD, settings)
+    except AttributeError:
+        assert method.asks_teacher
+    else:
+        assert not method.asks_teacher
+
+
 @pytest.mark.parametrize("set_form", ["binary", "softmax"])
 @pytest.mark.parametrize("name", METHODS)
 def test_terms_and_total_of_every_method(name, set_form):

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from conftest import randomised
 
+import train_teacher_model as trainer
 from lwm import models
 
 
@@ -61,6 +62,18 @@ def test_the_output_is_what_the_last_layer_gives_and_the_head_makes_of_it(archit
     with torch.no_grad():
         model(images)
     assert torch.equal(seen[0], features)
+
+
+@pytest.mark.parametrize(("size", "said"), [(64, "2 x 2 cells"), (193, None)])
+def test_maps_too_coarse_to_look_at_are_said(tmp_path, capsys, size, said):
+    (tmp_path / "names").write_text("a\nb\n")
+    torch.save(torchvision.models.resnet18(num_classes=2).state_dict(), tmp_path / "it.pth")
+    flags = ["--weights", str(tmp_path / "it.pth"), "--old-classes-file", str(tmp_path / "names"), "--epochs", "0"]
+    flags += ["--model", "resnet18", "--image-size", str(size), "--output-dir", str(tmp_path / "out")]
+    assert trainer.main(flags) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cells" in line]
+    assert len(lines) == bool(said)
+    assert not said or said in lines[0]
 
 
 def test_option_a_shortcuts_have_no_parameters_and_keep_every_second_pixel():

@@ -3,10 +3,10 @@
     python3 -m lwm.experiments.own_images --data-dir photos84
     python3 -m lwm.experiments.calibration --data-dir photos84 --runs runs/own-images/...
 
-The networks that own_images.py has left in ``--runs`` are read and calibrated, none is trained. The two classes that a split leaves
-out, and the digits, are what is to be called unknown. results/calibration/ gets a row for each split and classifier,
-and a table: expected calibration error (15 equal bins of the answer's probability) and log-loss, both also at
-temperature 1, the share of test images of taught classes called unknown at 0.05, and the areas under the ROC curve.
+The networks that own_images.py has left in ``--runs`` are read and calibrated, none is trained. The two classes that a
+split leaves out, and the digits, are what is to be called unknown. results/calibration/ gets a row for each split and
+classifier, and a table: expected calibration error (15 equal bins of the answer's probability) and log-loss, both also
+at temperature 1, the share of test images of taught classes called unknown at 0.05, and the areas under the ROC curve.
 """
 
 from __future__ import annotations

@@ -167,6 +167,8 @@ def read_own_images(
     if len(folder.at) > 1:
         others = ", ".join(each for each in folder.at if each != split)
         log.info(f"{root}: the images of {split} are judged, not those of {others}")
+    if folder.at[split] != root and split == "train":
+        log.warning(f"{root}: the images of train are judged; accuracies on images that trained a network say little")
     if flat:
         kept, pixels = decode_files(flat, image_size, skip_bad_images)
         return Images(torch.from_numpy(pixels), torch.full((len(kept),), -1)), [printable(path.name) for path in kept]

@@ -50,7 +50,8 @@ WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbe
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    checkpoint = {"format": FORMAT, "version": VERSION, **{key: {} for key in OPTIONAL}, "calibrated_on": 0, **checkpoint}
+    empty: dict[str, Any] = {key: {} for key in OPTIONAL} | {"calibrated_on": 0}
+    checkpoint = {"format": FORMAT, "version": VERSION, **empty, **checkpoint}
     _plain(checkpoint)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
@@ -224,7 +225,7 @@ CHECKPOINT = {
     "classifiers": _each(_each(PERCENT)),
     "temperatures": _each(_number(1e-4, 1e4, float)),
     "calibrated_on": _number(0, 10**9, int),
-    "unknown": _each(lambda values: _check(values, [_number(-1e9, 1e9, float)], "unknown") and len(values) == 101),
+    "unknown": _each(lambda values: _check(values, [_number(-1e300, 1e300, float)], "unknown") and len(values) == 101),
     "finished": bool,
 }
 
