@@ -14,7 +14,6 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -204,16 +203,9 @@ def accuracy_table(metrics: dict[str, Any]) -> str:
         moved = "" if distance is None else f"{distance:20.2f}  {cell(overlap)}"
         lines.append(f"  {class_name:<20}  {cell(teacher)}   {cell(student)}{moved}")
     if several:
-        lines.append(f"  and {len(rows) - verdict.NOTABLE} classes that lost less (metrics.json has all)")
+        lines.append("  the others lost less or have no images (metrics.json has all)")
     if metrics["classifiers"]:
         lines.append(evaluation.classifier_table(metrics["classifiers"], metrics["classifier"]))
-    for name, unit in (("means", "of a class's spread"), ("covariances", "of their norm")):
-        off = {key: [x for x in values if x is not None] for key, values in metrics[f"{name}_off"].items()}
-        if off and all(off.values()):
-            lines.append(
-                f"{name} of old classes are off by {mean(off['compensated']):.2f} {unit}; without drift compensation "
-                f"it would be {mean(off['uncompensated']):.2f}"
-            )
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import warnings
 
 import torch
@@ -97,7 +98,8 @@ class FromTorchvision(Network):
         return [[part] for part in parts]
 
     def from_original(self, name: str) -> str:
-        """The name here of a parameter or buffer that torchvision's network calls ``name``."""
+        """The name here of what torchvision's network calls ``name``; its files of densenets have an older form."""
+        name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
         if name.rpartition(".")[0] == self.head_name:
             return f"fc.{name.rpartition('.')[2]}"
         return f"neck.{name}" if name in self.neck.state_dict() else f"backbone.{name}"

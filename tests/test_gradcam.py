@@ -9,6 +9,7 @@ from conftest import checkpoint_of, picture, randomised
 from PIL import Image
 
 import gradcam
+import incremental_learning_system as incremental
 from lwm import models
 from lwm.attention import autograd_map
 from lwm.images.batches import to_input
@@ -89,3 +90,6 @@ def test_of_a_thousand_classes_ten_are_named(tmp_path, capsys):
     assert gradcam.main([*flags, "--output", str(tmp_path / "map.png")]) == 2
     said = capsys.readouterr().err
     assert "class 9 and 990 more" in said
+    flags = ["--teacher", str(path), "--dataset", "folder", "--data-dir", str(tmp_path), "--new-classes", "x"]
+    assert incremental.main([*flags, "--old-classes", "a,b"]) == 2
+    assert len(capsys.readouterr().err.splitlines()[-1]) < 2000

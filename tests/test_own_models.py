@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import urllib.error
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def test_old_files_do_not_count_their_batches_and_a_head_of_another_width_stays_
     assert models.load_torchvision(model, state) == 7
     assert torch.equal(model.fc.weight, before)
     assert torch.equal(model.state_dict()["backbone.features.0.0.weight"], state["features.0.0.weight"])
+
+
+def test_the_names_of_torchvisions_own_densenet_files_are_known():
+    """They have a point between "norm" and its number, as in densenet201-c1103571.pth."""
+    state = original("densenet121", 3).state_dict()
+    old = {re.sub(r"(layer\d+\.[a-z]+)(\d)", r"\1.\2", name): tensor for name, tensor in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    model = models.build("densenet121", 3, 32)
+    assert models.load_torchvision(model, old) == 3
+    name = "features.denseblock1.denselayer1.conv1.weight"
+    assert torch.equal(model.state_dict()[f"backbone.{name}"], state[name])
 
 
 # Frozen in part, two learning rates, unbalanced folders -----------------------------------------------------------

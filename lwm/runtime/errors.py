@@ -88,7 +88,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         try:
             main(argv)
         except (InputError, RunError) as error:
-            code, text = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).split())}"
+            code, text = 2 if isinstance(error, InputError) else 1, f"error: {_cut(' '.join(str(error).split()))}"
         except Interrupted as stop:
             code, text = 128 + stop.signum, str(stop)
         except BrokenPipeError:  # nobody reads on, as with ``| head``
@@ -121,6 +121,11 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., int]:
         return code
 
     return wrapped
+
+
+def _cut(text: str, longest: int = 1500) -> str:
+    """Without its middle if that is too long: a list of classes may have thousands, and at the end is the way out."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
 def _say(text: str) -> None:
