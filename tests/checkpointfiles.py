@@ -47,7 +47,11 @@ def unfinished(model: models.Network | None = None) -> dict[str, Any]:
     width = model.fc.in_features
     statistics = {"counts": torch.tensor([3.0, 4.0]), "means": torch.rand(2, width), "shrinkages": torch.rand(2)}
     statistics["scatters"] = torch.eye(width).repeat(2, 1, 1)
-    calibrated = {"temperatures": {"head": 2.0}, "unknown": {"head": [float(step) for step in range(101)]}}
+    calibrated = {
+        "temperatures": {"head": 2.0},
+        "calibrated_on": 9,
+        "unknown": {"head": [float(step) for step in range(101)]},
+    }
     changes = calibrated | {"statistics": statistics, "classifiers": {"head": {"accuracy": 50.0, "accuracy_old": None}}}
     tasks = [dict.fromkeys(checkpoint.SETTINGS) | conftest.task_of(["b", "a"])]
     changes |= {"tasks": tasks, "training": training_of(model), "finished": False}
