@@ -17,16 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor
 
 from lwm import classifiers
 from lwm.calibration import calibrate
 from lwm.classifiers import from_checkpoint
-from lwm.evaluation import predict
 from lwm.experiments import tables
 from lwm.experiments.own_images import SPLITS, classes_of, linked
-from lwm.images.batches import Images
 from lwm.images.datasets import Place, open_source
 from lwm.probabilities import familiarity, is_unknown, probabilities_of
 from lwm.runtime import hardware
@@ -59,9 +57,15 @@ def main(argv: list[str] | None = None) -> None:
             calibrate(restore_model(each), each, statistics, held, first, batch_size_of(each), before)
         strange = {"others": open_source(Place("folder", str(options.data_dir)), size).test(others, others)}
         strange["digits"] = open_source(Place("digits", ""), size).test(digits, digits)
+        model, channels = restore_model(saved), (saved["mean"], saved["std"])
+        features = {
+            where: classifiers.features_of(model, images.pixels, *channels, batch_size_of(saved))
+            for where, images in {"taught": taught, **strange}.items()
+        }
+        others_features = {where: features[where] for where in strange}
         for name in classifiers.NAMES:
             key = {"protocol": "own-images", "method": name, "seed": number, "task": 1}
-            row = judged(saved, name, taught, strange)
+            row = judged(saved, name, features["taught"], taught.labels.numpy(), others_features)
             tables.write_rows(path, [{**key, **row, **hardware.machine()}])
     tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
 
@@ -75,23 +79,22 @@ def table_of(rows: pd.DataFrame) -> str:
     return tables.markdown(lines)
 
 
-def judged(saved: dict, name: str, taught: Images, strange: dict[str, Images]) -> dict[str, float]:
-    """The row of a classifier."""
-
-    def logits_of(images: Images, temperatures: dict[str, float]) -> np.ndarray:
-        model, _ = classifiers.answer_with(restore_model(saved), saved | {"temperatures": temperatures}, name)
-        return predict(model, images.pixels, saved["mean"], saved["std"], batch_size_of(saved)).numpy()
-
-    logits, labels = logits_of(taught, saved["temperatures"]), taught.labels.numpy()
-    row: dict[str, float] = {"temperature": saved["temperatures"][name]}
+def judged(saved: dict, name: str, taught: Tensor, labels: np.ndarray, strange: dict[str, Tensor]) -> dict[str, float]:
+    """The row of a classifier, by features (n, C) of images of taught classes, and of strange ones by their kind."""
+    weight, bias = classifiers.linear_layer(name, from_checkpoint(saved), restore_model(saved))
+    temperature = saved["temperatures"][name]
+    plain = (taught @ weight.T + bias).detach().numpy()
+    logits = plain / temperature
+    row: dict[str, float] = {"temperature": temperature}
     row["accuracy"] = 100 * float((logits.argmax(1) == labels).mean())
-    for suffix, each in (("", logits), ("_at_1", logits_of(taught, {}))):
+    for suffix, each in (("", logits), ("_at_1", plain)):
         probabilities = probabilities_of(each)
         row[f"calibration_error{suffix}"] = calibration_error(probabilities, labels)
         row[f"log_loss{suffix}"] = float(log_loss(labels, probabilities, labels=range(logits.shape[1])))
     row["unknown"] = 100 * float(is_unknown(logits, saved["unknown"][name], SHARE).mean())
-    for where, images in strange.items():
-        both = np.concatenate([familiarity(logits), familiarity(logits_of(images, saved["temperatures"]))])
+    for where, features in strange.items():
+        others = (features @ weight.T + bias).detach().numpy() / temperature
+        both = np.concatenate([familiarity(logits), familiarity(others)])
         row[f"auroc_{where}"] = float(roc_auc_score(np.arange(len(both)) < len(labels), both))
     return row
 
@@ -105,5 +108,4 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     sys.exit(main())
