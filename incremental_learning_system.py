@@ -26,7 +26,7 @@ from lwm.runtime.checkpoint import fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-from lwm.training import Training, what_failed
+from lwm.training import Training
 
 
 @one_line_errors
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         log.info(
             "the teacher has no statistics of its classes, so the head alone answers (--statistics from task 0 on)"
         )
-    if method.loss and (failure := what_failed(saved["training"]["log"], len(new))):
+    if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
         log.warning(failure)
     if log_row.get("zero_maps", 0) > 0.5:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")

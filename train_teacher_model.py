@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from lwm import calibration, classifiers, evaluation, models
+from lwm import calibration, classifiers, evaluation, models, verdict
 from lwm.images.batches import channel_statistics
 from lwm.images.datasets import Place, open_source, side_of
 from lwm.images.judging import find_test_images
@@ -29,7 +29,7 @@ from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
 from lwm.runtime.weights import load_weights
-from lwm.training import Training, what_failed
+from lwm.training import Training
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that torchvision trained with
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         plots.curves(saved["training"]["log"], "Teacher", run_folder.curves)
         maps = torch.stack([own[0].heat for own in views.values()])
         board.maps(test.pixels[list(views)], maps.unsqueeze(1), settings.epochs)
-    if settings.epochs and (failure := what_failed(saved["training"]["log"], len(classes))):
+    if settings.epochs and (failure := verdict.what_failed(saved["training"]["log"], len(classes))):
         log.warning(failure)
     (accuracy,) = saved["tasks"][0]["group_accuracy"]
     shown = "no test images" if accuracy is None else f"{accuracy:.1f} % of the test images right"

@@ -392,23 +392,6 @@ class WarmUpThenCosine:
         return (1 + math.cos(math.pi * (step - self.rising) / (self.steps - self.rising))) / 2
 
 
-def what_failed(log: list[Row], classes: int) -> str | None:
-    """What to say of a training of so many ``classes`` that has learned too little; None if it has learned.
-
-    That is a training accuracy that ends nearer to chance than to 100 %.
-    """
-    accuracies = [row["accuracy"] for row in log]
-    chance, last = 100 / classes, accuracies[-1]
-    if classes == 1 or last >= (chance + 100) / 2:
-        return None
-    fifth = max(1, len(log) // 5)
-    rises = last > max(accuracies[:-fifth], default=chance) + 2
-    end = "still rises; try more --epochs"
-    if not rises:
-        end = "rises no more; try a lower learning rate, larger images, or --weights of a trained network"
-    return f"training failed: accuracy on its own images ends at {last:.0f} % (chance: {chance:.0f} %) and {end}"
-
-
 def _parameters(model: Network, backbone_lr: float | None) -> list[Any]:
     """For the optimiser: all in one group, or those of the backbone with a learning rate of their own."""
     if backbone_lr is None:

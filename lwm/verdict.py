@@ -89,3 +89,20 @@ def notable(teacher: Sequence[float | None], student: Sequence[float | None]) ->
     most_lost = [label for _, label in sorted(both, key=lambda pair: -pair[0])[: NOTABLE // 2]]
     judged = [(now, label) for label, now in enumerate(student) if now is not None and label not in most_lost]
     return most_lost + [label for _, label in sorted(judged)[: NOTABLE - len(most_lost)]]
+
+
+def what_failed(log: Sequence[dict[str, Any]], classes: int) -> str | None:
+    """What to say of a training of so many ``classes`` that has learned too little; None if it has learned.
+
+    That is a training accuracy that ends nearer to chance than to 100 %.
+    """
+    accuracies = [row["accuracy"] for row in log]
+    chance, last = 100 / classes, accuracies[-1]
+    if classes == 1 or last >= (chance + 100) / 2:
+        return None
+    fifth = max(1, len(log) // 5)
+    rises = last > max(accuracies[:-fifth], default=chance) + 2
+    end = "still rises; try more --epochs"
+    if not rises:
+        end = "rises no more; try a lower learning rate, larger images, or --weights of a trained network"
+    return f"training failed: accuracy on its own images ends at {last:.0f} % (chance: {chance:.0f} %) and {end}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import picture
 
-from lwm import losses, models, training
+from lwm import losses, models, training, verdict
 from lwm.images.batches import Images
 from lwm.runtime import hardware
 from lwm.runtime.errors import RunError, start_log
@@ -278,5 +278,5 @@ def test_the_rate_rises_in_a_line_and_falls_by_a_cosine():
     ],
 )
 def test_a_training_that_has_not_learned_is_said_to_have_failed(accuracies, classes, failed):
-    said = training.what_failed([{"accuracy": value} for value in accuracies], classes)
+    said = verdict.what_failed([{"accuracy": value} for value in accuracies], classes)
     assert (said is None) if failed is None else failed in said
