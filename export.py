@@ -27,7 +27,7 @@ import torch
 from lwm.models import Network
 from torch import Tensor, nn
 
-from lwm import __version__
+from lwm import __version__, models
 from lwm.attention import closed_form_map
 from lwm.classifiers import NAMES, answer_with
 from lwm.runtime.checkpoint import load, restore_model
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     path = os.path.expanduser
     parser.add_argument("--checkpoint", required=True, type=path, help="any checkpoint of this project")
+    parser.add_argument("--model", help="of your own network, the code that builds it: path/to/file.py:build")
     parser.add_argument("--output", required=True, type=path, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
     parser.add_argument("--classifier", help=f"auto, {', '.join(NAMES)} (default: as in config.py)")
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoint = load(options.checkpoint)
     classifier = options.classifier or read_constant("classifier")
-    network, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
+    own = models.builder(options.model or read_constant("model"))
+    network, checkpoint = answer_with(restore_model(checkpoint, own), checkpoint, classifier)
     if options.maps and not network.closed_form:
         architecture = checkpoint["architecture"]
         raise InputError(f"--maps: {architecture} has no maps in closed form, and no others can be exported")

@@ -65,8 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
     settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
 
-    teacher = models.fold_batch_norm(restore_model(teacher_checkpoint)).requires_grad_(False)
-    student = restore_model(teacher_checkpoint)
+    with settings.naming("model"):
+        own = models.builder(settings.model)
+    with settings.naming("teacher"):
+        teacher, student = (restore_model(teacher_checkpoint, own) for _ in range(2))
+    teacher = models.fold_batch_norm(teacher).requires_grad_(False)
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
     models.widen_head(student, len(new))
     if settings.loss_form == "binary":
@@ -200,6 +203,8 @@ def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> Non
         raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")
     taught = teacher_checkpoint["class_names"]
     own = {"old_classes": tuple(taught), "model": teacher_checkpoint["architecture"]}
+    if own["model"] == models.OWN and models.names_code(settings.model):
+        own["model"] = settings.model
     own["image_size"] = teacher_checkpoint["image_size"]
     for name, value in own.items():
         if name in settings.given and getattr(settings, name) != value:
