@@ -147,7 +147,7 @@ def open_checkpoint(path: str, classifier: str, model: str | None = None) -> Pre
     """Of a user's own network ``model`` names the code. Raises InputError for a file that is no checkpoint of ours."""
     from lwm import Classifier, models
 
-    loaded = Classifier.load(path, classifier, models.builder(model or read_constant("model")))
+    loaded = Classifier.load(path, classifier, models.builder(model))
     return Predictor(loaded.class_names, loaded.checkpoint["image_size"], loaded.unknown, loaded.logits)
 
 

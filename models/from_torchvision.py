@@ -15,7 +15,7 @@ import warnings
 import torch
 import torchvision
 from lwm.models.resnet import Network, Output
-from lwm.models.whole import Whole
+from lwm.models.whole import Whole, stages_of
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -103,11 +103,7 @@ class FromTorchvision(Network):
         return self.neck(features)
 
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        """The parts of the backbone in order; a part that is nothing but a container stands for its own parts."""
-        parts = list(self.backbone.children())
-        while len(parts) < 3:
-            parts = [*parts[:-1], *parts[-1].children()]
-        return [[part] for part in parts]
+        return stages_of(self.backbone)
 
     def from_original(self, name: str) -> str:
         """The name here of what torchvision's network calls ``name``; its files of densenets have an older form."""

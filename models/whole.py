@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from lwm.runtime.errors import InputError
 
-CONTAINERS = ("blocks", "stages", "layers", "features", "encoder")  # each stands for its parts, if one is to be frozen
+CONTAINERS = (
+    "blocks",
+    "stages",
+    "layers",
+    "features",
+    "encoder",
+    "trunk_output",
+)  # each stands for its parts, if one is to be frozen
 LIKE = 1e-4  # of the largest logit: how far the network may be from what it was before the cut
 
 
@@ -99,14 +106,7 @@ class Whole(Network):
             return Output(self.fc(pooled), seen[0], self.fc.weight if self.closed_form else None, pooled)
 
     def stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        stages: list[list[nn.Module | nn.Parameter]] = []
-        loose: list[nn.Module | nn.Parameter] = []  # such as a class token: they go with what follows
-        for part in _parts(self.network):
-            loose.append(part)
-            if isinstance(part, nn.Module):
-                stages.append(loose)
-                loose = []
-        return stages
+        return stages_of(self.network)
 
     def from_original(self, name: str) -> str:
         """The name here of what the network itself calls ``name``."""
@@ -184,8 +184,19 @@ class Whole(Network):
         return gradient if gradient is not None and gradient.any() else None
 
 
+def stages_of(network: nn.Module) -> list[list[nn.Module | nn.Parameter]]:
+    """The parts of the network that have parameters, in order; a container stands for its own parts."""
+    stages: list[list[nn.Module | nn.Parameter]] = []
+    loose: list[nn.Module | nn.Parameter] = []  # such as a class token: they go with what follows
+    for part in _parts(network):
+        loose.append(part)
+        if isinstance(part, nn.Module):
+            stages.append(loose)
+            loose = []
+    return stages
+
+
 def _parts(module: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
-    """Its own parameters and the modules in it that have some, in order; a container stands for its parts."""
     yield from module.parameters(recurse=False)
     for name, part in module.named_children():
         if name in CONTAINERS:

@@ -47,17 +47,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.save(renamed, buffer)
     write_atomically(output, buffer.getvalue())
     changed = sum(one != other for one, other in zip(weights, renamed, strict=True))
-    print(
-        f"{output}: {len(renamed)} tensors in their order, {changed} of them renamed, every shape as {options.network}"
-    )
+    counts = f"{len(renamed)} tensors in their order, {changed} of them renamed"
+    print(f"{output}: {counts}; each has the shape that {options.network} wants")
 
 
 def in_order(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ``weights`` under the names of ``like``. Raises InputError if the shapes are not the same in order.
+    """The tensors of ``weights`` under the names of ``like``; counts of batches are left out if the file has none.
 
-    Counts of batches, which old files lack, are left out if the file has none.
+    Raises InputError if the shapes are not the same in their order.
     """
-    if not any(name.endswith("num_batches_tracked") for name in weights):
+    if len(weights) < len(like):
         like = {name: tensor for name, tensor in like.items() if not name.endswith("num_batches_tracked")}
     if len(weights) != len(like):
         raise InputError(f"the file has {len(weights)} tensors, and the network {len(like)}")
