@@ -164,6 +164,8 @@ class Whole(Network):
             return
         count = tokens.shape[1]
         known = getattr(self.network, "num_prefix_tokens", None)
+        if count == 1:
+            raise InputError(f"{name} makes one token alone, which is no map")
         for prefix in (0, 1) if known is None else dict.fromkeys((known, 0, 1)):
             side = math.isqrt(max(count - prefix, 0))
             if side and side**2 == count - prefix:
