@@ -29,6 +29,15 @@ PRETRAINED_SIDE = 224  # px, that of torchvision's weights
 PRETRAINED = 0.1  # of the rate: a larger one destroys what the weights know
 
 
+def method(settings: Any, pretrained: bool) -> Any:
+    """The settings with a ``method``, by whether the teacher began with pretrained weights."""
+    if settings.method is not None:
+        return settings
+    name, about = ("closed-form", "pretrained weights") if pretrained else ("lwm", "a teacher trained here")
+    log.info(f"METHOD = {name} (recommended for {about})")
+    return dataclasses.replace(settings, method=name)
+
+
 def image_size(settings: Any, side: int | None) -> Any:
     """The settings with an ``image_size``, by the images' typical shorter ``side`` in px, None if it is not known."""
     if settings.image_size is not None:
@@ -48,6 +57,8 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
 
     The rate is linear in the batch size (Goyal et al., 2017, section 2.1).
     """
+    for name in settings.recommended:
+        log.info(f"{name.upper()} = {getattr(settings, name)} (recommended for {settings.dataset})")
     values: dict[str, Any] = {}
     batch = settings.batch_size
     if batch is None:
