@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended, setting_types
 from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
-from lwm.runtime.run_folder import describe_task, open_run_folder
+from lwm.runtime.run_folder import command_with, describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
 from lwm.training import Training
 
@@ -71,13 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     log.info(f"{counts}, on {device}")
     if method.loss:
         settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
-    else:
-        settings = dataclasses.replace(settings, batch_size=settings.batch_size or AT_A_TIME)
+    batch_size = settings.batch_size or AT_A_TIME
 
     teacher, student = restore_model(teacher_checkpoint).requires_grad_(False), restore_model(teacher_checkpoint)
     if method.trains_backbone:
         teacher = models.fold_batch_norm(teacher)
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
+
+    seconds: dict[str, float] = {}  # that an image takes
 
     @functools.cache
     def features(of: str, images: str) -> torch.Tensor:
@@ -85,7 +87,12 @@ def main(argv: list[str] | None = None) -> None:
         if of == "student" and not method.trains_backbone:
             return features("teacher", images)
         network, pixels = {"teacher": teacher, "student": student}[of], {"train": train, "test": test}[images].pixels
-        return classifiers.features_of(network, pixels, *channels, settings.batch_size)
+        started = time.perf_counter()
+        found = classifiers.features_of(network, pixels, *channels, batch_size)
+        took = time.perf_counter() - started
+        seconds[images] = took / max(1, len(pixels))
+        log.info(f"features of {len(pixels)} {images} images in the {of}: {took:.1f} s")
+        return found
 
     rows = classifiers.linear_layer("head", None, teacher)
     new_labels = train.labels - len(old)
@@ -119,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
     if method.asks_teacher:
-        attention.require_closed_form(teacher, to_input(train.pixels[: min(8, settings.batch_size)], *channels))
+        attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
     checkpoint = {
         **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std", "held_back")},
         "class_names": old + new,
@@ -134,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     def evaluate(logits: torch.Tensor | None = None) -> dict[str, Any]:
         """Of the student as it is now: the log's columns, and the accuracy of each task's classes."""
         if logits is None:
-            logits = evaluation.predict(student, test.pixels, *channels, settings.batch_size)
+            logits = evaluation.predict(student, test.pixels, *channels, batch_size)
         checkpoint["tasks"][-1]["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, sizes)
         columns = evaluation.accuracies(logits, test.labels, len(old))
         columns["task_aware"] = evaluation.task_aware(logits, test.labels, sizes)
@@ -156,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             if method.loss:
                 untrained = evaluation.linear_logits(closed_form_head(), features("teacher", "test"))
                 checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.accuracies(untrained, test.labels, len(old))
-        calibration.calibrate(student, checkpoint, statistics, held, len(old), settings.batch_size, teacher_checkpoint)
+        calibration.calibrate(student, checkpoint, statistics, held, len(old), batch_size, teacher_checkpoint)
 
     if method.loss is None:
         log_row = evaluate(
@@ -204,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher_answering,
         student_answering,
         test,
-        settings.batch_size,
+        batch_size,
         heads=heads,
         features=tested,
     )
@@ -220,6 +227,9 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
+    if method.loss is None:
+        minutes = recommended.minutes(settings, len(train.labels), pretrained, seconds["train"])
+        log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
     if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
         log.warning(failure)
     if log_row.get("zero_maps", 0) > 0.5:
@@ -228,6 +238,14 @@ def main(argv: list[str] | None = None) -> None:
     judged = {f"test_{name}": value for name, value in accuracies.items()} | {"lost": comparison.metrics["lost"]}
     answers = {"classifier": answering, "classifiers": saved["classifiers"]}
     progress.print_json(settings, {"model": str(run_folder.model), **judged, **answers})
+
+
+def lwm_command(settings: Settings) -> str:
+    """That trains by LwM what a closed-form run has just done without."""
+    folder = f"{settings.output_dir.rstrip('/')}-lwm"
+    return command_with(
+        settings.arguments, ("method", "output_dir", "overwrite"), "--method", "lwm", "--output-dir", folder
+    )
 
 
 def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from lwm.images.batches import Images, to_input
 from lwm.models import Network, replace_head
+from lwm.runtime import progress
 from lwm.runtime.checkpoint import WIDEST
 from lwm.runtime.errors import InputError, RunError, log
 
@@ -86,7 +87,8 @@ def features_of(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequ
     """
     model.eval()
     device = next(model.parameters()).device
-    parts = [model.pooled(model(to_input(part.to(device), mean, std)).features) for part in pixels.split(batch_size)]
+    batches = progress.bar(pixels.split(batch_size), desc="features", unit="batch")
+    parts = [model.pooled(model(to_input(part.to(device), mean, std)).features) for part in batches]
     features = torch.cat([part.cpu().double() for part in parts])
     if not features.isfinite().all():
         raise RunError("the network's features are not finite, so that there are no statistics of them")

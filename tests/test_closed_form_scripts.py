@@ -1,8 +1,9 @@
-"""``--method closed-form`` in the scripts: no epoch, and what it does with old rows, statistics and unmeasured classes."""
+"""``--method closed-form`` in the scripts: old rows, statistics, and classes that were not measured."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import incremental_learning_system as incremental
 import train_teacher_model as trainer
 from lwm import classifiers, models
 from lwm.images import datasets
+from lwm.losses import METHODS
 from lwm.runtime import checkpoint
+from lwm.runtime.settings import read_settings
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -146,9 +149,15 @@ def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys):
     assert not (tmp_path / "u" / "teacher_model.pth").exists()
 
 
-def test_a_student_in_closed_form_is_shown_and_judged(own, photos, tmp_path, capsys):
-    student = step(own, photos, "d,e", tmp_path, "--json")
-    said = json.loads(capsys.readouterr().out)
+def test_a_student_in_closed_form_is_shown_and_judged_and_names_the_command_that_trains(own, photos, tmp_path, capsys):
+    student = step(own, photos, "d,e", tmp_path, "--json", "--overwrite")
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    command = shlex.split(next(line for line in err.splitlines() if "LwM" in line).partition(": ")[2])
+    asked = read_settings("incremental_learning_system", command[2:], method=METHODS)
+    assert (asked.method, asked.teacher, asked.new_classes) == ("lwm", str(own), ("d", "e"))
+    assert Path(asked.output_dir) == tmp_path.with_name(f"{tmp_path.name}-lwm")
+    assert not asked.overwrite and asked.json
     assert said["classifier"] == "head"
     assert said["classifiers"]["head"]["accuracy"] == pytest.approx(said["test_accuracy"])
     flags = ["--teacher", str(own), "--student", str(student), "--output-dir", str(tmp_path)]

@@ -59,6 +59,24 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
     """
     for name in settings.recommended:
         log.info(f"{name.upper()} = {getattr(settings, name)} (recommended for {settings.dataset})")
+    values = _following(settings, images, rate, pretrained)
+    about = f"{images} images" + (" and pretrained weights" if pretrained else "")
+    for name, value in values.items():
+        log.info(f"{name.upper()} = {value} (recommended for {about})")
+    return dataclasses.replace(settings, **values)
+
+
+def minutes(settings: Any, images: int, pretrained: bool, seconds: float) -> float:
+    """What a student's training takes, if a network answers an image in so many ``seconds``.
+
+    A step is three such passes of the student, there and back, and one of the teacher.
+    """
+    settings = dataclasses.replace(settings, epochs=None)
+    epochs = _following(settings, images, "incremental_lr", pretrained)["epochs"]
+    return epochs * images * 4 * seconds / 60
+
+
+def _following(settings: Any, images: int, rate: str, pretrained: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     batch = settings.batch_size
     if batch is None:
@@ -71,7 +89,4 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
     if getattr(settings, rate) is None:
         factor = min(batch, images) / BATCH * (PRETRAINED if pretrained else 1)
         values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
-    about = f"{images} images" + (" and pretrained weights" if pretrained else "")
-    for name, value in values.items():
-        log.info(f"{name.upper()} = {value} (recommended for {about})")
-    return dataclasses.replace(settings, **values)
+    return values
