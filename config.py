@@ -25,7 +25,7 @@ OLD_CLASSES = ["0", "1"]  # names of the classes that the teacher learns
 NEW_CLASSES = ["2", "3"]  # names of the classes that the student learns on top; ["all"]: every new one
 
 # The network.
-MODEL = None  # resnet18, resnet32, resnet110, or a network of torchvision such as resnet50 or mobilenet_v2
+MODEL = None  # resnet18, resnet32, resnet110, one of torchvision (mobilenet_v2), timm/<name>, or your own file.py:build
 IMAGE_SIZE = None  # px; images are scaled and cut to this square
 STEM = None  # how a ResNet-18 begins: imagenet, unpooled, fine or cifar, each with finer maps and slower than the last
 MEAN = None  # of the channels, 0..1, as [0.485, 0.456, 0.406]; None: the training images', or with --weights ImageNet's

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwm import classifiers, evaluation, verdict
+from lwm import classifiers, evaluation, models, verdict
 from lwm.images.batches import Images
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images, read_own_images
@@ -42,12 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     require_folder(settings.where("output_dir"), output)
     with settings.naming("device"):
         device = hardware.pick_device(settings.device)
+    with settings.naming("model"):
+        own = models.builder(settings.model)
     with settings.naming("teacher"):
         teacher_checkpoint = load(settings.teacher)
-        teacher = hardware.to_device(restore_model(teacher_checkpoint), device)
+        teacher = hardware.to_device(restore_model(teacher_checkpoint, own), device)
     with settings.naming("student"):
         student_checkpoint = load(settings.student)
-        student = hardware.to_device(restore_model(student_checkpoint), device)
+        student = hardware.to_device(restore_model(student_checkpoint, own), device)
     require_student_of(teacher_checkpoint, student_checkpoint, settings)
     names, old = student_checkpoint["class_names"], len(teacher_checkpoint["class_names"])
     images, captions = images_to_judge(settings, student_checkpoint)

@@ -27,7 +27,7 @@ import torch
 from lwm.models import Network
 from torch import Tensor, nn
 
-from lwm import __version__
+from lwm import __version__, models
 from lwm.attention import closed_form_map
 from lwm.classifiers import NAMES, answer_with
 from lwm.runtime.checkpoint import load, restore_model
@@ -37,6 +37,7 @@ from lwm.runtime.settings import OneLineParser, read_constant
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
+OTHER = (13, 6)  # px, by which another height and width are larger
 AXES = {0: "batch", 2: "height", 3: "width"}
 OPSETS = range(18, 24)  # below it torch would convert, above it knows none
 # The first onnxruntime that reads a file of this format (ONNX's IR version) and opset.
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     path = os.path.expanduser
     parser.add_argument("--checkpoint", required=True, type=path, help="any checkpoint of this project")
+    parser.add_argument("--model", help="of your own network, the code that builds it: path/to/file.py:build")
     parser.add_argument("--output", required=True, type=path, help="the ONNX file to write")
     parser.add_argument("--input", default="float32", choices=("float32", "uint8"), help="(default: float32)")
     parser.add_argument("--classifier", help=f"auto, {', '.join(NAMES)} (default: as in config.py)")
@@ -68,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoint = load(options.checkpoint)
     classifier = options.classifier or read_constant("classifier")
-    network, checkpoint = answer_with(restore_model(checkpoint), checkpoint, classifier)
+    own = models.builder(options.model)
+    network, checkpoint = answer_with(restore_model(checkpoint, own), checkpoint, classifier)
     if options.maps and not network.closed_form:
         architecture = checkpoint["architecture"]
         raise InputError(f"--maps: {architecture} has no maps in closed form, and no others can be exported")
@@ -119,8 +122,8 @@ class WithNormalisation(nn.Module):
 def onnx_file(
     whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str], opset: int | None = None
 ) -> bytes:
-    """Height and width are free, unless the network's graph ties them to ``image_size``. Raises RunError."""
-    free = dict.fromkeys(AXES, torch.export.Dim.AUTO)
+    """Height and width are free, unless the network ties them to ``image_size``. Raises RunError."""
+    free = dict.fromkeys(AXES if takes_other_sizes(whole, image_size, kind) else [0], torch.export.Dim.AUTO)
     # The exporter speaks of its own workings, on stdout, by warnings and by its log.
     logging.disable(logging.WARNING)
     try:
@@ -144,6 +147,16 @@ def onnx_file(
     name_axes(proto.graph)
     onnx.helper.set_model_props(proto, metadata)
     return proto.SerializeToString()
+
+
+def takes_other_sizes(whole: nn.Module, image_size: int, kind: str) -> bool:
+    """Not so if the network has tokens with a place each, and says so by an error of its own kind."""
+    try:
+        with torch.no_grad():
+            whole(example(1, image_size + OTHER[0], image_size + OTHER[1], kind))
+    except Exception:
+        return False
+    return True
 
 
 def name_axes(graph: onnx.GraphProto) -> None:
@@ -180,7 +193,7 @@ def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     sizes = [(1, image_size, image_size), (5, image_size, image_size)]
     if not any(isinstance(side, int) for side in session.get_inputs()[0].shape[2:]):
-        sizes += [(2, image_size + 13, image_size + 6)]
+        sizes += [(2, image_size + OTHER[0], image_size + OTHER[1])]
     differences = []
     for size in sizes:
         images = example(*size, kind)

@@ -13,6 +13,7 @@ import torch
 from lwm.models import Network
 from torch import Tensor, nn
 
+from lwm import models
 from lwm.attention import autograd_map
 from lwm.classifiers import NAMES, answer_with
 from lwm.images.batches import to_input
@@ -35,9 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("checkpoint", "image"):
             if output.resolve() == Path(getattr(settings, name)).resolve():
                 raise InputError(f"{output} is the --{name} itself and would be replaced; take another name")
+    with settings.naming("model"):
+        own = models.builder(settings.model)
     with settings.naming("checkpoint"):
         checkpoint = load(settings.checkpoint)
-        model, checkpoint = answer_with(restore_model(checkpoint).eval(), checkpoint, settings.classifier)
+        model, checkpoint = answer_with(restore_model(checkpoint, own).eval(), checkpoint, settings.classifier)
     names = checkpoint["class_names"]
     if settings.class_name is not None and settings.class_name not in names:
         raise InputError(f"--class-name {settings.class_name}: the checkpoint knows {listed(names)}")

@@ -74,9 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
     batch_size = settings.batch_size or AT_A_TIME
 
-    teacher, student = restore_model(teacher_checkpoint).requires_grad_(False), restore_model(teacher_checkpoint)
-    if method.trains_backbone:
-        teacher = models.fold_batch_norm(teacher)
+    with settings.naming("model"):
+        own = models.builder(settings.model)
+    with settings.naming("teacher"):
+        teacher, student = (restore_model(teacher_checkpoint, own) for _ in range(2))
+    teacher = models.fold_batch_norm(teacher) if method.trains_backbone else teacher
+    teacher.requires_grad_(False)
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
 
     seconds: dict[str, float] = {}  # that an image takes
@@ -259,6 +262,8 @@ def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> Non
         raise InputError(f"--teacher {settings.teacher}: its training is not finished; go on with --resume first")
     taught = teacher_checkpoint["class_names"]
     own = {"old_classes": tuple(taught), "model": teacher_checkpoint["architecture"]}
+    if own["model"] == models.OWN and models.names_code(settings.model):
+        own["model"] = settings.model
     own["image_size"] = teacher_checkpoint["image_size"]
     for name, value in own.items():
         if name in settings.given and getattr(settings, name) != value:

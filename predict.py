@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", type=os.path.expanduser, metavar="image-or-folder")
     checkpoint = "a checkpoint (.pth), or an ONNX file of export.py"
     parser.add_argument("--checkpoint", required=True, type=os.path.expanduser, help=checkpoint)
+    parser.add_argument("--model", help="of your own network, the code that builds it: path/to/file.py:build")
     parser.add_argument("--top", default=3, type=int, help="so many of the likeliest classes (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     parser.add_argument("--csv", action="store_true", help="CSV on stdout, a row an image and class")
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("--classifier: the ONNX file answers as it was exported; give the flag to export.py")
         network = open_onnx(options.checkpoint)
     else:
-        network = open_checkpoint(options.checkpoint, options.classifier or read_constant("classifier"))
+        classifier = options.classifier or read_constant("classifier")
+        network = open_checkpoint(options.checkpoint, classifier, options.model)
     rows: list[dict[str, Any]] = []
     for path, logits in answers(network, paths, options.skip_bad_images):
         best = likeliest(logits, network.class_names, options.top)
@@ -141,12 +143,12 @@ def open_onnx(path: str) -> Predictor:
     return Predictor(names, size, unknown, logits)
 
 
-def open_checkpoint(path: str, classifier: str) -> Predictor:
-    """Raises InputError for a file that is no checkpoint of this project."""
-    from lwm import Classifier
+def open_checkpoint(path: str, classifier: str, model: str | None = None) -> Predictor:
+    """Of a user's own network ``model`` names the code. Raises InputError for a file that is no checkpoint of ours."""
+    from lwm import Classifier, models
 
-    model = Classifier.load(path, classifier)
-    return Predictor(model.class_names, model.checkpoint["image_size"], model.unknown, model.logits)
+    loaded = Classifier.load(path, classifier, models.builder(model))
+    return Predictor(loaded.class_names, loaded.checkpoint["image_size"], loaded.unknown, loaded.logits)
 
 
 def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:

@@ -5,6 +5,8 @@
 A network that you have already becomes a teacher as it is, or with more training:
 
     python3 train_teacher_model.py --model resnet18 --weights model.pth --old-classes-file classes.txt --epochs 0
+
+``--model`` names one of torchvision, of timm (timm/convnext_atto), or your own code (path/to/file.py:build).
 """
 
 from __future__ import annotations
@@ -55,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 
     place = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
     cache = Path(settings.cache_dir)
+    with settings.naming("model"):
+        own = models.builder(settings.model)
+        if settings.weights and models.is_timm(settings.model):
+            settings = as_timm_has_it(settings)
     settings = recommended.image_size(settings, side_of(place, classes))
     if settings.epochs != 0:
         with settings.naming("data_dir"):
@@ -77,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(settings.seed)
     with settings.naming("model"):
         stem = settings.stem or models.stem_of(settings.model, weights)
-        model = models.build(settings.model, len(classes), settings.image_size, stem)
+        if own:
+            model = models.build_own(own, len(classes), settings.image_size)
+        else:
+            model = models.build(settings.model, len(classes), settings.image_size, stem)
     if settings.loss_form == "binary":
         models.start_at_prior(model, first=0)
     if weights:
@@ -89,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     model = hardware.to_device(model, device)
     mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
     checkpoint = {
-        "architecture": settings.model,
+        "architecture": models.OWN if own else settings.model,
         "stem": model.stem,
         "class_names": classes,
         "image_size": settings.image_size,
@@ -180,11 +189,29 @@ def measure_old(model: models.Network, checkpoint: dict[str, Any], settings: Set
     calibration.calibrate(model, checkpoint, statistics, held, 0, settings.batch_size)
 
 
+def as_timm_has_it(settings: Settings) -> Settings:
+    """The settings with the image size, mean and standard deviation of timm's weights, where none are given.
+
+    A line says in what this project's way to read an image differs from timm's.
+    """
+    config = models.timm_config(settings.model)
+    own = {"image_size": config.input_size[-1], "mean": tuple(config.mean), "std": tuple(config.std)}
+    own = {name: value for name, value in own.items() if getattr(settings, name) is None}
+    for name, value in own.items():
+        log.info(f"{name.upper()} = {value} (as timm has it for {settings.model})")
+    if config.crop_pct != 1 or config.interpolation != "bicubic":
+        margin = f"the middle {100 * config.crop_pct:.0f} % of it alone" if config.crop_pct != 1 else "it"
+        log.info(f"images: their middle square, scaled by bicubic; timm takes {margin}, by {config.interpolation}")
+    return dataclasses.replace(settings, **own)
+
+
 def read_weights(settings: Settings) -> dict[str, torch.Tensor]:
     """The state_dict that --weights names. Raises InputError."""
     with settings.naming("weights"):
         if settings.weights != "imagenet":
             return load_weights(settings.weights, settings.weights_key)
+        if models.is_timm(settings.model):
+            return models.timm_weights(settings.model, settings.image_size)
         try:
             return torchvision.models.get_model_weights(settings.model).DEFAULT.get_state_dict(check_hash=True)
         except ValueError as error:

@@ -14,7 +14,7 @@ from lwm.classifiers import answer_with
 from lwm.evaluation import predict
 from lwm.images.batches import to_input
 from lwm.images.files import decode_image, fitted
-from lwm.models import Network
+from lwm.models import Build, Network
 from lwm.probabilities import is_unknown, likeliest
 from lwm.runtime.checkpoint import batch_size_of, load, restore_model
 from lwm.runtime.errors import InputError
@@ -41,10 +41,13 @@ class Classifier:
         self.class_names: list[str] = checkpoint["class_names"]
 
     @classmethod
-    def load(cls, path: str | Path, classifier: str = "auto") -> Classifier:
-        """Of a checkpoint; ``classifier`` is auto, head, ncm, lda or aligned. Raises InputError."""
+    def load(cls, path: str | Path, classifier: str = "auto", build: Build | None = None) -> Classifier:
+        """Of a checkpoint; ``classifier`` is auto, head, ncm, lda or aligned. Raises InputError.
+
+        Of a network of your own, ``build(classes)`` makes the ``nn.Module``, as in models/own.py.
+        """
         saved = load(path)
-        return cls(*answer_with(restore_model(saved), saved, classifier))
+        return cls(*answer_with(restore_model(saved, build), saved, classifier))
 
     def predict(self, pictures: Sequence[Picture], unknown: float | None = None) -> list[Answer]:
         """An answer for each picture. Raises InputError for a file that cannot be read, and for ``unknown`` where no

@@ -88,7 +88,7 @@ def features_of(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequ
     model.eval()
     device = next(model.parameters()).device
     batches = progress.bar(pixels.split(batch_size), desc="features", unit="batch")
-    parts = [model.pooled(model(to_input(part.to(device), mean, std)).features) for part in batches]
+    parts = [model(to_input(part.to(device), mean, std)).pooled for part in batches]
     features = torch.cat([part.cpu().double() for part in parts])
     if not features.isfinite().all():
         raise RunError("the network's features are not finite, so that there are no statistics of them")

@@ -8,7 +8,16 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from lwm.models.from_torchvision import FromTorchvision
+from lwm.models.from_timm import PREFIX, from_timm
+from lwm.models.from_timm import timm_config as timm_config
+from lwm.models.from_timm import timm_names as timm_names
+from lwm.models.from_timm import timm_weights as timm_weights
+from lwm.models.from_torchvision import from_torchvision
+from lwm.models.own import OWN as OWN
+from lwm.models.own import Build as Build
+from lwm.models.own import builder as builder
+from lwm.models.own import names_code as names_code
+from lwm.models.own import own_network
 from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, Network, recommended_stem
 from lwm.models.resnet import FEWEST_CELLS as FEWEST_CELLS
 from lwm.models.resnet import Output as Output
@@ -21,9 +30,9 @@ from lwm.runtime.errors import InputError
 def build(architecture: str, classes: int, image_size: int, stem: str = "") -> Network:
     """A freshly initialised network with ``classes`` outputs for images of ``image_size`` px.
 
-    ``resnet32`` and ``resnet110``, or any classification network of torchvision that FromTorchvision can cut. Those of
-    ``DEEPER`` begin with ``stem``, by default the recommended one for the size. Raises InputError for a name that is
-    none of these, and for a stem that the network does not have.
+    ``resnet32`` and ``resnet110``, or any classification network of torchvision or, as ``timm/<name>``, of timm that
+    can be served. Those of ``DEEPER`` begin with ``stem``, by default the recommended one for the size. Raises
+    InputError for a name that is none of these, and for a stem that the network does not have.
     """
     if architecture in DEEPER:
         if (stem := stem or recommended_stem(image_size)) not in STEMS:
@@ -35,7 +44,20 @@ def build(architecture: str, classes: int, image_size: int, stem: str = "") -> N
         return CifarResNet(5, classes)
     if architecture == "resnet110":
         return CifarResNet(18, classes)
-    return FromTorchvision(architecture, classes, image_size)
+    if is_timm(architecture):
+        return from_timm(architecture, classes, image_size)
+    if architecture == OWN or names_code(architecture):
+        raise InputError("the network is your own: name the code that builds it, as in --model path/to/file.py:build")
+    return from_torchvision(architecture, classes, image_size)
+
+
+def build_own(own: Build, classes: int, image_size: int) -> Network:
+    """The network that ``own`` builds (own.py). Raises InputError."""
+    return own_network(own, classes, image_size)
+
+
+def is_timm(architecture: str) -> bool:
+    return architecture.startswith(PREFIX)
 
 
 def stem_of(architecture: str, weights: Mapping[str, Tensor]) -> str:
@@ -58,17 +80,18 @@ def empty_state(architecture: str, classes: int, image_size: int, stem: str = ""
     try:
         with torch.device("meta"):
             return build(architecture, classes, image_size, stem).state_dict()
-    except NotImplementedError:  # not all operations are there without memory: it is given back
+    except RuntimeError:  # not all operations are there without memory: it is given back
         return build(architecture, classes, image_size, stem).to("meta").state_dict()
 
 
 def fold_batch_norm(model: Network) -> Network:
     """A copy for inference in which each batch-norm is part of the convolution before it, computed in its precision.
 
-    The answers are the same but for rounding; one pass over every feature map is saved.
+    The answers are the same but for rounding; one pass over every feature map is saved. In a network that stays whole
+    names do not tell what follows what: it is copied as it is.
     """
     folded = copy.deepcopy(model).eval()
-    for block in list(folded.modules()):
+    for block in list(folded.modules()) if model.folds else ():
         for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             first, second = getattr(block, convolution, None), getattr(block, norm, None)
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
@@ -88,7 +111,7 @@ def freeze(model: Network, stages: int) -> None:
 
 
 def load_torchvision(model: Network, weights: dict[str, Tensor]) -> int:
-    """Load a state_dict that names its tensors as torchvision does; returns the number of outputs that it has.
+    """Load a state_dict that names its tensors as the network's origin does; returns the number of outputs that it has.
 
     A head with another number of outputs than the model's is left out, and the model's stays as it is. Raises
     InputError for weights that do not fit or are not finite.

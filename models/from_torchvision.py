@@ -15,6 +15,7 @@ import warnings
 import torch
 import torchvision
 from lwm.models.resnet import Network, Output
+from lwm.models.whole import Whole, stages_of
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -31,25 +32,39 @@ class _Tracer(fx.Tracer):
         return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
 
 
+def from_torchvision(architecture: str, classes: int, image_size: int) -> Network:
+    """torchvision's network of that name, freshly initialised; a ViT stays whole, all others are cut.
+
+    Raises InputError for one that torchvision does not have, or that cannot be served.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, ["resnet32", "resnet110", *known], n=1)
+        hint = f"did you mean {near[0]}?" if near else "resnet32, resnet110 and those of torchvision are known"
+        raise InputError(f"no architecture {architecture!r}; {hint}")
+    size = {"image_size": image_size} if architecture.startswith("vit_") else {}
+    with warnings.catch_warnings(action="ignore"):  # of changes to come in how some networks are initialised
+        try:
+            network = torchvision.models.get_model(architecture, weights=None, num_classes=classes, **size)
+        except AssertionError as error:
+            raise InputError(f"{architecture} does not take images of {image_size} px ({error})") from error
+    if not isinstance(network, torchvision.models.VisionTransformer):
+        return FromTorchvision(network, architecture, image_size)
+    block = f"encoder.layers.{[name for name, _ in network.encoder.layers.named_children()][-1]}"
+    return Whole(network, network.heads[-1], architecture, image_size, "forward", block=block)
+
+
 class FromTorchvision(Network):
     """``backbone`` makes features (B, C, h, w) of images (B, 3, H, W), ``neck`` a row each of them, ``fc`` the logits.
 
-    ``closed_form`` says that nothing but dropout stands between pooling and head (attention.closed_form_map). If it
-    is false, the features of a frozen network take part in a graph, so that its maps can be differentiated.
-    Raises InputError for a network that torchvision does not have, or that has no such three parts.
+    ``closed_form`` says that nothing but dropout stands between pooling and head (attention.closed_form_map).
+    Raises InputError for a network that has no such three parts.
     """
 
     last_layer = "backbone"
 
-    def __init__(self, architecture: str, classes: int, image_size: int):
+    def __init__(self, network: nn.Module, architecture: str, image_size: int):
         super().__init__()
-        known = torchvision.models.list_models(module=torchvision.models)
-        if architecture not in known:
-            near = difflib.get_close_matches(architecture, ["resnet32", "resnet110", *known], n=1)
-            hint = f"did you mean {near[0]}?" if near else "resnet32, resnet110 and those of torchvision are known"
-            raise InputError(f"no architecture {architecture!r}; {hint}")
-        with warnings.catch_warnings(action="ignore"):  # of changes to come in how some networks are initialised
-            network = torchvision.models.get_model(architecture, weights=None, num_classes=classes)
         try:
             graph = _Tracer().trace(network)
         except Exception as error:  # fx has no kind of its own for what it cannot trace
@@ -58,6 +73,8 @@ class FromTorchvision(Network):
         head, pooling, between = _head_and_pooling(graph, modules)
         if head is None:
             raise InputError(f"{architecture} does not end in one linear layer")
+        if modules[str(head.target)].bias is None:
+            raise InputError(f"the last layer of {architecture} has no bias")
         if pooling is None:
             raise InputError(f"{architecture} has no global average pooling of a feature map before its last layer")
         if any(node.target in (F.dropout, stochastic_depth) for node in graph.nodes):
@@ -80,22 +97,13 @@ class FromTorchvision(Network):
         self.train()
 
     def forward(self, images: Tensor) -> Output:
-        features = self.backbone(images).to(self.fc.weight.dtype)
-        if self.closed_form or features.requires_grad or torch.is_inference_mode_enabled():
-            return self.classified(features)
-        features.requires_grad_()
-        with torch.enable_grad():
-            return self.classified(features)
+        return self.classified(self.backbone(images))
 
     def pooled(self, features: Tensor) -> Tensor:
         return self.neck(features)
 
-    def stages(self) -> list[list[nn.Module]]:
-        """The parts of the backbone in order; a part that is nothing but a container stands for its own parts."""
-        parts = list(self.backbone.children())
-        while len(parts) < 3:
-            parts = [*parts[:-1], *parts[-1].children()]
-        return [[part] for part in parts]
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
+        return stages_of(self.backbone)
 
     def from_original(self, name: str) -> str:
         """The name here of what torchvision's network calls ``name``; its files of densenets have an older form."""

@@ -11,11 +11,14 @@ the network: the feature map travels with the logits, so no hook is needed to se
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -62,11 +65,13 @@ class Output(NamedTuple):
     """What a network makes of B images: ``logits`` (B, classes) and ``features`` (B, C, h, w), the last feature map.
 
     ``head`` (classes, C) is the weight of the last linear layer if Grad-CAM follows from it in closed form, else None.
+    ``pooled`` (B, D) is what that layer sees.
     """
 
     logits: Tensor
     features: Tensor
     head: Tensor | None
+    pooled: Tensor
 
 
 class Network(nn.Module):
@@ -76,9 +81,10 @@ class Network(nn.Module):
     fc: nn.Linear
     last_layer: str  # the name of the layer that makes the features
     stem = ""  # of STEMS, where the architecture has a choice
+    folds = True  # whether bn1 is what follows conv1, and so on (fold_batch_norm)
     closed_form: bool  # whether nothing but pooling stands between the features and ``fc``
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
         """The parts before the head, in order."""
         raise NotImplementedError
 
@@ -86,11 +92,35 @@ class Network(nn.Module):
         """What ``fc`` sees of the features (B, C, h, w): a row (B, C) each."""
         return self.avgpool(features).flatten(1)
 
+    @contextlib.contextmanager
+    def from_the_map_on(self, device: torch.device) -> Iterator[None]:
+        """What follows the features works in the precision of the head's weights, also under autocast.
+
+        Without a closed form maps are differentiated: there is a graph then, for a frozen network too, and attention is
+        computed in the plain way, since the faster ones have no second derivative.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            if not self.closed_form and not _for_answers_alone():
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def in_graph(self, features: Tensor) -> Tensor:
+        """The same, of which maps can be differentiated if they have to be."""
+        if self.closed_form or features.requires_grad or _for_answers_alone():
+            return features
+        return features.requires_grad_()
+
     def classified(self, features: Tensor) -> Output:
-        """The head works in the precision of its weights, also where autocast has the layers before it in bf16."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.fc.weight.dtype)
-            return Output(self.fc(self.pooled(features)), features, self.fc.weight if self.closed_form else None)
+        with self.from_the_map_on(features.device):
+            features = self.in_graph(features.to(self.fc.weight.dtype))
+            pooled = self.pooled(features)
+            return Output(self.fc(pooled), features, self.fc.weight if self.closed_form else None, pooled)
+
+
+def _for_answers_alone() -> bool:
+    return torch.is_inference_mode_enabled() or torch.compiler.is_exporting()
 
 
 class ImageNetResNet(ResNet, Network):
@@ -123,7 +153,7 @@ class ImageNetResNet(ResNet, Network):
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
     def forward(self, images: Tensor) -> Output:
@@ -171,7 +201,7 @@ class CifarResNet(Network):
         first = BasicBlock(channels_in, channels, stride=2 if grows else 1, downsample=shortcut)
         return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
-    def stages(self) -> list[list[nn.Module]]:
+    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3]]
 
     def forward(self, images: Tensor) -> Output:

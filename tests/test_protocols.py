@@ -86,7 +86,7 @@ def outputs(seed: int, classes: int) -> Output:
     torch.manual_seed(seed)
     features = torch.rand(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     head = torch.randn(classes, 3, dtype=torch.float64, requires_grad=True)
-    return Output(features.mean((2, 3)) @ head.T, features, head)
+    return Output(features.mean((2, 3)) @ head.T, features, head, features.mean((2, 3)))
 
 
 def test_each_control_has_what_lwm_has_but_for_what_it_changes():

@@ -1,7 +1,8 @@
 """Checkpoints: a plain dict of tensors, numbers, strings and lists, and the whole hand-over between tasks.
 
 format, version      what this file is
-architecture, stem, image_size, mean, std, loss_form     how to build the network and feed it
+architecture, stem, image_size, mean, std, loss_form     how to build the network and feed it; "own" is a network whose
+                     code whoever loads it names (models/own.py)
 class_names          in the order of the outputs, which is the order in which they were taught
 tasks                one dict a task: its classes, where their images were, method, settings, accuracies; "judged": the
                      data set, folder and split that judged it; "apart": hashes of test images that it set apart
@@ -29,7 +30,7 @@ import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,17 @@ def load(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore_model(checkpoint: dict[str, Any]) -> models.Network:
-    """The network of a loaded checkpoint, on the CPU."""
-    model = models.build(
-        checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["image_size"], checkpoint["stem"]
-    )
+def restore_model(checkpoint: dict[str, Any], build: models.Build | None = None) -> models.Network:
+    """The network of a loaded checkpoint, on the CPU; of a user's own one ``build`` is the code (models/own.py).
+
+    Raises InputError if that is missing, or builds another network.
+    """
+    classes, size = len(checkpoint["class_names"]), checkpoint["image_size"]
+    if checkpoint["architecture"] != models.OWN or build is None:
+        model = models.build(checkpoint["architecture"], classes, size, checkpoint["stem"])
+    else:
+        model = models.build_own(build, classes, size)
+        _check_tensors(checkpoint["model"], model.state_dict(), "the network that --model builds", classes)
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -298,17 +305,29 @@ def _check_log(log: list[dict[str, Any]], epochs: int, finished: bool, of_studen
 
 def _check_weights(checkpoint: dict[str, Any]) -> None:
     """Names, shapes and types as the architecture has them, which is built without memory; every number finite."""
-    architecture, classes, weights = checkpoint["architecture"], checkpoint["class_names"], checkpoint["model"]
-    expected = models.empty_state(architecture, len(classes), checkpoint["image_size"], checkpoint["stem"])
+    architecture, classes, weights = checkpoint["architecture"], len(checkpoint["class_names"]), checkpoint["model"]
+    if architecture == models.OWN:  # restore_model, which has the code, looks at the rest
+        good = all(type(name) is str and isinstance(tensor, Tensor) for name, tensor in weights.items())
+        _require(good and {"fc.weight", "fc.bias"} <= weights.keys(), "the weights have no last layer")
+        weight, bias = weights["fc.weight"], weights["fc.bias"]
+        fits = weight.dim() == 2 and (len(weight), bias.shape) == (classes, (classes,))
+        _require(fits and weight.is_floating_point(), f"the last layer is not of {classes} classes")
+    else:
+        expected = models.empty_state(architecture, classes, checkpoint["image_size"], checkpoint["stem"])
+        _check_tensors(weights, expected, architecture, classes)
+    for name, tensor in weights.items():
+        _require(bool(tensor.isfinite().all()), f"the weights {name!r} are not finite")
+        negative = name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any())
+        _require(not negative, f"the statistics {name!r} are negative")
+
+
+def _check_tensors(weights: dict[str, Any], expected: Mapping[str, Tensor], architecture: str, classes: int) -> None:
     odd = sorted(map(str, expected.keys() ^ weights.keys()))
     _require(not odd, f"the weights do not fit {architecture} ({odd[:1]})")
     for name, like in expected.items():
         tensor = weights[name]
         fits = isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-        _require(fits, f"the weights {name!r} do not fit {architecture} with {len(classes)} classes")
-        _require(bool(tensor.isfinite().all()), f"the weights {name!r} are not finite")
-        negative = name.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any())
-        _require(not negative, f"the statistics {name!r} are negative")
+        _require(fits, f"the weights {name!r} do not fit {architecture} with {classes} classes")
 
 
 # The optimiser ----------------------------------------------------------------------------------------------------

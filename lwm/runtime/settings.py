@@ -28,7 +28,7 @@ class Settings:
     data_dir: str = setting_types.folder("where the images lie, or are downloaded to")
     old_classes: tuple[str, ...] = setting_types.names("classes that the teacher learns")
     new_classes: tuple[str, ...] = setting_types.names("classes that the student learns on top; all: every new one")
-    model: str = setting_types.text("architecture: resnet18, resnet32, resnet110, or a network of torchvision")
+    model: str = setting_types.text("architecture: resnet18, resnet32, of torchvision, timm/<name>, or file.py:build")
     image_size: int = setting_types.number("side of the square images, px", int, 8, 1024)
     stem: str | None = setting_types.choice("how a ResNet-18 and its like begin", open=True)
     mean: tuple[float, ...] | None = setting_types.channels("mean of the channels", -1000)
@@ -75,7 +75,7 @@ class Settings:
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
     recommended: tuple[str, ...] = ()  # the fields that the data set's recommended values filled
-    weights: str = setting_types.file("a torchvision state_dict to begin with, or imagenet for torchvision's own")
+    weights: str = setting_types.file("a state_dict to begin with, or imagenet for torchvision's or timm's own")
     measure_old: str = setting_types.file("a folder of images of old classes, to measure statistics of them")
     weights_key: str | None = setting_types.part("which of several state_dicts in --weights (default: the largest)")
     old_classes_file: str = setting_types.file("the old classes' names in the order of the outputs, a line each")
@@ -200,7 +200,9 @@ def read_settings(
             _checked(_where(name, ()), checks[name], None)
     if "epochs" in read and values["epochs"] == 0 and not values.get("weights"):
         raise InputError(f"{_where('epochs', arguments)} is 0: nothing would be learned; only --weights need none")
-    if unread := [_flag(name) for name in arguments if name not in read]:
+    # A checkpoint names no code, so that every script reads the code of a user's own network.
+    own = "model" if ".py:" in str(values["model"]) else None
+    if unread := [_flag(name) for name in arguments if name not in read and name != own]:
         log.info(f"{', '.join(unread)}: not read by {script}.py")
     return Settings(**values)
 
