@@ -9,22 +9,24 @@ its checkpoint. The old classes' training images are sealed: the data layer refu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lwm import attention, calibration, classifiers, evaluation, models, verdict
+from lwm import attention, calibration, classifiers, closed_form, evaluation, models, verdict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, loss_form
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended, setting_types
-from lwm.runtime.checkpoint import fingerprint, load, restore_model
+from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
-from lwm.runtime.run_folder import describe_task, open_run_folder
+from lwm.runtime.run_folder import command_with, describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
 from lwm.training import Training
 
@@ -35,12 +37,18 @@ def main(argv: list[str] | None = None) -> None:
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
         teacher_checkpoint = load(settings.teacher)
-    method, old = METHODS[settings.method], teacher_checkpoint["class_names"]
+    old, known = teacher_checkpoint["class_names"], classifiers.from_checkpoint(teacher_checkpoint)
+    pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
+    settings = recommended.method(settings, pretrained)
+    method = METHODS[settings.method]
     here = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
     if settings.new_classes == ("all",):
         settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
     new = list(settings.new_classes)
+    becomes_lda = closed_form.becomes_lda(teacher_checkpoint)
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
+    if method.loss is None and becomes_lda:
+        teachers_form = "softmax"
     form = loss_form(settings, teachers_form)
     if method.loss and method.form is None and settings.loss_form is None:
         log.info(f"LOSS_FORM = {form} (the teacher's)")
@@ -62,27 +70,68 @@ def main(argv: list[str] | None = None) -> None:
     train, held = source.train(new, old + new), source.held_back(new, old + new)
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
-    pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
-    settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
+    if method.loss:
+        settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
+    batch_size = settings.batch_size or AT_A_TIME
 
     with settings.naming("model"):
         own = models.builder(settings.model)
     with settings.naming("teacher"):
         teacher, student = (restore_model(teacher_checkpoint, own) for _ in range(2))
-    teacher = models.fold_batch_norm(teacher).requires_grad_(False)
+    teacher = models.fold_batch_norm(teacher) if method.trains_backbone else teacher
+    teacher.requires_grad_(False)
+    teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
+
+    seconds: dict[str, float] = {}  # that an image takes
+
+    @functools.cache
+    def features(of: str, images: str) -> torch.Tensor:
+        """(n, C) of the "train" or "test" images in the "teacher", or in the "student" once it is trained."""
+        if of == "student" and not method.trains_backbone:
+            return features("teacher", images)
+        network, pixels = {"teacher": teacher, "student": student}[of], {"train": train, "test": test}[images].pixels
+        started = time.perf_counter()
+        found = classifiers.features_of(network, pixels, *channels, batch_size)
+        took = time.perf_counter() - started
+        seconds[images] = took / max(1, len(pixels))
+        log.info(f"features of {len(pixels)} {images} images in the {of}: {took:.1f} s")
+        return found
+
+    rows = classifiers.linear_layer("head", None, teacher)
+    new_labels = train.labels - len(old)
+    begins_closed = method.loss is None or settings.new_rows == "closed-form"
+    if known is None and (settings.statistics or method.loss is None):
+        log.info(
+            f"no images of the {len(old)} old classes were measured: statistics are derived from the teacher's head"
+        )
+        known = closed_form.derived_statistics(rows, features("teacher", "train"), new_labels)
+
+    def closed_form_head() -> classifiers.Linear:
+        assert known is not None
+        of = features("teacher", "train"), new_labels
+        return closed_form.lda_over_all(known, *of) if becomes_lda else closed_form.extended(rows, *of, settings.favour)
+
+    if begins_closed and teachers_form == "binary":
+        log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
-    models.widen_head(student, len(new))
-    if settings.loss_form == "binary":
-        models.start_at_prior(student, first=len(old))
+    if method.loss is None:
+        models.replace_head(student, *closed_form_head())
+    else:
+        models.widen_head(student, len(new))
+        if settings.loss_form == "binary":
+            models.start_at_prior(student, first=len(old))
+        if begins_closed:
+            models.set_last_rows(
+                student, *closed_form.new_rows(rows, features("teacher", "train"), new_labels, settings.favour)
+            )
     if not method.trains_backbone:
         models.freeze_backbone(student)
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
     if method.asks_teacher:
-        attention.require_closed_form(teacher, to_input(train.pixels[: min(8, settings.batch_size)], *channels))
-    teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
+        attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
     checkpoint = {
-        **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std")},
+        **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std", "held_back")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
         "tasks": [*taught, describe_task(settings, new, settings.incremental_lr, source.record(test, len(old)))],
@@ -92,9 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         warn_of_mixed_forms(teacher_checkpoint["loss_form"], settings.loss_form)
     board = tensorboard.Board(settings, run_folder.folder, "student")
 
-    def evaluate() -> dict[str, Any]:
+    def evaluate(logits: torch.Tensor | None = None) -> dict[str, Any]:
         """Of the student as it is now: the log's columns, and the accuracy of each task's classes."""
-        logits = evaluation.predict(student, test.pixels, *channels, settings.batch_size)
+        if logits is None:
+            logits = evaluation.predict(student, test.pixels, *channels, batch_size)
         checkpoint["tasks"][-1]["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, sizes)
         columns = evaluation.accuracies(logits, test.labels, len(old))
         columns["task_aware"] = evaluation.task_aware(logits, test.labels, sizes)
@@ -104,20 +154,24 @@ def main(argv: list[str] | None = None) -> None:
         """Of all classes, the old ones' with drift compensation, and what each classifier makes of them."""
         statistics = None
         if settings.statistics:
-            statistics = classifiers.after_task(teacher, student, teacher_checkpoint, train, settings.batch_size)
-        if statistics is not None:
-            features = classifiers.features_of(student, test.pixels, *channels, settings.batch_size)
+            assert known is not None
+            in_teacher = features("teacher", "train")
+            if method.trains_backbone:
+                statistics = classifiers.update(known, in_teacher, features("student", "train"), train.labels)
+            else:
+                statistics = known.joined(classifiers.measure(in_teacher, new_labels, len(new)))
+            tested = features("student", "test")
             checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
-            checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, features, test.labels, len(new))
-            checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.untrained(
-                teacher, teacher_checkpoint, train, test, settings.batch_size
-            )
-        calibration.calibrate(student, checkpoint, statistics, held, len(old), settings.batch_size, teacher_checkpoint)
+            checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, tested, test.labels, len(new))
+            if method.loss:
+                untrained = evaluation.linear_logits(closed_form_head(), features("teacher", "test"))
+                checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.accuracies(untrained, test.labels, len(old))
+        calibration.calibrate(student, checkpoint, statistics, held, len(old), batch_size, teacher_checkpoint)
 
     if method.loss is None:
-        of_all = classifiers.after_task(teacher, student, teacher_checkpoint, train, settings.batch_size)
-        begin_with_lda(student, of_all, settings)
-        log_row = evaluate()
+        log_row = evaluate(
+            evaluation.linear_logits(classifiers.linear_layer("head", None, student), features("student", "test"))
+        )
         add_statistics()
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": student.state_dict(), "finished": True, "training": {}})
@@ -153,8 +207,16 @@ def main(argv: list[str] | None = None) -> None:
     teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, asked)
     student, student_answering = classifiers.answer_with(student, saved, asked)
     answering = student_answering["classifier"]
+    tested = None if method.trains_backbone else (features("teacher", "test"), features("student", "test"))
     comparison = evaluation.compare(
-        teacher, student, teacher_answering, student_answering, test, settings.batch_size, heads=heads
+        teacher,
+        student,
+        teacher_answering,
+        student_answering,
+        test,
+        batch_size,
+        heads=heads,
+        features=tested,
     )
     report.of_student(run_folder.report, test, comparison)
     board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
@@ -168,10 +230,9 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
-    elif settings.statistics:
-        log.info(
-            "the teacher has no statistics of its classes, so the head alone answers (--statistics from task 0 on)"
-        )
+    if method.loss is None:
+        minutes = recommended.minutes(settings, len(train.labels), pretrained, seconds["train"])
+        log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
     if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
         log.warning(failure)
     if log_row.get("zero_maps", 0) > 0.5:
@@ -182,14 +243,12 @@ def main(argv: list[str] | None = None) -> None:
     progress.print_json(settings, {"model": str(run_folder.model), **judged, **answers})
 
 
-def begin_with_lda(student: models.Network, statistics: classifiers.ClassStatistics | None, settings: Settings) -> None:
-    """Give the student LDA over the statistics of all classes as its head. Raises InputError if there are none."""
-    if statistics is None:
-        raise InputError(
-            f"--teacher {settings.teacher}: it has no statistics of its classes, from which --method "
-            f"{settings.method} makes the head; take another method, or a teacher that was trained with --statistics"
-        )
-    models.replace_head(student, *classifiers.linear_layer("lda", statistics, student))
+def lwm_command(settings: Settings) -> str:
+    """That trains by LwM what a closed-form run has just done without."""
+    folder = f"{settings.output_dir.rstrip('/')}-lwm"
+    return command_with(
+        settings.arguments, ("method", "output_dir", "overwrite"), "--method", "lwm", "--output-dir", folder
+    )
 
 
 def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> None:

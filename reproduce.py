@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lwm.experiments import cells, figures, tables
-from lwm.experiments.protocols import PROTOCOLS, REFERENCES, SEARCH, Protocol, class_order
+from lwm.experiments.protocols import PROTOCOLS, REFERENCE, REFERENCES, SEARCH, Protocol, class_order
 from lwm.experiments.tables import beside, read_rows
 from lwm.runtime.errors import InputError, one_line_errors
 from lwm.runtime.files import require_folder
@@ -31,7 +31,8 @@ from lwm.runtime.hardware import pick_device, warn_of_emulation
 from lwm.runtime.settings import OneLineParser, load_page
 
 # Of config.py what shapes a result and has no flag in a protocol.
-OPEN = dict.fromkeys(("LOSS_FORM", "BACKBONE_LR", "STEM", "MEAN", "STD")) | {"METHOD": "lwm", "STATISTICS": True}
+OPEN = dict.fromkeys(("METHOD", "LOSS_FORM", "BACKBONE_LR", "NEW_ROWS", "STEM", "MEAN", "STD"))
+OPEN |= {"STATISTICS": True, "FAVOUR": "balanced"}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("protocol", choices=PROTOCOLS, metavar="protocol", help="one of those below")
     data = "the folder of a protocol on photos, with train/ (and test/)"
     parser.add_argument("--data-dir", type=os.path.expanduser, help=data)
+    parser.add_argument("--weights-dir", type=os.path.expanduser, default=".", help="of real-1000: where weights lie")
     parser.add_argument(
         "--groups", type=cells.numbers, help="of the protocol folder: classes of each task, as in 10,5,5"
     )
@@ -95,7 +97,8 @@ def run(options: argparse.Namespace, protocol: Protocol, results: Path) -> None:
     if options.groups and path.exists() and not any(same in f"{call['command']} " for call in calls):
         raise InputError(f"{results} has rows of another --data-dir or --groups; move that folder away first")
     tables.record_call(about, command, threads)
-    study = cells.Study(options.protocol, protocol, options.data_dir, Path(options.work_dir), path, threads)
+    work, weights = Path(options.work_dir), Path(options.weights_dir).resolve()
+    study = cells.Study(options.protocol, protocol, options.data_dir, work, path, threads, weights)
     study.run(variants, sorted(set(options.seeds)), options.jobs)
 
 
@@ -113,6 +116,9 @@ def make_tables(protocol: Protocol, results: Path) -> None:
     for name, variants in {"accuracy.csv": protocol.methods, "ablation.csv": protocol.ablation}.items():
         path, methods = results / name, list(variants)
         rows, classes = read_rows(path), read_rows(beside(path, "attention.csv"))
+        if len(rows) and protocol.taken:
+            made[beside(path, "table.md")] = tables.taken_table(rows, methods, count, REFERENCE)
+            continue
         if len(rows):
             made[beside(path, "table.md")] = tables.methods_tables(rows, methods, count, REFERENCES)
             made[beside(path, "classifiers.md")] = tables.classifiers_tables(rows, classes, methods, count)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torchvision
 
-from lwm import calibration, classifiers, evaluation, models, verdict
+from lwm import calibration, classifiers, closed_form, evaluation, models, verdict
 from lwm.images.batches import channel_statistics
 from lwm.images.datasets import Place, open_source, side_of
 from lwm.images.judging import find_test_images
@@ -39,6 +39,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard d
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("train_teacher_model", argv, method=METHODS, stem=models.STEMS)
+    settings = recommended.method(settings, bool(settings.weights))
     classes = list(settings.old_classes)
     if len(classes) < 2:
         raise InputError(
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     form = loss_form(settings, "softmax" if settings.weights else "binary")
     if settings.weights_key is not None and settings.weights in ("", "imagenet"):
         raise InputError("--weights-key names a state_dict in a file that --weights names; give both or leave it out")
+    if settings.measure_old and settings.epochs:
+        raise InputError("--measure-old is for a network that is taken as it is, with --weights and --epochs 0")
     settings, device = hardware.prepare(dataclasses.replace(settings, loss_form=form))
     run_folder = open_run_folder(settings, "teacher")
     if run_folder.resumed and settings.epochs == 0:
@@ -139,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
                 training.save(finished=True)
     else:
         evaluate()
+        if settings.measure_old:
+            measure_old(model, checkpoint, settings)
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": model.state_dict(), "finished": True, "training": {}})
         distributed.leave()
@@ -161,6 +166,27 @@ def main(argv: list[str] | None = None) -> None:
     say = progress.results(settings)
     say(f"{shown}, {len(classes)} classes; the model is in {run_folder.model}, the page in {run_folder.report}")
     progress.print_json(settings, {"model": str(run_folder.model), "test_accuracy": accuracy})
+
+
+def measure_old(model: models.Network, checkpoint: dict[str, Any], settings: Settings) -> None:
+    """Add statistics and calibration to the checkpoint of a network that was taken as it is.
+
+    Classes that have images in the folder are measured, the others derived from the head. Raises InputError.
+    """
+    classes, channels = checkpoint["class_names"], (checkpoint["mean"], checkpoint["std"])
+    with settings.naming("measure_old"):
+        place = Place("folder", settings.measure_old, calibration=settings.calibration)
+        source = open_source(place, checkpoint["image_size"], settings.skip_bad_images, Path(settings.cache_dir))
+        there = [name for name in classes if name in source.classes["train"]]
+        if len(there) < 2:
+            raise InputError(f"images of two old classes at least are needed, and it has {len(there)}")
+        images, held = source.train(there, classes), source.held_back(there, classes)
+    features = classifiers.features_of(model, images.pixels, *channels, settings.batch_size)
+    head = classifiers.linear_layer("head", None, model)
+    statistics = closed_form.with_measured(head, features, images.labels)
+    log.info(f"statistics: {len(there)} classes measured, {len(classes) - len(there)} derived from the head")
+    checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
+    calibration.calibrate(model, checkpoint, statistics, held, 0, settings.batch_size)
 
 
 def as_timm_has_it(settings: Settings) -> Settings:

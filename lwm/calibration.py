@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from lwm.classifiers import NAMES, ClassStatistics, draw, features_of, linear_layer
+from lwm.classifiers import ClassStatistics, draw, features_of, linear_layer, names_for
 from lwm.images.batches import Images
 from lwm.models import Network
 from lwm.probabilities import familiarity
@@ -57,6 +57,8 @@ def calibrate(
 ) -> None:
     """Put "temperatures" and "unknown" into ``checkpoint``, by classifier, and "calibrated_on", a number of images.
 
+    Of a first task "held_back" gets the accuracy of each classifier on them, in percent.
+
     ``held`` are images held back of the classes from ``old`` on; ``statistics`` are those of all classes, if there are
     any. A few images hardly fix a temperature: that of the checkpoint ``before``, the teacher's, has as many votes as
     the images that it was fitted on. Without images nothing is put in, and a line says so.
@@ -67,12 +69,16 @@ def calibrate(
     features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
     count, earlier = len(held.labels), before["calibrated_on"] if before else 0
     checkpoint["temperatures"], checkpoint["unknown"], checkpoint["calibrated_on"] = {}, {}, count + earlier
-    for name in NAMES if statistics else NAMES[:1]:
+    if not old:
+        checkpoint["held_back"] = {}
+    for name in names_for(len(statistics.means)) if statistics else ("head",):
         weight, bias = linear_layer(name, statistics, model)
         seen, drawn = Examples(features @ weight.T + bias, held.labels), None
         if statistics is not None and old:
             inputs, labels = draw(statistics, SEED)
             drawn = Examples(inputs @ weight.T + bias, labels)
+        if not old:
+            checkpoint["held_back"][name] = 100 * float((seen.values.argmax(1) == seen.labels).double().mean())
         temperature = temperature_of(seen, drawn, old)
         if before and name in before["temperatures"]:
             votes = count * np.log(temperature) + earlier * np.log(before["temperatures"][name])

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from lwm.images.batches import Images, to_input
 from lwm.models import Network, replace_head
+from lwm.runtime import progress
 from lwm.runtime.checkpoint import WIDEST
 from lwm.runtime.errors import InputError, RunError, log
 
@@ -46,12 +47,20 @@ class ClassStatistics(NamedTuple):
     ``scatters`` are sums of outer products of deviations from a class's mean, for each class (N, C, C), or above
     ``WIDEST`` channels for all together (1, C, C). ``shrinkages`` (N,) say how far the images of each class want their
     covariance to be shrunk, from 0 to 1 (Ledoit and Wolf, 2004); it is done when a classifier is made.
+
+    A class with a count of 0 was not measured: its mean is derived from the head, and its covariance is what the
+    others share (closed_form.py).
     """
 
     counts: Tensor  # (N,), images
     means: Tensor  # (N, C)
     scatters: Tensor
     shrinkages: Tensor
+
+    @property
+    def measured(self) -> bool:
+        """Whether images of every class were seen."""
+        return bool((self.counts > 0).all())
 
     def joined(self, more: ClassStatistics) -> ClassStatistics:
         """Those of ``more`` classes behind these."""
@@ -78,7 +87,8 @@ def features_of(model: Network, pixels: Tensor, mean: Sequence[float], std: Sequ
     """
     model.eval()
     device = next(model.parameters()).device
-    parts = [model(to_input(part.to(device), mean, std)).pooled for part in pixels.split(batch_size)]
+    batches = progress.bar(pixels.split(batch_size), desc="features", unit="batch")
+    parts = [model(to_input(part.to(device), mean, std)).pooled for part in batches]
     features = torch.cat([part.cpu().double() for part in parts])
     if not features.isfinite().all():
         raise RunError("the network's features are not finite, so that there are no statistics of them")
@@ -230,15 +240,22 @@ def covariances(statistics: ClassStatistics) -> Tensor:
     counts, shrinkages = statistics.counts, statistics.shrinkages
     if statistics.means.shape[1] > WIDEST:
         shrinkages, counts = ((counts * shrinkages).sum() / counts.sum())[None], counts.sum()[None]
-    plain = statistics.scatters / counts.view(-1, 1, 1)
+    plain = statistics.scatters / counts.clamp(min=1).view(-1, 1, 1)
     target = plain.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) * torch.eye(plain.shape[1], dtype=plain.dtype)
-    return plain + shrinkages.view(-1, 1, 1) * (target - plain)
+    shrunk = plain + shrinkages.view(-1, 1, 1) * (target - plain)
+    if (counts == 0).any():
+        shrunk[counts == 0] = _mean_covariance(shrunk, counts)
+    return shrunk
 
 
 def shared_covariance(statistics: ClassStatistics) -> Tensor:
     """The mean over all images of the covariances of their classes (C, C)."""
-    each, counts = covariances(statistics), statistics.counts
-    return each[0] if len(each) == 1 else torch.einsum("n,nij->ij", counts / counts.sum(), each)
+    each = covariances(statistics)
+    return each[0] if len(each) == 1 else _mean_covariance(each, statistics.counts)
+
+
+def _mean_covariance(each: Tensor, counts: Tensor) -> Tensor:
+    return torch.einsum("n,nij->ij", counts / counts.sum(), each)
 
 
 def _root(covariances: Tensor, shrinkage: float) -> Tensor:
@@ -261,6 +278,12 @@ def regular(covariances: Tensor, more: float = SMALLEST) -> Tensor:
 
 CLASSIFIERS: dict[str, Callable[[ClassStatistics], Linear]] = {"ncm": ncm, "lda": lda, "aligned": aligned}
 NAMES = ("head", *CLASSIFIERS)
+MOST_ALIGNED = 200  # classes: the regression of ``aligned`` takes minutes above
+
+
+def names_for(classes: int) -> tuple[str, ...]:
+    """The classifiers that are tried unasked for so many classes."""
+    return NAMES if classes <= MOST_ALIGNED else tuple(name for name in NAMES if name != "aligned")
 
 
 def linear_layer(name: str, statistics: ClassStatistics | None, model: Network) -> Linear:
@@ -300,33 +323,19 @@ def after_first_task(model: Network, checkpoint: dict[str, Any], images: Images,
     return measure(features, images.labels, len(checkpoint["class_names"]))
 
 
-def after_task(
-    teacher: Network, student: Network, teacher_checkpoint: dict[str, Any], images: Images, batch_size: int
-) -> ClassStatistics | None:
-    """The teacher's statistics, compensated, and those of the new classes behind them; None if the teacher has none.
-
-    ``images`` are the new classes' training images.
-    """
-    statistics = from_checkpoint(teacher_checkpoint)
-    if statistics is None:
-        return None
-    mean, std = teacher_checkpoint["mean"], teacher_checkpoint["std"]
-    old, new = (features_of(model, images.pixels, mean, std, batch_size) for model in (teacher, student))
-    return update(statistics, old, new, images.labels)
-
-
 def choose(name: str, checkpoint: dict[str, Any]) -> str:
     """The classifier that ``name`` means for the network of a checkpoint; only "auto" depends on it.
 
-    lda, which the searches on other classes support (docs/settings-search.md), if the classes came in several tasks and
-    the checkpoint has their statistics. Else the head: trained on all classes at once, it is biased towards none.
+    lda, which the searches on other classes support (docs/settings-search.md), if the last task trained a network of
+    several tasks whose classes were all measured. Else the head: trained on all classes at once, or made in closed
+    form, it is biased towards none; and derived statistics know no more than it does.
     """
     if name != "auto":
         return name
-    if len(checkpoint["tasks"]) == 1:
+    if len(checkpoint["tasks"]) == 1 or not checkpoint["tasks"][-1]["epochs"]:
         return "head"
     if checkpoint["statistics"]:
-        return "lda"
+        return "lda" if bool((checkpoint["statistics"]["counts"] > 0).all()) else "head"
     log.warning("the checkpoint has no statistics of its classes: the head answers, which is biased towards the newest")
     return "head"
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lwm import verdict
 from lwm.attention import attention_distances, last_map
-from lwm.classifiers import NAMES, ClassStatistics, covariances, features_of, from_checkpoint, linear_layer, measure
+from lwm.classifiers import ClassStatistics, Linear, covariances, features_of, from_checkpoint, linear_layer, names_for
 from lwm.images.batches import Images, to_input
 from lwm.models import Network
 from lwm.runtime import distributed
 
 TOP = 0.2  # share of the pixels of a map
-LONGER = {verdict.UNTRAINED: "teacher's features, no training (LDA)"}  # names of classifiers as a table has them
+LONGER = {verdict.UNTRAINED: "teacher's features, no training"}  # names of classifiers as a table has them
 SHOWN = 60  # images of a page: with their maps at 224 px they take some 3 MB
 
 
@@ -211,27 +211,16 @@ def by_classifier(
 
     ``new`` is the number of classes of the last task.
     """
-    layers = {name: linear_layer(name, statistics, model) for name in NAMES}
+    layers = {name: linear_layer(name, statistics, model) for name in names_for(len(statistics.means))}
     return {
-        name: accuracies(features @ weight.T + bias, labels, len(weight) - new)
-        for name, (weight, bias) in layers.items()
+        name: accuracies(linear_logits(layer, features), labels, len(layer[0]) - new) for name, layer in layers.items()
     }
 
 
-def untrained(
-    teacher: Network, checkpoint: dict[str, Any], train: Images, test: Images, batch_size: int
-) -> dict[str, float | None]:
-    """Accuracies in percent of LDA on the features of a teacher, to whose statistics those of ``train`` are added.
-
-    They say what a student's training is worth. Raises InputError for damaged statistics.
-    """
-    statistics, channels = from_checkpoint(checkpoint), (checkpoint["mean"], checkpoint["std"])
-    assert statistics is not None  # the student of a teacher without them has none itself
-    old = len(statistics.means)
-    features, tested = (features_of(teacher, each.pixels, *channels, batch_size) for each in (train, test))
-    new = measure(features, train.labels - old, int(train.labels.max()) + 1 - old)
-    weight, bias = linear_layer("lda", statistics.joined(new), teacher)
-    return accuracies(tested @ weight.T + bias, test.labels, old)
+def linear_logits(layer: Linear, features: Tensor) -> Tensor:
+    """float32 (n, N) of features float64 (n, C)."""
+    weight, bias = layer
+    return (features @ weight.T + bias).float()
 
 
 def classifier_table(accuracies_by_classifier: dict[str, dict[str, float | None]], answering: str) -> str:
@@ -327,17 +316,21 @@ def compare(
     batch_size: int,
     history: bool = True,
     heads: tuple[Network, Network] | None = None,
+    features: tuple[Tensor, Tensor] | None = None,
 ) -> Comparison:
     """Both networks with their checkpoints, as answer_with gives them, on ``images``; label -1 is of an unknown class.
 
     With ``history`` the forgetting counts what the tests of earlier tasks recorded, which fits the same test images and
     the head alone. If the two answer by another classifier, ``heads`` are they with their heads: the maps are always
     those of the heads, which L_AD compares, and another classifier changes with the classes that it tells apart.
+    ``features`` (n, C) are the images' in both networks, if they are known already.
     """
-    checkpoints, old = (teacher_checkpoint, student_checkpoint), len(teacher_checkpoint["class_names"])
+    old = len(teacher_checkpoint["class_names"])
     teacher_logits, student_logits = (
         predict(model, images.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
-        for model, checkpoint in zip((teacher, student), checkpoints, strict=True)
+        if features is None
+        else linear_logits(linear_layer("head", None, model), features[side])
+        for side, (model, checkpoint) in enumerate(((teacher, teacher_checkpoint), (student, student_checkpoint)))
     )
     one, other = heads or (teacher, student)
     sides = (

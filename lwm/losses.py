@@ -132,9 +132,9 @@ def compared_maps(student: Output, teacher: Output, old: int) -> tuple[Tensor, T
 class Method:
     """All that is known of a method.
 
-    ``loss`` None: there is no epoch, and the head is made from the classes' statistics. ``form`` is the form of L_C and
-    L_D; None: the teacher's. A method that does not ask the teacher runs none, and one that does not train the backbone
-    trains the head alone.
+    ``loss`` None: there is no epoch, and the head is made in closed form (closed_form.py). ``form`` is the form of L_C
+    and L_D; None: the teacher's. A method that does not ask the teacher runs none, and one that does not train the
+    backbone trains the head alone.
     """
 
     loss: Callable[..., Terms] | None
@@ -144,6 +144,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "closed-form": Method(None, asks_teacher=False, trains_backbone=False),
     "finetune": Method(classify, "softmax-all", asks_teacher=False),
     "frozen": Method(classify, asks_teacher=False, trains_backbone=False),
     "lwf": Method(distil, "softmax"),
@@ -155,11 +156,11 @@ METHODS: dict[str, Method] = {
 def loss_form(settings: Any, otherwise: str) -> str:
     """The form of L_C and L_D: that of the method, else the one that is set, else ``otherwise``.
 
-    A head that is made from statistics has softmax outputs. Raises InputError if the method has another form than the
-    one that is set.
+    Without an epoch it is ``otherwise`` in any case, since nothing shapes the outputs anew. Raises InputError if the
+    method has another form than the one that is set.
     """
     method = METHODS[settings.method]
-    own = method.form if method.loss else "softmax"
+    own = method.form if method.loss else otherwise
     if own and settings.loss_form not in (None, own):
         raise InputError(
             f"{settings.where('loss_form')} is {settings.loss_form!r}, but method {settings.method} is {own}; "

@@ -170,6 +170,13 @@ def replace_head(model: Network, weight: Tensor, bias: Tensor) -> None:
         model.fc.bias.copy_(bias)
 
 
+def set_last_rows(model: Network, weight: Tensor, bias: Tensor) -> None:
+    """Give the last outputs these rows, (K, C) and (K,), in place."""
+    with torch.no_grad():
+        model.fc.weight[-len(weight) :] = weight
+        model.fc.bias[-len(bias) :] = bias
+
+
 def start_at_prior(model: Network, first: int) -> None:
     """Set the biases of the outputs from ``first`` on so that each starts at probability 1 / outputs, in place.
 

@@ -76,14 +76,3 @@ def test_a_method_is_a_function_and_a_record(teacher, tmp_path, capsys, monkeypa
     known = runpy.run_path(protocols.__file__)
     assert known["METHODS"][name].startswith(f"--method {name}")
     assert name in known["PROTOCOLS"]["digits-5x2"].methods
-
-
-def test_without_statistics_there_is_no_head_to_make(teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(losses.METHODS, "no-epoch", ADDED["no-epoch"])
-    bare = tmp_path / "bare.pth"
-    checkpoint.save(bare, checkpoint.load(teacher) | {"statistics": {}, "classifiers": {}})
-    assert (
-        incremental.main(["--teacher", str(bare), "--method", "no-epoch", "--output-dir", str(tmp_path / "out")]) == 2
-    )
-    assert "no statistics" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()

@@ -189,7 +189,7 @@ def test_balanced_batches_draw_the_classes_equally_often(counts):
 
 IMAGES = ["--dataset", "folder", "--data-dir", "images", "--batch-size", "6", "--output-dir", "out"]
 OWN = ["--weights", "model.pth", "--old-classes-file", "classes.txt", "--image-size", "64", "--epochs", "0", *IMAGES]
-TAUGHT = ["--teacher", "out/teacher_model.pth", "--new-classes", "d,e", "--epochs", "1", "--gamma", "1", *IMAGES]
+TAUGHT = ["--teacher", "out/teacher_model.pth", "--method", "lwm", "--new-classes", "d,e", "--epochs", "1", *IMAGES]
 SHOWN = ["--teacher", "out/teacher_model.pth", "--student", "out/student_model.pth", "--output-dir", "out"]
 
 

@@ -11,6 +11,7 @@ from conftest import page
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lwm.runtime import recommended
 from lwm.runtime.errors import InputError
 from lwm.runtime.recommended import OF_DATASET, RATES
 from lwm.runtime.settings import CONSTANTS, OPTIONAL, SCRIPTS, Settings, read_settings
@@ -35,7 +36,9 @@ VALUES = {  # constant: bad values of config.py, bad flags, a good flag and what
     "stem": (["", 3, ["cifar"]], [""], "fine", "fine"),
     "mean": ([0.5, [0.5, 0.5], [0.5, 0.5, True]], ["0.5", "0.5,0.5", "a,b,c", "nan,0,0"], "0.5,.4,.3", (0.5, 0.4, 0.3)),
     "std": ([1.0, [1, 1, 0], [1, 1, float("inf")]], ["1", "1,1,0", "1,1,-1"], "1,1,0.25", (1.0, 1.0, 0.25)),
-    "method": (["LwM", 3, ["lwm"], None], ["LwM", "ewc", ""], "lwf", "lwf"),
+    "method": (["LwM", 3, ["lwm"]], ["LwM", "ewc", ""], "lwf", "lwf"),
+    "favour": (["all", 3, None], ["all", ""], "old", "old"),
+    "new_rows": (["zero", 1], ["zero", ""], "closed-form", "closed-form"),
     "loss_form": (["sigmoid", 3, "softmax-all"], ["sigmoid"], "softmax", "softmax"),
     "beta": ([-0.1, "1", True, float("nan"), float("inf")], ["-0.1", "x", "nan", "inf"], "0", 0.0),
     "gamma": ([-0.1, 10**400], ["-0.1", "1e400"], "1e-3", 0.001),
@@ -235,11 +238,18 @@ def test_class_lists_keep_their_order_and_spelling(names):
 
 
 @pytest.mark.parametrize("dataset", OF_DATASET)
-def test_none_takes_the_recommended_value_and_says_so(dataset, caplog, monkeypatch):
+def test_none_takes_the_recommended_value_and_a_training_says_so(dataset, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lwm"), "propagate", True)
-    settings = read(STEP, "--epochs 3", DATASET=dataset, GAMMA=0)
+    settings = read(STEP, "--epochs 3 --batch-size 8 --incremental-lr 1", DATASET=dataset, GAMMA=0)
+    assert caplog.messages == []
+    recommended.by_images(settings, 100, "incremental_lr", False)
     said = {line.split(" = ")[0].lower() for line in caplog.messages}
-    assert said == (set(OF_DATASET[dataset]) & set(SCRIPTS[STEP][0].split())) - {"epochs", "gamma", *RATES}
+    assert said == (set(OF_DATASET[dataset]) & set(SCRIPTS[STEP][0].split())) - {
+        "epochs",
+        "gamma",
+        "batch_size",
+        *RATES,
+    }
     assert all(getattr(settings, name) == OF_DATASET[dataset][name] for name in said)
     assert (settings.epochs, settings.gamma) == (3, 0.0)
     assert all(CONSTANTS[name]["check"](value) == value for name, value in OF_DATASET[dataset].items() if value)

@@ -14,16 +14,24 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
 from lwm import losses
+from lwm.classifiers import features_of
 from lwm.evaluation import forgetting
 from lwm.experiments import controls
-from lwm.experiments.protocols import Protocol, class_order, groups_of, is_joint
+from lwm.experiments.protocols import REFERENCE, Protocol, class_order, groups_of, is_joint
 from lwm.experiments.tables import OURS, ROOT, beside, write_rows
-from lwm.runtime.checkpoint import load
+from lwm.images.datasets import Place, open_source
+from lwm.runtime.checkpoint import AT_A_TIME, load, restore_model
 from lwm.runtime.errors import InputError, Interrupted, RunError
 
 running: set[subprocess.Popen[str]] = set()
@@ -45,12 +53,31 @@ class Study:
     work_dir: Path
     table: Path
     threads: int = 1
+    weights_dir: Path = Path()
 
-    @property
-    def common(self) -> list[str]:
+    def common(self, seed: int) -> list[str]:
         """Flags of every script."""
-        data = ["--data-dir", self.data_dir] if self.data_dir else []
+        data_dir = self.drawn(seed) if self.protocol.taken else self.data_dir
+        data = ["--data-dir", str(data_dir)] if data_dir else []
         return [*self.protocol.flags.split(), "--dataset", self.protocol.dataset, *data]
+
+    def drawn(self, seed: int) -> Path:
+        """A folder of links to the images of a protocol on a network that is taken: those that ``seed`` draws to train
+        on, and every test image.
+        """
+        taken, generator, folder = self.protocol.taken, np.random.RandomState(seed), self.folder(seed, "images")
+        assert taken is not None
+        for part, split in ((taken.new, "train"), (taken.new, "test"), ("old", "test")):
+            for own in sorted((Path(self.data_dir or "") / part / split).iterdir()):
+                images = sorted(own.iterdir())
+                if split == "train":
+                    images = [images[index] for index in generator.permutation(len(images))[: taken.images]]
+                (folder / split / own.name).mkdir(parents=True, exist_ok=True)
+                for image in images:
+                    link = folder / split / own.name / image.name
+                    if not link.exists():
+                        link.symlink_to(image.resolve())
+        return folder
 
     def groups(self, seed: int) -> list[list[str]]:
         """The classes of each task."""
@@ -63,28 +90,41 @@ class Study:
         """Those of a cell, after each of its tasks."""
         first, later = LEAVES["train_teacher_model.py"], LEAVES["incremental_learning_system.py"]
         folders = [self.folder(seed, name) / str(number) for number in range(1, len(self.protocol.groups))]
-        return [self.folder(seed, f"first-{first_form(flags)}") / first, *(folder / later for folder in folders)]
+        return [self.folder(seed, f"first-{self.form(flags)}") / first, *(folder / later for folder in folders)]
+
+    def form(self, flags: str) -> str:
+        """The form that the first task of a variant is trained with; a network that is taken has softmax outputs."""
+        return "softmax" if self.protocol.taken else first_form(flags)
 
     def run(self, variants: dict[str, str], seeds: list[int], jobs: int) -> None:
         """First tasks first, then the others of every variant and seed; ``jobs`` at once."""
-        forms = sorted({first_form(flags) for name, flags in variants.items() if not is_joint(name)})
+        forms = sorted({self.form(flags) for name, flags in variants.items() if not is_joint(name)})
         with concurrent.futures.ThreadPoolExecutor(jobs) as workers:
             list(workers.map(lambda pair: self.first_task(*pair), itertools.product(seeds, forms)))
             list(workers.map(lambda pair: self.cell(pair[0], *pair[1]), itertools.product(seeds, variants.items())))
 
     def first_task(self, seed: int, form: str) -> Path:
-        old = ",".join(self.groups(seed)[0])
-        flags = [*self.common, "--seed", str(seed), "--old-classes", old, "--loss-form", form]
+        flags = [*self.common(seed), "--seed", str(seed), "--loss-form", form]
+        if taken := self.protocol.taken:
+            flags += [*taken.flags.split(), "--weights", str(self.weights_dir / taken.weights), "--epochs", "0"]
+            flags += ["--old-classes-file", str(Path(self.data_dir or "") / taken.names)]
+        else:
+            flags += ["--old-classes", ",".join(self.groups(seed)[0])]
         return run_script("train_teacher_model.py", self.folder(seed, f"first-{form}"), flags, self.threads)
 
     def cell(self, seed: int, name: str, flags: str) -> None:
-        own, groups = [*self.common, *flags.split(), "--seed", str(seed)], self.groups(seed)
-        if is_joint(name):
+        own, groups = [*self.common(seed), *flags.split(), "--seed", str(seed)], self.groups(seed)
+        if name == REFERENCE:
+            key = {"protocol": self.name, "method": name, "seed": seed, "task": len(groups) - 1}
+            network, new = load(self.first_task(seed, "softmax")), list(itertools.chain(*groups[1:]))
+            accuracy = logistic_regression(network, self.drawn(seed), new)
+            write_rows(self.table, [{**key, "accuracy_later": accuracy}])
+        elif is_joint(name):
             own += ["--old-classes", ",".join(itertools.chain(*groups))]
             model = run_script("train_teacher_model.py", self.folder(seed, name), own, self.threads)
             accuracy = self.add_rows(seed, name, len(groups) - 1, model)
         else:
-            model = self.first_task(seed, first_form(flags))
+            model = self.first_task(seed, self.form(flags))
             accuracy = self.add_rows(seed, name, 0, model)
             for task, group in enumerate(groups[1:], 1):
                 teacher, folder = model, self.folder(seed, name) / str(task)
@@ -100,9 +140,11 @@ class Study:
         """
         key = {"protocol": self.name, "method": name, "seed": seed, "task": task}
         row = row_of(load(model))
+        if self.protocol.taken:
+            row |= of_taken(load(model), model.parent)
         write_rows(self.table, [{**key, **row}])
-        if teacher is not None:
-            flags = [*self.common, "--teacher", str(teacher), "--student", str(model), "--classifier", "head"]
+        if teacher is not None and not self.protocol.taken:
+            flags = [*self.common(seed), "--teacher", str(teacher), "--student", str(model), "--classifier", "head"]
             metrics = run_script("demo.py", model.parent / "demo", flags, self.threads, after=model)
             rows = rows_of_classes(json.loads(metrics.read_text()))
             write_rows(beside(self.table, "attention.csv"), [{**key, **each} for each in rows])
@@ -115,9 +157,10 @@ class Study:
 def row_of(saved: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its last task; None for what it does not have."""
     task, by_head = saved["tasks"][-1], saved["classifiers"].get("head", {})
-    # A method without an epoch has no log.
-    log = saved["training"].get("log") or [{f"test_{name}": value for name, value in by_head.items()}]
     history = [each["group_accuracy"] for each in saved["tasks"]]
+    # Without an epoch there is no log; a network that is taken as it is has no other classifier.
+    log = saved["training"].get("log") or [{f"test_{name}": value for name, value in by_head.items()}]
+    log[-1].setdefault("test_accuracy", history[-1][0])
     losses = [lost for lost in forgetting(history[:-1], history[-1]) if lost is not None]
     return {
         "accuracy": log[-1]["test_accuracy"],
@@ -153,6 +196,28 @@ def rows_of_classes(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 # Scripts ----------------------------------------------------------------------------------------------------------
 
 
+def of_taken(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Accuracy of the classes that the network knew and of all that came later, and how long the script took."""
+    known, *later = saved["tasks"][-1]["group_accuracy"]
+    return {
+        "accuracy_first": known,
+        "accuracy_later": statistics.mean(later) if later else None,
+        "minutes": float((folder / "seconds").read_text()) / 60,
+    }
+
+
+def logistic_regression(teacher: dict[str, Any], data_dir: Path, classes: list[str]) -> float:
+    """Accuracy in percent on test images of ``classes``, told that they are of these: a regression on the teacher's
+    features of all their training images at once. It is what a frozen network has to give.
+    """
+    source = open_source(Place("folder", str(data_dir)), teacher["image_size"])
+    images = [source.train(classes, classes), source.test(classes, classes)]
+    model, channels = restore_model(teacher), (teacher["mean"], teacher["std"])
+    train, test = (features_of(model, each.pixels, *channels, AT_A_TIME).numpy() for each in images)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.1)).fit(train, images[0].labels)
+    return 100 * float(regression.score(test, images[1].labels))
+
+
 def run_script(script: str, folder: Path, flags: list[str], threads: int, after: Path | None = None) -> Path:
     """What the script leaves in ``folder``; it is called unless it has finished there with these flags, and with the
     same for the model that it comes ``after``.
@@ -163,7 +228,9 @@ def run_script(script: str, folder: Path, flags: list[str], threads: int, after:
     if not (done.exists() and done.read_text() == history):
         how = [] if script == "demo.py" else ["--overwrite" if done.exists() else "--resume"]
         done.unlink(missing_ok=True)
+        started = time.perf_counter()
         call(script, [*flags, "--output-dir", str(folder), *how], threads)
+        (folder / "seconds").write_text(str(time.perf_counter() - started))
         done.write_text(history)
     return made
 

@@ -12,6 +12,7 @@ initialisation, batches and crops always do.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,22 @@ from lwm.runtime.settings import cifar100_classes
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A network that knows the old classes already; it is taken as it is, in place of a first task.
+
+    The folder of the data has the old classes' names in ``names``, a line each, test images of some of them in
+    old/test/<class>/, and the new classes' images in ``new``/{train,test}/<class>/. A seed draws ``images`` training
+    images of each new class.
+    """
+
+    flags: str  # of the teacher's script
+    weights: str  # a file in --weights-dir
+    new: str
+    names: str = "imagenet_classes.txt"
+    images: int = 30
+
+
+@dataclass(frozen=True)
 class Protocol:
     """``groups`` is the number of classes of each task; with ``rotation`` seed s starts s * rotation classes later."""
 
@@ -37,6 +54,7 @@ class Protocol:
     flags: str  # of both training scripts, in every task
     methods: dict[str, str] = field(default_factory=dict)  # name -> flags of the incremental script: accuracy.csv
     ablation: dict[str, str] = field(default_factory=dict)  # likewise: ablation.csv
+    taken: Taken | None = None
     by_name: bool = False  # photos in the order of their classes' names
     shuffle: bool = False
     rotation: int = 0
@@ -127,7 +145,26 @@ hundred = partial(photos, pool=slice(0, 100), ablation=PHOTO_GAMMAS)
 # Settings are searched on other classes, and judged on held-back training images.
 digits_search = partial(digits, pool=slice(4, 10), flags=f"{DIGITS} --hold-back 0.2", rotation=2)
 photos_search = partial(photos, pool=slice(80, 100), flags=f"{BF16} --hold-back 0.1", methods={})
+# Old are 500 photographs of ten of ImageNet's classes, answered over all 1,000 and the new ones.
+MOBILENET = Taken("--model mobilenet_v2", "mobilenet_v2-b0353104.pth", new="new")
+LITE = Taken("--model timm/tf_efficientnet_lite0", "efficientnet-lite0-57934424-renamed.pth", new="new")
+REAL_METHODS = {name: METHODS[name] for name in ("closed-form", "finetune", "frozen", "lwf")}
+# On the teacher's features of all training images of the new classes, asked among these alone; no script is run.
+REFERENCE = "logistic regression"
+REAL_METHODS |= {REFERENCE: "", "lwm": "--method lwm --new-rows random"}
+REAL_METHODS["lwm from closed-form"] = "--method lwm --new-rows closed-form"
+real = partial(Protocol, dataset="folder", flags="--image-size 224 --hold-back 0", methods=REAL_METHODS)
+real_caltech = partial(real, pool=slice(0, 1015), groups=(1000, 5, 5, 5))
+real_signs = partial(real, pool=slice(0, 1010), groups=(1000, 10))
 PROTOCOLS = {
+    "real-1000+5x3": real_caltech("MobileNetV2 of ImageNet: 15 Caltech-101 classes in 3 tasks of 5", taken=MOBILENET),
+    "real-1000+5x3-lite0": real_caltech("the same with EfficientNet-Lite0", taken=LITE),
+    "real-1000+10signs": real_signs(
+        "MobileNetV2 of ImageNet: 10 traffic signs of GTSRB", taken=dataclasses.replace(MOBILENET, new="signs")
+    ),
+    "real-1000+10signs-lite0": real_signs(
+        "the same with EfficientNet-Lite0", taken=dataclasses.replace(LITE, new="signs")
+    ),
     "digits-2+2": digits(
         "scikit-learn digits, ResNet-18: teacher 0 and 1, student 2 and 3",
         pool=slice(0, 4),
@@ -224,6 +261,7 @@ SEARCHED = {
 
 def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     """The names of all classes of the data, in the order that the protocol takes its pool from."""
+    old: list[str] = []
     if protocol.dataset == "digits":
         return [str(digit) for digit in range(10)]
     if protocol.dataset == "cifar100":
@@ -231,12 +269,16 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     else:
         if not data_dir:
             raise InputError("--data-dir is missing: the folder with train/<class>/ and test/<class>/ is needed")
-        names = Folder(Path(data_dir)).classes.get("train", [])
-        if len(names) < (needed := protocol.pool.stop):
+        if protocol.taken:
+            old = (Path(data_dir) / protocol.taken.names).read_text().splitlines()
+            names = Folder(Path(data_dir) / protocol.taken.new).classes.get("train", [])
+        else:
+            names = Folder(Path(data_dir)).classes.get("train", [])
+        if len(old + names) < (needed := protocol.pool.stop):
             raise InputError(f"--data-dir {data_dir}: {len(names)} classes in train, and the protocol needs {needed}")
     if protocol.by_name:
         return names
-    return [names[index] for index in np.random.RandomState(1993).permutation(len(names))]
+    return old + [names[index] for index in np.random.RandomState(1993).permutation(len(names))]
 
 
 def groups_of(protocol: Protocol, pool: list[str], seed: int) -> list[list[str]]:

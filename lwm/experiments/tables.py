@@ -206,6 +206,32 @@ def methods_tables(rows: pd.DataFrame, methods: Iterable[str], tasks: int, refer
     return "\n".join(markdown(table) for table in (lines, differences) if table)
 
 
+def taken_table(rows: pd.DataFrame, methods: Iterable[str], tasks: int, reference: str) -> str:
+    """Of networks that were taken as they are: accuracies in percent after the last task, minutes of all its tasks.
+
+    The first line is the network itself, before any task. The mean is that of old and new.
+    """
+    of_network = rows[rows["task"] == 0].groupby("seed").first()
+    lines = [{"method": "the network itself", "old": mean_and_spread(of_network["accuracy_first"]), "new": NOT_THERE}]
+    lines[0] |= {"mean": NOT_THERE, "minutes": NOT_THERE, "seeds": str(len(of_network))}
+    for method in methods:
+        own = rows[rows["method"] == method]
+        last = own[own["task"] == tasks - 1].set_index("seed")
+        if last.empty:
+            continue
+        old, new = last["accuracy_first"], last["accuracy_later"]
+        minutes = own[own["task"] > 0].groupby("seed")["minutes"].sum()
+        of_reference = method == reference
+        cells = {
+            "old": NOT_THERE if of_reference else mean_and_spread(old),
+            "new": mean_and_spread(new),
+            "mean": NOT_THERE if of_reference else mean_and_spread((old + new) / 2),
+            "minutes": NOT_THERE if of_reference else mean_and_spread(minutes),
+        }
+        lines.append({"method": method, **cells, "seeds": str(len(last))})
+    return markdown(lines)
+
+
 def summary_table(rows: pd.DataFrame, methods: Iterable[str], tasks: int) -> str:
     """The two accuracies that the field reports, for README."""
     columns = {"average": "average incremental", "accuracy": "last task"}

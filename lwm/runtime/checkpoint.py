@@ -11,6 +11,7 @@ statistics           counts, means, scatters and shrinkages of the classes' feat
 classifiers          for each classifier its accuracies on the test images; may be empty
 temperatures         for each classifier what its logits are divided by (calibration.py); may be empty
 calibrated_on        number of held-back images behind the temperatures
+held_back            accuracy of each classifier on the first task's images that were held back; may be empty
 unknown              for each classifier the quantiles of its score on images of classes it knows; may be empty
 finished             False for a save in the middle of a run
 training             what --resume needs: random states, log, what tells one run from another, and before the run is
@@ -43,7 +44,7 @@ from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
 VERSION = 5
-OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown")  # may be empty
+OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown", "held_back")  # may be empty
 AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbers are 1 MB
@@ -230,6 +231,7 @@ CHECKPOINT = {
     "tasks": [TASK],
     **dict.fromkeys(("model", "statistics", "training"), dict),
     "classifiers": _each(_each(PERCENT)),
+    "held_back": _each(PERCENT),
     "temperatures": _each(_number(1e-4, 1e4, float)),
     "calibrated_on": _number(0, 10**9, int),
     "unknown": _each(lambda values: _check(values, [_number(-1e300, 1e300, float)], "unknown") and len(values) == 101),
@@ -282,7 +284,7 @@ def _check_whole(checkpoint: Any) -> None:
         fits &= scatters.shape == (1 if width > WIDEST else classes, width, width)
         _require(fits, "the statistics do not fit the head")
         good = all(part.dtype == torch.float32 and part.isfinite().all() for part in parts)
-        good = good and bool((counts >= 1).all() and (shrinkages >= 0).all() and (shrinkages <= 1).all())
+        good = good and bool((counts >= 0).all() and (shrinkages >= 0).all() and (shrinkages <= 1).all())
         _require(good, "the statistics are not finite numbers of single precision, or none that images can have")
     if training or not checkpoint["finished"]:
         _check(training, TRAINING | ({} if checkpoint["finished"] else UNFINISHED), "training")

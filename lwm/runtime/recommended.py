@@ -29,6 +29,15 @@ PRETRAINED_SIDE = 224  # px, that of torchvision's weights
 PRETRAINED = 0.1  # of the rate: a larger one destroys what the weights know
 
 
+def method(settings: Any, pretrained: bool) -> Any:
+    """The settings with a ``method``, by whether the teacher began with pretrained weights."""
+    if settings.method is not None:
+        return settings
+    name, about = ("closed-form", "pretrained weights") if pretrained else ("lwm", "a teacher trained here")
+    log.info(f"METHOD = {name} (recommended for {about})")
+    return dataclasses.replace(settings, method=name)
+
+
 def image_size(settings: Any, side: int | None) -> Any:
     """The settings with an ``image_size``, by the images' typical shorter ``side`` in px, None if it is not known."""
     if settings.image_size is not None:
@@ -48,6 +57,26 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
 
     The rate is linear in the batch size (Goyal et al., 2017, section 2.1).
     """
+    for name in settings.recommended:
+        log.info(f"{name.upper()} = {getattr(settings, name)} (recommended for {settings.dataset})")
+    values = _following(settings, images, rate, pretrained)
+    about = f"{images} images" + (" and pretrained weights" if pretrained else "")
+    for name, value in values.items():
+        log.info(f"{name.upper()} = {value} (recommended for {about})")
+    return dataclasses.replace(settings, **values)
+
+
+def minutes(settings: Any, images: int, pretrained: bool, seconds: float) -> float:
+    """What a student's training takes, if a network answers an image in so many ``seconds``.
+
+    A step is three such passes of the student, there and back, and one of the teacher.
+    """
+    settings = dataclasses.replace(settings, epochs=None)
+    epochs = _following(settings, images, "incremental_lr", pretrained)["epochs"]
+    return epochs * images * 4 * seconds / 60
+
+
+def _following(settings: Any, images: int, rate: str, pretrained: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     batch = settings.batch_size
     if batch is None:
@@ -60,7 +89,4 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
     if getattr(settings, rate) is None:
         factor = min(batch, images) / BATCH * (PRETRAINED if pretrained else 1)
         values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
-    about = f"{images} images" + (" and pretrained weights" if pretrained else "")
-    for name, value in values.items():
-        log.info(f"{name.upper()} = {value} (recommended for {about})")
-    return dataclasses.replace(settings, **values)
+    return values

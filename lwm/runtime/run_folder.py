@@ -210,6 +210,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _command_to_go_on(arguments: Sequence[str]) -> str:
     """The command line as it was given, going on from the run's own model."""
+    return command_with(arguments, ("student", "resume", "overwrite"), "--resume")
+
+
+def command_with(arguments: Sequence[str], without: Sequence[str], *more: str) -> str:
+    """The command line as it was given, ``without`` some flags and their values, and with ``more`` at its end."""
     given = list(arguments)
     program = ["python3", *sys.argv[:1]]
     processes, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -221,8 +226,8 @@ def _command_to_go_on(arguments: Sequence[str]) -> str:
     kept = []
     while given:
         word = given.pop(0)
-        if word == "--student":
-            given = given[1:]
-        elif word.split("=")[0] not in ("--student", "--resume", "--no-resume", "--overwrite", "--no-overwrite"):
+        if word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") not in without:
             kept.append(word)
-    return shlex.join([*program, *kept, "--resume"])
+        elif "=" not in word and given and not given[0].startswith("--"):
+            given.pop(0)  # its value
+    return shlex.join([*program, *kept, *more])

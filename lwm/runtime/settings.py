@@ -34,6 +34,8 @@ class Settings:
     mean: tuple[float, ...] | None = setting_types.channels("mean of the channels", -1000)
     std: tuple[float, ...] | None = setting_types.channels("standard deviation of the channels", 1e-3)
     method: str = setting_types.choice("method of the student", open=True)
+    favour: str = setting_types.choice("what new outputs in closed form favour", "old", "balanced", "new")
+    new_rows: str | None = setting_types.choice("how a training's new outputs begin", "random", "closed-form")
     loss_form: str | None = setting_types.choice("form of L_C and L_D", "binary", "softmax")
     beta: float = setting_types.number("weight of L_D", float, 0)
     gamma: float = setting_types.number("weight of L_AD", float, 0)
@@ -72,7 +74,9 @@ class Settings:
     output_dir: str = setting_types.folder("where the outputs go")
     given: frozenset[str] = frozenset()  # the fields that the command line named
     arguments: tuple[str, ...] = ()  # the command line as it was given
+    recommended: tuple[str, ...] = ()  # the fields that the data set's recommended values filled
     weights: str = setting_types.file("a state_dict to begin with, or imagenet for torchvision's or timm's own")
+    measure_old: str = setting_types.file("a folder of images of old classes, to measure statistics of them")
     weights_key: str | None = setting_types.part("which of several state_dicts in --weights (default: the largest)")
     old_classes_file: str = setting_types.file("the old classes' names in the order of the outputs, a line each")
     new_classes_file: str = setting_types.file("the new classes' names, a line each")
@@ -101,7 +105,7 @@ class Settings:
 
 CONSTANTS = {f.name: f.metadata for f in fields(Settings) if "check" in f.metadata}
 FILES = {f.name: f.metadata for f in fields(Settings) if "file" in f.metadata}  # of the command line alone
-OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem")  # None has a meaning of its own
+OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem", "method", "new_rows")  # None has a meaning of its own
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size warm_up backbone_lr freeze balanced momentum weight_decay "
     "flip precision cache_dir skip_bad_images hold_back calibration seed device deterministic statistics save_interval "
@@ -111,10 +115,10 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads,
     "train_teacher_model": (
         f"old_classes model image_size stem mean std lr {_TRAINING}",
         "",
-        "weights weights_key old_classes_file",
+        "weights weights_key old_classes_file measure_old",
     ),
     "incremental_learning_system": (
-        f"new_classes incremental_lr beta gamma temperature batch_norm classifier {_TRAINING}",
+        f"new_classes incremental_lr beta gamma temperature batch_norm classifier favour new_rows {_TRAINING}",
         "teacher",
         "student new_classes_file",
     ),
@@ -187,7 +191,7 @@ def read_settings(
             follows = name in recommended.RATES or value is None or (name == "image_size" and "weights" in values)
             if name in read and values[name] is None and not follows:
                 values[name] = value
-                log.info(f"{name.upper()} = {value} (recommended for {dataset})")
+                values["recommended"] = (*values.get("recommended", ()), name)
     for name in read:
         if values[name] is None and name not in (
             *OPTIONAL,

@@ -1,0 +1,165 @@
+"""``--method closed-form`` in the scripts: old rows, statistics, and classes that were not measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import image_folder
+from sklearn.covariance import ledoit_wolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+import demo
+import incremental_learning_system as incremental
+import train_teacher_model as trainer
+from lwm import classifiers, models
+from lwm.images import datasets
+from lwm.losses import METHODS
+from lwm.runtime import checkpoint
+from lwm.runtime.settings import read_settings
+
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+NAMES = "abcdefgh"
+SIZE = ["--image-size", "8", "--model", "resnet32"]
+CLOSED = ["--method", "closed-form"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    return image_folder(root, dict.fromkeys(NAMES, 12), dict.fromkeys(NAMES, 4))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Somebody's network of three classes, a teacher as it is."""
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    network = models.build("resnet32", 3, 8)
+    with torch.no_grad():
+        network.fc.weight.mul_(20)
+    torch.save(network.state_dict(), folder / "weights.pth")
+    (folder / "classes.txt").write_text("a\nb\nc\n")
+    taken = [*SIZE, "--weights", str(folder / "weights.pth"), "--old-classes-file", str(folder / "classes.txt")]
+    assert trainer.main([*taken, "--epochs", "0", "--output-dir", str(folder)]) == 0
+    return folder / "teacher_model.pth"
+
+
+def step(teacher: Path, photos: Path, new: str, folder: Path, *more: str) -> Path:
+    data = ["--dataset", "folder", "--data-dir", str(photos), "--cache-dir", str(photos.parent / "cache")]
+    flags = ["--teacher", str(teacher), *data, "--new-classes", new, "--output-dir", str(folder), *more]
+    assert incremental.main(flags) == 0
+    return folder / "student_model.pth"
+
+
+def test_a_network_that_was_taken_keeps_its_rows_and_its_answers_over_tasks(own, photos, tmp_path, capsys):
+    """One class and then two; the method is the one recommended for such a network."""
+    one = step(own, photos, "d", tmp_path / "1")
+    assert "METHOD = closed-form" in capsys.readouterr().err
+    two = step(one, photos, "e,f", tmp_path / "2")
+    before, after = checkpoint.load(own), checkpoint.load(two)
+    assert [task["epochs"] for task in after["tasks"]] == [0, 0, 0]
+    for name, tensor in before["model"].items():
+        assert torch.equal(after["model"][name][:3] if name.startswith("fc.") else after["model"][name], tensor)
+    images = datasets.open_source(datasets.Place("folder", str(photos)), 8).test("abc", "abc")
+    channels = before["mean"], before["std"]
+    answers = []
+    for path in (own, two):
+        saved = checkpoint.load(path)
+        network, answering = classifiers.answer_with(checkpoint.restore_model(saved), saved, "auto")
+        assert answering["classifier"] == "head"
+        features = classifiers.features_of(network, images.pixels, *channels, 4).float()
+        temperature = saved["temperatures"].get("head", 1.0)
+        answers.append(torch.nn.functional.linear(features, network.fc.weight[:3], network.fc.bias[:3]) * temperature)
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-4)
+    # Statistics of old classes were derived, those of new ones measured; training can go on from both.
+    assert [count > 0 for count in after["statistics"]["counts"].tolist()] == [False] * 3 + [True] * 3
+    assert after["held_back"] == before["held_back"] == {}
+    lwm = step(two, photos, "g,h", tmp_path / "3", "--method", "lwm", "--epochs", "1", "--incremental-lr", "1e-3")
+    assert [count > 0 for count in checkpoint.load(lwm)["statistics"]["counts"].tolist()] == [False] * 3 + [True] * 5
+
+
+def test_new_rows_of_a_training_begin_in_closed_form(own, photos, tmp_path):
+    """With a rate of nearly nothing they end there."""
+    closed = checkpoint.load(step(own, photos, "d,e", tmp_path / "0"))["model"]
+    trained = ["--method", "lwm", "--epochs", "1", "--incremental-lr", "1e-12"]
+    for begins in ("closed-form", "random"):
+        flags = [*trained, "--new-rows", begins, "--batch-norm", "frozen"]
+        model = checkpoint.load(step(own, photos, "d,e", tmp_path / begins, *flags))["model"]
+        same = torch.allclose(model["fc.weight"], closed["fc.weight"], rtol=1e-3, atol=1e-4)
+        assert same is (begins == "closed-form")
+
+
+def test_where_every_class_was_measured_the_head_is_lda_on_all_images_at_once(photos, tmp_path):
+    """By scikit-learn, with the covariance that the images asked for."""
+    data = ["--dataset", "folder", "--data-dir", str(photos), "--calibration", "0"]
+    first = [*SIZE, *data, "--old-classes", "a,b,c", "--epochs", "1", "--output-dir", str(tmp_path)]
+    assert trainer.main(first) == 0
+    student = tmp_path / "teacher_model.pth"
+    for number, new in enumerate(("d,e", "f")):
+        student = step(student, photos, new, tmp_path / str(number), *CLOSED, "--calibration", "0")
+    saved, network = checkpoint.load(student), checkpoint.restore_model(checkpoint.load(student))
+    source = datasets.open_source(datasets.Place("folder", str(photos)), 8)
+    train, test = source.train("abcdef", "abcdef"), source.test("abcdef", "abcdef")
+    seen, judged = (
+        classifiers.features_of(network, each.pixels, saved["mean"], saved["std"], 4).numpy() for each in (train, test)
+    )
+    covariances = [
+        ledoit_wolf(seen[train.labels == label] - seen[train.labels == label].mean(0), assume_centered=True)[0]
+        for label in range(6)
+    ]
+    lda = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 6] * 6)
+    lda.fit(seen, train.labels)
+    lda.covariance_ = sum(covariances) / 6
+    lda.coef_ = torch.linalg.solve(torch.tensor(lda.covariance_), torch.tensor(lda.means_).T).T.numpy()
+    lda.intercept_ = -(lda.coef_ * lda.means_).sum(1) / 2
+    ours = judged @ saved["model"]["fc.weight"].double().numpy().T + saved["model"]["fc.bias"].double().numpy()
+    theirs = lda.decision_function(judged)
+    difference = (ours - theirs) - (ours - theirs).mean(1, keepdims=True)
+    assert abs(difference).max() < 1e-2 * abs(theirs).max()
+    assert saved["loss_form"] == "softmax"
+
+
+def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys):
+    """Some: the others are derived. All: the head of a student is LDA, unless the network's own rows are better."""
+    weights, names = own.parent / "weights.pth", own.parent / "classes.txt"
+    taken = [*SIZE, "--weights", str(weights), "--old-classes-file", str(names), "--epochs", "0"]
+    some = image_folder(tmp_path / "some", dict.fromkeys("ac", 12))
+    for folder, seen in ((some, [True, False, True]), (photos, [True] * 3)):
+        flags = [*taken, "--measure-old", str(folder), "--output-dir", str(tmp_path / "t"), "--overwrite"]
+        assert trainer.main(flags) == 0
+        saved = checkpoint.load(tmp_path / "t" / "teacher_model.pth")
+        assert [count > 0 for count in saved["statistics"]["counts"].tolist()] == seen
+        assert saved["held_back"].keys() == {"head", "ncm", "lda", "aligned"}
+        assert torch.equal(saved["model"]["fc.weight"], torch.load(weights)["fc.weight"])
+    for held, kept in (({"head": 90.0, "lda": 80.0}, True), ({"head": 80.0, "lda": 90.0}, False)):
+        teacher = tmp_path / "held.pth"
+        checkpoint.save(teacher, saved | {"held_back": held})
+        student = checkpoint.load(step(teacher, photos, "d", tmp_path / str(kept), *CLOSED))
+        assert torch.equal(student["model"]["fc.weight"][:3], saved["model"]["fc.weight"]) is kept
+    capsys.readouterr()
+    assert trainer.main([*taken[:-1], "1", "--measure-old", str(photos), "--output-dir", str(tmp_path / "u")]) == 2
+    assert trainer.main([*taken, "--measure-old", str(tmp_path / "t"), "--output-dir", str(tmp_path / "u")]) == 2
+    refused = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(refused) == 2 and all("--measure-old" in line for line in refused), refused
+    assert not (tmp_path / "u" / "teacher_model.pth").exists()
+
+
+def test_a_student_in_closed_form_is_shown_and_judged_and_names_the_command_that_trains(own, photos, tmp_path, capsys):
+    student = step(own, photos, "d,e", tmp_path, "--json", "--overwrite")
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    command = shlex.split(next(line for line in err.splitlines() if "LwM" in line).partition(": ")[2])
+    asked = read_settings("incremental_learning_system", command[2:], method=METHODS)
+    assert (asked.method, asked.teacher, asked.new_classes) == ("lwm", str(own), ("d", "e"))
+    assert Path(asked.output_dir) == tmp_path.with_name(f"{tmp_path.name}-lwm")
+    assert not asked.overwrite and asked.json
+    assert said["classifier"] == "head"
+    assert said["classifiers"]["head"]["accuracy"] == pytest.approx(said["test_accuracy"])
+    flags = ["--teacher", str(own), "--student", str(student), "--output-dir", str(tmp_path)]
+    assert demo.main([*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["student"]["accuracy"] == pytest.approx(said["test_accuracy"])
