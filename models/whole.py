@@ -13,22 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
-from lwm.models.resnet import Network, Output
+from lwm.models.network import Network, Output, stages_of
 from torch import Tensor, nn
 
 from lwm.runtime.errors import InputError
 
-CONTAINERS = (
-    "blocks",
-    "stages",
-    "layers",
-    "features",
-    "encoder",
-    "trunk_output",
-)  # each stands for its parts, if one is to be frozen
 NO_MAP = "no map that its answer depends on is found"
 LIKE = 1e-4  # of the largest logit: how far the network may be from what it was before the cut
 
@@ -186,27 +177,6 @@ class Whole(Network):
             return None
         (gradient,) = torch.autograd.grad(mixed, features, allow_unused=True)
         return gradient if gradient is not None and gradient.any() else None
-
-
-def stages_of(network: nn.Module) -> list[list[nn.Module | nn.Parameter]]:
-    """The parts of the network that have parameters, in order; a container stands for its own parts."""
-    stages: list[list[nn.Module | nn.Parameter]] = []
-    loose: list[nn.Module | nn.Parameter] = []  # such as a class token: they go with what follows
-    for part in _parts(network):
-        loose.append(part)
-        if isinstance(part, nn.Module):
-            stages.append(loose)
-            loose = []
-    return stages
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
-    yield from module.parameters(recurse=False)
-    for name, part in module.named_children():
-        if name in CONTAINERS:
-            yield from _parts(part)
-        elif any(True for _ in part.parameters()):
-            yield part
 
 
 def _mixed(pooled: Tensor) -> Tensor:
