@@ -42,7 +42,7 @@ def test_the_student_of_a_pretrained_teacher_computes_as_it_does_in_few_steps_at
         return recommended.by_images(student_settings(*flags), 160, rate, **known)
 
     near = chosen(pretrained=True, measured=True)
-    assert (near.batch_norm, near.incremental_lr) == ("frozen", None)
+    assert (near.batch_norm, near.new_rows, near.incremental_lr) == ("frozen", "closed-form", None)
     assert recommended.NEAR_STEPS <= near.epochs * 10 < recommended.FEWEST_STEPS / 2
     assert chosen("--incremental-lr", "0.5", pretrained=True, measured=True).incremental_lr == 0.5
     assert chosen("--batch-norm", "train", pretrained=True).batch_norm == "train"

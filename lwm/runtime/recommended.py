@@ -57,8 +57,8 @@ def by_images(settings: Any, images: int, rate: str, pretrained: bool, measured:
     "incremental_lr".
 
     The rate is linear in the batch size (Goyal et al., 2017, section 2.1). The student of a ``pretrained`` teacher
-    computes as the teacher does (batch-norm, dropout) and makes few steps; its rate stays None if it is to be
-    ``measured``, as sharpness.py does.
+    computes as the teacher does (batch-norm, dropout) and makes few steps. If it is held to its teacher, its new rows
+    begin in closed form, and its rate stays None, to be ``measured`` as sharpness.py does.
     """
     for name in settings.recommended:
         log.info(f"{name.upper()} = {getattr(settings, name)} (recommended for {settings.dataset})")
@@ -96,4 +96,6 @@ def _following(settings: Any, images: int, rate: str, pretrained: bool, measured
         values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
     if settings.batch_norm is None and rate == "incremental_lr":
         values["batch_norm"] = "frozen" if pretrained else "train"
+    if settings.new_rows is None and near and measured:
+        values["new_rows"] = "closed-form"
     return values
