@@ -3,9 +3,9 @@
     python3 export.py --checkpoint runs/first/student_model.pth --output student.onnx
 
 Input "image", float32 (B, 3, H, W) in 0..1, or uint8 with ``--input uint8``: the normalisation is inside. Output
-"logits" (B, classes), and with ``--maps`` "map" (B, h, w), the Grad-CAM map of the answer. Batch, height and width are
-free. The metadata say what else is needed: class names, image size, and for predict.py --unknown the scores
-of images that were held back. The softmax of the logits are probabilities.
+"logits" (B, classes), and with ``--maps`` "map" (B, h, w), the Grad-CAM map of the answer. The batch is free, and
+height and width too in networks that models/ cuts. The metadata say what else is needed: class names, image size, and
+for predict.py --unknown the scores of images that were held back. The softmax of the logits are probabilities.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
-from lwm.models import Network
+from lwm.models import Network, Whole
 from torch import Tensor, nn
 
 from lwm import __version__, models
@@ -37,7 +37,6 @@ from lwm.runtime.settings import OneLineParser, read_constant
 
 FORMAT = "learning-without-memorizing network"
 LARGEST_DIFFERENCE = 1e-3  # between torch and onnxruntime, relative to the largest value or 1
-OTHER = (13, 6)  # px, by which another height and width are larger
 AXES = {0: "batch", 2: "height", 3: "width"}
 OPSETS = range(18, 24)  # below it torch would convert, above it knows none
 # The first onnxruntime that reads a file of this format (ONNX's IR version) and opset.
@@ -122,8 +121,9 @@ class WithNormalisation(nn.Module):
 def onnx_file(
     whole: WithNormalisation, image_size: int, kind: str, metadata: dict[str, str], opset: int | None = None
 ) -> bytes:
-    """Height and width are free, unless the network ties them to ``image_size``. Raises RunError."""
-    free = dict.fromkeys(AXES if takes_other_sizes(whole, image_size, kind) else [0], torch.export.Dim.AUTO)
+    """Height and width are free, unless the network stays whole or its graph ties them. Raises RunError."""
+    # Tokens have a place each, and torch takes minutes where the padding follows the size, as in timm's EfficientNets.
+    free = dict.fromkeys([0] if isinstance(whole.network, Whole) else AXES, torch.export.Dim.AUTO)
     # The exporter speaks of its own workings, on stdout, by warnings and by its log.
     logging.disable(logging.WARNING)
     try:
@@ -147,16 +147,6 @@ def onnx_file(
     name_axes(proto.graph)
     onnx.helper.set_model_props(proto, metadata)
     return proto.SerializeToString()
-
-
-def takes_other_sizes(whole: nn.Module, image_size: int, kind: str) -> bool:
-    """Not so if the network has tokens with a place each, and says so by an error of its own kind."""
-    try:
-        with torch.no_grad():
-            whole(example(1, image_size + OTHER[0], image_size + OTHER[1], kind))
-    except Exception:
-        return False
-    return True
 
 
 def name_axes(graph: onnx.GraphProto) -> None:
@@ -193,7 +183,7 @@ def largest_difference(whole: nn.Module, content: bytes, image_size: int, kind: 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     sizes = [(1, image_size, image_size), (5, image_size, image_size)]
     if not any(isinstance(side, int) for side in session.get_inputs()[0].shape[2:]):
-        sizes += [(2, image_size + OTHER[0], image_size + OTHER[1])]
+        sizes += [(2, image_size + 13, image_size + 6)]
     differences = []
     for size in sizes:
         images = example(*size, kind)

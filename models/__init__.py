@@ -21,6 +21,7 @@ from lwm.models.own import own_network
 from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, Network, recommended_stem
 from lwm.models.resnet import FEWEST_CELLS as FEWEST_CELLS
 from lwm.models.resnet import Output as Output
+from lwm.models.whole import Whole as Whole
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 

@@ -82,8 +82,8 @@ def own_network(build: Build, classes: int, image_size: int) -> Whole:
 
 def _told(what: str, error: BaseException) -> str:
     """One line on an error in the user's code, with the line where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if what.startswith(frame.filename)]
+    code = Path(what.partition(".py")[0] + ".py").resolve()
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).resolve() == code]
     where = f", line {lines[-1]}" if lines else ""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     return f"{what}{where}: {str(reason).splitlines()[0][:200]}"

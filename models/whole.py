@@ -29,6 +29,7 @@ CONTAINERS = (
     "encoder",
     "trunk_output",
 )  # each stands for its parts, if one is to be frozen
+NO_MAP = "no map that its answer depends on is found"
 LIKE = 1e-4  # of the largest logit: how far the network may be from what it was before the cut
 
 
@@ -142,8 +143,8 @@ class Whole(Network):
             self._set_shape(tokens, name)
             if self._gradient(tokens) is None:  # the class token alone answers
                 blocks = getattr(self.network, "blocks", None)
-                if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
-                    raise InputError(f"{name} answers by a class token, and has no blocks before it")
+                if tokens.dim() == 4 or not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+                    raise InputError(f"{name}: {NO_MAP}")
                 self.block = f"blocks.{len(blocks) - 1}"
         if self.block:
             entering: list[Tensor] = []
@@ -156,7 +157,7 @@ class Whole(Network):
             raise InputError(f"what the last layer of {name} sees is not a row for each image")
         (gradient,) = torch.autograd.grad(_mixed(output.pooled), output.features, allow_unused=True)
         if gradient is None or not gradient.any():
-            raise InputError(f"{name}: no map that its answer depends on is found")
+            raise InputError(f"{name}: {NO_MAP}")
 
     def _set_shape(self, tokens: Tensor, name: str) -> None:
         if tokens.dim() == 4:
@@ -164,6 +165,8 @@ class Whole(Network):
             return
         count = tokens.shape[1]
         known = getattr(self.network, "num_prefix_tokens", None)
+        if count == 1:
+            raise InputError(f"{name} makes one token alone, which is no map")
         for prefix in (0, 1) if known is None else dict.fromkeys((known, 0, 1)):
             side = math.isqrt(max(count - prefix, 0))
             if side and side**2 == count - prefix:
@@ -178,9 +181,10 @@ class Whole(Network):
         if pooled.shape == features.shape[:2] and not pooled.requires_grad:  # no parameter takes part
             self.closed_form = torch.allclose(pooled, features.mean((2, 3)), rtol=1e-4, atol=1e-6)
         features.requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            _mixed(self._after(self._with_map(tokens, features.clone()))), features, allow_unused=True
-        )
+        mixed = _mixed(self._after(self._with_map(tokens, features.clone())))
+        if not mixed.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(mixed, features, allow_unused=True)
         return gradient if gradient is not None and gradient.any() else None
 
 
