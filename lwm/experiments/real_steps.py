@@ -10,7 +10,7 @@ every ten steps and after the last the student answers the test images of the ne
     old, new        percent right, asked over all classes; old_told, new_told: among the old or the new alone
     kl_old, kl_new  divergence of the student's old outputs from the teacher's, nats an image: on the old classes'
                     photographs, which training never sees, and on the new classes' test images
-    weights, batch_norm     length of the change of the backbone's weights, and of the running statistics of its
+    weights, statistics     length of the change of the backbone's weights, and of the running statistics of its
                     batch-norms, as a share of their own length
     agreement, loss terms   as in the log, of the step before
 """
@@ -37,8 +37,9 @@ from lwm.runtime import hardware
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.settings import OneLineParser
 
+RESULTS = tables.ROOT / "results" / "real-1000"
 EVERY, AT_A_TIME = 10, 25
-SHOWN = ("old", "old_told", "new", "new_told", "kl_old", "kl_new", "agreement", "weights", "batch_norm")
+SHOWN = ("old", "old_told", "new", "new_told", "kl_old", "kl_new", "agreement", "weights", "statistics")
 
 
 class Watch:
@@ -65,17 +66,21 @@ class Watch:
         self.add(run, {})
 
     def logits(self, network: Any, images: Images) -> Tensor:
-        return predict(network, images.pixels, *self.channels, AT_A_TIME).clone()
+        """(n, outputs); the network's modules stay in the mode that they are in."""
+        modes = [(module, module.training) for module in network.modules()]
+        logits = predict(network, images.pixels, *self.channels, AT_A_TIME)
+        for module, mode in modes:
+            module.training = mode
+        return logits
 
     def after_step(self, run: training.Training, terms: Terms) -> None:
         self.step += 1
         if self.step % EVERY == 0 or self.step == run.planned * run.steps:
-            self.add(run, {name: float(term) for name, term in terms.items()})
+            self.add(run, {name: float(term.detach()) for name, term in terms.items()})
 
     @torch.no_grad()
     def add(self, run: training.Training, terms: dict[str, float]) -> None:
         row: dict[str, float] = {"step": self.step}
-        modes = [(module, module.training) for module in run.student.modules()]
         for group, (images, own) in {
             "old": (self.images["old"], slice(0, run.old)),
             "new": (self.images["new"], slice(run.old, None)),
@@ -85,12 +90,10 @@ class Watch:
             row[group] = _percent(logits.argmax(1) == images.labels)
             row[f"{group}_told"] = _percent(told == images.labels)
             row[f"kl_{group}"] = divergence(self.teachers[group], logits[:, : run.old])
-        for module, mode in modes:
-            module.training = mode
         now = run.student.state_dict()
         row["weights"] = _change(self.start, now, lambda name: name.endswith("weight") and not name.startswith("fc."))
-        row["batch_norm"] = _change(self.start, now, lambda name: name.endswith(("running_mean", "running_var")))
-        self.rows.append(row | terms)
+        row["statistics"] = _change(self.start, now, lambda name: name.endswith(("running_mean", "running_var")))
+        self.rows.append(row := row | terms)
         log.info(f"step {self.step}: " + ", ".join(f"{name} {row[name]:.3g}" for name in SHOWN if name in row))
 
 
@@ -133,15 +136,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--old-images", required=True, type=Path, help="a folder with test/<class>/ of old classes")
     options, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     watch = Watch(options.old_images)
-    training.ResumableBatches = watched(watch)  # type: ignore[misc]
-    script = tables.ROOT / "incremental_learning_system.py"
-    sys.argv = [str(script), *flags]
+    script, before = str(tables.ROOT / "incremental_learning_system.py"), (training.ResumableBatches, sys.argv)
+    training.ResumableBatches, sys.argv = watched(watch), [script, *flags]  # type: ignore[misc]
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
-    path = tables.ROOT / "results" / "real-1000" / "steps.csv"
+    finally:
+        training.ResumableBatches, sys.argv = before  # type: ignore[misc]
+    path = RESULTS / "steps.csv"
     key = {"protocol": "real-1000", "method": options.name, "seed": 0, "task": 1}
     tables.write_rows(
         path, [{**key, **row, "flags": " ".join(shown(flags)), **hardware.machine()} for row in watch.rows]
