@@ -39,7 +39,7 @@ NEW_ROWS = None  # how a training's new outputs begin: random, or closed-form (N
 BETA = None  # weight of the logits' distillation, L_D
 GAMMA = None  # weight of the attention distillation, L_AD
 TEMPERATURE = 2.0  # of softmax distillation
-BATCH_NORM = "train"  # while the student learns: train, or frozen at the old running statistics
+BATCH_NORM = None  # and dropout, of the student: train, or frozen as in its teacher; None: frozen after pretrained ones
 
 # The training.
 EPOCHS = None  # passes over the training images; 0 with --weights: the teacher is taken as it is

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lwm import attention, calibration, classifiers, closed_form, evaluation, models, verdict
+from lwm import attention, calibration, classifiers, closed_form, evaluation, models, sharpness, verdict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
     log.info(f"{counts}, on {device}")
     if method.loss:
-        settings = recommended.by_images(settings, len(train.labels), "incremental_lr", pretrained)
+        settings = recommended.by_images(
+            settings, len(train.labels), "incremental_lr", pretrained, measured=method.asks_teacher
+        )
     batch_size = settings.batch_size or AT_A_TIME
 
     with settings.naming("model"):
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = classifiers.linear_layer("head", None, teacher)
     new_labels = train.labels - len(old)
-    begins_closed = method.loss is None or settings.new_rows == "closed-form"
+    begins_closed = method.loss is None or (settings.new_rows or "closed-form" * pretrained) == "closed-form"
     if known is None and (settings.statistics or method.loss is None):
         log.info(
             f"no images of the {len(old)} old classes were measured: statistics are derived from the teacher's head"
@@ -128,6 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         models.freeze_backbone(student)
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
+    if method.loss and settings.incremental_lr is None:
+        rate = sharpness.stable_rate(student, teacher, train, channels, len(old), settings)
+        settings = dataclasses.replace(settings, incremental_lr=rate)
     if method.asks_teacher:
         attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
     checkpoint = {

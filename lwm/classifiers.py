@@ -48,19 +48,29 @@ class ClassStatistics(NamedTuple):
     ``WIDEST`` channels for all together (1, C, C). ``shrinkages`` (N,) say how far the images of each class want their
     covariance to be shrunk, from 0 to 1 (Ledoit and Wolf, 2004); it is done when a classifier is made.
 
-    A class with a count of 0 was not measured: its mean is derived from the head, and its covariance is what the
-    others share (closed_form.py).
+    Those of a class of which no image was seen are derived from the head (closed_form.py).
     """
 
     counts: Tensor  # (N,), images
     means: Tensor  # (N, C)
     scatters: Tensor
     shrinkages: Tensor
+    derived: Tensor  # (N,), 1 for a class that is derived, and 0 for one that was measured
 
     @property
     def measured(self) -> bool:
         """Whether images of every class were seen."""
-        return bool((self.counts > 0).all())
+        return not self.derived.any()
+
+    def reordered(self, order: Tensor) -> ClassStatistics:
+        """Class ``order[i]`` is now class i."""
+        return ClassStatistics(
+            self.counts[order],
+            self.means[order],
+            self.scatters if self.means.shape[1] > WIDEST else self.scatters[order],
+            self.shrinkages[order],
+            self.derived[order],
+        )
 
     def joined(self, more: ClassStatistics) -> ClassStatistics:
         """Those of ``more`` classes behind these."""
@@ -110,7 +120,8 @@ def measure(features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
         scatters[0 if wide else label] += own.T @ own
         if len(own) > 2:
             shrinkages[label] = ledoit_wolf_shrinkage(own.numpy(), assume_centered=True)
-    return ClassStatistics(torch.bincount(labels, minlength=classes).to(means), means, scatters, shrinkages)
+    counts = torch.bincount(labels, minlength=classes).to(means)
+    return ClassStatistics(counts, means, scatters, shrinkages, torch.zeros_like(counts))
 
 
 # Drift compensation -----------------------------------------------------------------------------------------------
@@ -154,13 +165,14 @@ def compensate(statistics: ClassStatistics, drift: DriftMap, unexplained: float)
     A map that leaves the share ``unexplained`` of the features' variance says little of directions: that share of what
     was left of each covariance is to be shrunk too.
     """
-    counts, means, scatters, shrinkages = statistics
+    counts, means, scatters, shrinkages, derived = statistics
     images = counts.sum() if len(scatters) < len(counts) else counts
     return ClassStatistics(
         counts,
         means @ drift.weight.T + drift.bias,
         drift.weight @ scatters @ drift.weight.T + images.view(-1, 1, 1) * drift.residual,
         shrinkages + unexplained * (1 - shrinkages),
+        derived,
     )
 
 
@@ -240,22 +252,15 @@ def covariances(statistics: ClassStatistics) -> Tensor:
     counts, shrinkages = statistics.counts, statistics.shrinkages
     if statistics.means.shape[1] > WIDEST:
         shrinkages, counts = ((counts * shrinkages).sum() / counts.sum())[None], counts.sum()[None]
-    plain = statistics.scatters / counts.clamp(min=1).view(-1, 1, 1)
+    plain = statistics.scatters / counts.view(-1, 1, 1)
     target = plain.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) * torch.eye(plain.shape[1], dtype=plain.dtype)
-    shrunk = plain + shrinkages.view(-1, 1, 1) * (target - plain)
-    if (counts == 0).any():
-        shrunk[counts == 0] = _mean_covariance(shrunk, counts)
-    return shrunk
+    return plain + shrinkages.view(-1, 1, 1) * (target - plain)
 
 
 def shared_covariance(statistics: ClassStatistics) -> Tensor:
     """The mean over all images of the covariances of their classes (C, C)."""
-    each = covariances(statistics)
-    return each[0] if len(each) == 1 else _mean_covariance(each, statistics.counts)
-
-
-def _mean_covariance(each: Tensor, counts: Tensor) -> Tensor:
-    return torch.einsum("n,nij->ij", counts / counts.sum(), each)
+    each, counts = covariances(statistics), statistics.counts
+    return each[0] if len(each) == 1 else torch.einsum("n,nij->ij", counts / counts.sum(), each)
 
 
 def _root(covariances: Tensor, shrinkage: float) -> Tensor:
@@ -335,7 +340,7 @@ def choose(name: str, checkpoint: dict[str, Any]) -> str:
     if len(checkpoint["tasks"]) == 1 or not checkpoint["tasks"][-1]["epochs"]:
         return "head"
     if checkpoint["statistics"]:
-        return "lda" if bool((checkpoint["statistics"]["counts"] > 0).all()) else "head"
+        return "head" if checkpoint["statistics"]["derived"].any() else "lda"
     log.warning("the checkpoint has no statistics of its classes: the head answers, which is biased towards the newest")
     return "head"
 

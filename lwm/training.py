@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lwm import verdict
 from lwm.images.batches import Images, augment, batch_order, draw_augmentation, to_input
 from lwm.losses import Terms
 from lwm.models import Network
@@ -39,7 +40,8 @@ def train_one_epoch(
 ) -> None:
     """A step of the optimiser for each of ``batches``: normalised images (B, 3, H, W), labels (B,), a weight.
 
-    The weight multiplies the gradient; ``batches.record`` gets the loss terms, and "correct" in percent.
+    The weight multiplies the gradient; ``batches.record`` gets the loss terms, and in percent "correct" and, with a
+    teacher, "agreement": the images of which both networks think of the same old class first.
     """
     for images, labels, weight in batches:
         # The heads, and so all maps and losses, are in the precision of the weights.
@@ -53,7 +55,11 @@ def train_one_epoch(
         optimizer.step()
         schedule.step()
         correct = 100 * (output.logits[:, old:].argmax(1) == labels - old).float().mean()  # among the new classes
-        batches.record(terms | {"correct": correct})
+        measured = terms | {"correct": correct}
+        if asked is not None:
+            alike = output.logits[:, :old].argmax(1) == asked.logits[:, :old].argmax(1)
+            measured["agreement"] = 100 * alike.float().mean()
+        batches.record(measured)
 
 
 class Training:
@@ -167,6 +173,8 @@ class Training:
             )
             row, self.batches = self.batches.row(number), None
             self.log.append(row)
+            if left := verdict.has_left(self.log):
+                log.warning(left)
             self.seconds_left = (time.perf_counter() - self.started) / (number - done) * (self.planned - number)
             yield row
             signum = self.stop.agreed()  # asked once: it may come at any moment
@@ -253,11 +261,11 @@ class Training:
         log.info(f"going on from {self.run_folder.source}, {where}")
 
     def _to_train_mode(self) -> None:
-        self.student.train()
-        keeps_statistics = self.settings.batch_norm == "frozen" and self.old > 0
+        """With frozen batch-norm the student computes as its teacher does, without dropout too."""
+        self.student.train(self.old == 0 or self.settings.batch_norm == "train")
         for module in self.student.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(not keeps_statistics and module.weight.requires_grad)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
 
     def _interrupt(self, signum: int, where: str) -> None:
         distributed.leave()

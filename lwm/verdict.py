@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 UNTRAINED = "untrained"  # among a checkpoint's classifiers: LDA on the teacher's features, where nothing is trained
 NOTABLE = 20  # classes of very many that are shown first
+STAYS = 50  # percent of the new images: a student that agrees with its teacher on fewer has left it
 SURE = 1.96  # standard deviations to both sides hold 95 % of a normal distribution
 
 
@@ -106,3 +107,17 @@ def what_failed(log: Sequence[dict[str, Any]], classes: int) -> str | None:
     if not rises:
         end = "rises no more; try a lower learning rate, larger images, or --weights of a trained network"
     return f"training failed: accuracy on its own images ends at {last:.0f} % (chance: {chance:.0f} %) and {end}"
+
+
+def has_left(log: Sequence[dict[str, Any]]) -> str | None:
+    """What to say after the first epoch in which a student sees the new images otherwise than its teacher; else None.
+
+    "agreement" is the percentage of which both name the same old class first.
+    """
+    *before, last = (row.get("agreement", 100.0) for row in log)
+    if last >= STAYS or min(before, default=100.0) < STAYS:
+        return None
+    return (
+        f"epoch {len(log)}: the student leaves its teacher: of {last:.0f} % of the new images alone both name the same "
+        "old class first, and the old classes will suffer; try a lower learning rate, or --batch-norm frozen"
+    )

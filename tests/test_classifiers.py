@@ -229,10 +229,12 @@ def test_covariances_that_are_flat_or_lost_digits_still_make_every_classifier():
     """Of rank one, such as a map can leave, and in single precision, as a checkpoint has them."""
     lines, means = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts, nothing = torch.ones(40).double(), torch.zeros(40).double()
-    rank_one = ClassStatistics(counts, means, lines.unsqueeze(2) * lines.unsqueeze(1), nothing)
+    rank_one = ClassStatistics(counts, means, lines.unsqueeze(2) * lines.unsqueeze(1), nothing, nothing)
     lost = classifiers.from_checkpoint({"statistics": classifiers.to_checkpoint(rank_one)})
     assert torch.linalg.cholesky_ex(classifiers.regular(classifiers.covariances(lost))).info.any()
-    flat = ClassStatistics(counts[:2], torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), nothing[:2])
+    flat = ClassStatistics(
+        counts[:2], torch.zeros(2, 4).double(), torch.zeros(2, 4, 4).double(), nothing[:2], nothing[:2]
+    )
     for name in classifiers.CLASSIFIERS:
         for statistics in (lost, flat):
             assert all(part.isfinite().all() for part in classifiers.CLASSIFIERS[name](statistics))
@@ -280,7 +282,7 @@ def test_what_makes_no_classifier_is_said():
     model = models.build("resnet32", 2, 8)
     saved = checkpoint_of(model, "resnet32", "ab", 8)
     good = {"counts": torch.ones(2), "means": torch.zeros(2, 64), "scatters": torch.eye(64).repeat(2, 1, 1)}
-    good["shrinkages"] = torch.zeros(2)
+    good |= {"shrinkages": torch.zeros(2), "derived": torch.zeros(2)}
     for name, statistics, text in (
         ("lda", {}, "no statistics of its classes"),
         ("heads", good, "no classifier 'heads'"),

@@ -77,10 +77,10 @@ def test_a_network_that_was_taken_keeps_its_rows_and_its_answers_over_tasks(own,
         answers.append(torch.nn.functional.linear(features, network.fc.weight[:3], network.fc.bias[:3]) * temperature)
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-4)
     # Statistics of old classes were derived, those of new ones measured; training can go on from both.
-    assert [count > 0 for count in after["statistics"]["counts"].tolist()] == [False] * 3 + [True] * 3
+    assert after["statistics"]["derived"].tolist() == [1] * 3 + [0] * 3
     assert after["held_back"] == before["held_back"] == {}
     lwm = step(two, photos, "g,h", tmp_path / "3", "--method", "lwm", "--epochs", "1", "--incremental-lr", "1e-3")
-    assert [count > 0 for count in checkpoint.load(lwm)["statistics"]["counts"].tolist()] == [False] * 3 + [True] * 5
+    assert checkpoint.load(lwm)["statistics"]["derived"].tolist() == [1] * 3 + [0] * 5
 
 
 def test_new_rows_of_a_training_begin_in_closed_form(own, photos, tmp_path):
@@ -129,11 +129,11 @@ def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys):
     weights, names = own.parent / "weights.pth", own.parent / "classes.txt"
     taken = [*SIZE, "--weights", str(weights), "--old-classes-file", str(names), "--epochs", "0"]
     some = image_folder(tmp_path / "some", dict.fromkeys("ac", 12))
-    for folder, seen in ((some, [True, False, True]), (photos, [True] * 3)):
+    for folder, derived in ((some, [0, 1, 0]), (photos, [0] * 3)):
         flags = [*taken, "--measure-old", str(folder), "--output-dir", str(tmp_path / "t"), "--overwrite"]
         assert trainer.main(flags) == 0
         saved = checkpoint.load(tmp_path / "t" / "teacher_model.pth")
-        assert [count > 0 for count in saved["statistics"]["counts"].tolist()] == seen
+        assert saved["statistics"]["derived"].tolist() == derived
         assert saved["held_back"].keys() == {"head", "ncm", "lda", "aligned"}
         assert torch.equal(saved["model"]["fc.weight"], torch.load(weights)["fc.weight"])
     for held, kept in (({"head": 90.0, "lda": 80.0}, True), ({"head": 80.0, "lda": 90.0}, False)):

@@ -12,6 +12,10 @@ def settings(*flags, dataset="folder"):
     return read_settings("train_teacher_model", list(flags), page(DATASET=dataset))
 
 
+def student_settings(*flags):
+    return read_settings("incremental_learning_system", ["--teacher", "t.pth", *flags], page(DATASET="folder"))
+
+
 @pytest.mark.parametrize("images", [10, 300, 2500, 50_000])
 def test_few_images_get_small_batches_and_enough_steps(images):
     chosen = recommended.by_images(settings(), images, "lr", pretrained=False)
@@ -31,6 +35,21 @@ def test_the_rate_is_linear_in_the_batch_and_a_tenth_for_pretrained_weights():
     assert rate("--batch-size", "128", pretrained=True) == pytest.approx(0.01)
     assert rate("--lr", "0.3", "--batch-size", "16", pretrained=True) == 0.3
     assert rate(dataset="digits") == pytest.approx(0.03)
+
+
+def test_the_student_of_a_pretrained_teacher_computes_as_it_does_in_few_steps_at_a_rate_that_is_measured():
+    def chosen(*flags, rate="incremental_lr", **known):
+        return recommended.by_images(student_settings(*flags), 160, rate, **known)
+
+    near = chosen(pretrained=True, measured=True)
+    assert (near.batch_norm, near.new_rows, near.incremental_lr) == ("frozen", "closed-form", None)
+    assert recommended.NEAR_STEPS <= near.epochs * 10 < recommended.FEWEST_STEPS / 2
+    assert chosen("--incremental-lr", "0.5", pretrained=True, measured=True).incremental_lr == 0.5
+    assert chosen("--batch-norm", "train", pretrained=True).batch_norm == "train"
+    assert chosen(pretrained=True).incremental_lr == pytest.approx(0.03 * 0.1 / 8, rel=0.01)
+    far = chosen(pretrained=False, measured=True)
+    assert (far.batch_norm, far.incremental_lr) == ("train", pytest.approx(0.03 / 8, rel=0.01))
+    assert far.epochs * 10 >= recommended.FEWEST_STEPS
 
 
 @pytest.mark.parametrize(("side", "size"), [(28, 32), (32, 32), (84, 64), (96, 96), (4000, 96), (None, 96)])

@@ -100,6 +100,31 @@ def test_frozen_batch_norm_keeps_the_running_statistics(tmp_path, pair):
     assert changed(start, after) == set(start) - kept
 
 
+def test_with_frozen_batch_norm_the_student_computes_as_its_teacher_does_without_dropout(tmp_path):
+    torch.manual_seed(0)
+    teacher = models.build("mobilenet_v2", OLD, 32).requires_grad_(False).eval()
+    with torch.no_grad():
+        teacher.fc.weight *= 100
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    models.widen_head(student, NEW)
+    assert any(isinstance(module, torch.nn.Dropout) for module in student.modules())
+    one_step = {"epochs": 1, "batch_size": 12, "loss_form": "softmax", "learning_rate": 1e-6}
+    for batch_norm, alike in (("frozen", True), ("train", False)):
+        (row,), _ = fit(tmp_path, teacher, copy.deepcopy(student), batch_norm=batch_norm, **one_step)
+        assert (row["distillation"] == pytest.approx(0, abs=1e-5)) is alike
+
+
+def test_a_student_that_leaves_its_teacher_is_warned_of_once(tmp_path, pair, capsys):
+    teacher, student = pair
+    start_log()
+    for rate, warnings in ((1e-6, 0), (0.03, 1)):
+        own = copy.deepcopy(student)
+        log, _ = fit(tmp_path, teacher, own, epochs=6, learning_rate=rate, beta=0.0, gamma=0.0, batch_norm="frozen")
+        said = [line for line in capsys.readouterr().err.splitlines() if "leaves its teacher" in line]
+        assert len(said) == warnings
+        assert (min(row["agreement"] for row in log) < verdict.STAYS) is bool(warnings)
+
+
 def test_of_a_frozen_backbone_the_head_alone_learns_at_the_rate_and_decay_of_the_settings(tmp_path, pair):
     """Rows of the head that no image teaches shrink by 1 - rate * decay in each of the eight steps of four epochs."""
     _, student = pair
@@ -186,6 +211,7 @@ def test_a_step_has_the_gradient_of_the_loss_with_each_networks_own_head(pair):
     expected = losses.lwm(ours._replace(head=None), theirs._replace(head=None), labels, OLD, chosen)
     expected["total"].backward()
     expected["correct"] = 100 * (ours.logits[:, OLD:].argmax(1) == labels - OLD).double().mean()  # among the new
+    expected["agreement"] = 100 * (ours.logits[:, :OLD].argmax(1) == theirs.logits.argmax(1)).double().mean()
     assert expected["zero_maps"] < 1
     assert {k: v.item() for k, v in terms.items()} == pytest.approx({k: v.item() for k, v in expected.items()})
     for gradient, parameter in zip(gradients, student.parameters(), strict=True):
@@ -216,7 +242,7 @@ def test_the_log_has_each_term_and_they_add_up(tmp_path, pair):
         assert row["loss"] == pytest.approx(total, rel=1e-5)
         assert 0 <= row["zero_maps"] <= 1
     columns, *rows = (tmp_path / "student_log.csv").read_text().splitlines()
-    assert columns.startswith("epoch,loss,accuracy,classification,distillation,attention,zero_maps,lr")
+    assert columns.startswith("epoch,loss,accuracy,classification,distillation,attention,zero_maps,agreement,lr")
     assert len(rows) == 2
 
 

@@ -61,3 +61,12 @@ def test_first_come_those_that_lost_most_and_then_the_worst():
     teacher, student = [90.0] * 40, [90.0 - label for label in range(40)] + [5.0, 95.0, None]
     assert verdict.notable(teacher, student) == [*range(39, 29, -1), 40, *range(29, 20, -1)]
     assert verdict.notable([], [30.0, None, 10.0]) == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("agreements", "leaves"),
+    [([90, 51], False), ([90, 49], True), ([49], True), ([49, 40], False), ([40, 60, 40], False), ([None], False)],
+)
+def test_a_student_has_left_its_teacher_in_the_first_epoch_in_which_they_agree_on_less_than_half(agreements, leaves):
+    log = [{} if value is None else {"agreement": value} for value in agreements]
+    assert bool(verdict.has_left(log)) is leaves

@@ -220,7 +220,7 @@ UNFINISHED = {  # besides, of a run that is in the middle of its epochs
     **dict.fromkeys(("optimizer", "schedule"), dict),
     "position": _optional(lambda value: _check(value, POSITION, "position")),
 }
-STATISTICS = dict.fromkeys(("counts", "means", "scatters", "shrinkages"), Tensor)
+STATISTICS = dict.fromkeys(("counts", "means", "scatters", "shrinkages", "derived"), Tensor)
 CHECKPOINT = {
     **dict.fromkeys(("architecture", "stem"), str),
     "image_size": _number(8, 1024, int),
@@ -279,12 +279,13 @@ def _check_whole(checkpoint: Any) -> None:
     if checkpoint["statistics"]:  # those of every class, as classifiers.ClassStatistics has them
         _check(checkpoint["statistics"], STATISTICS, "statistics")
         parts = [checkpoint["statistics"][name] for name in STATISTICS]
-        (counts, means, scatters, shrinkages), (classes, width) = parts, checkpoint["model"]["fc.weight"].shape
-        fits = (counts.shape, means.shape, shrinkages.shape) == ((classes,), (classes, width), (classes,))
+        (counts, means, scatters, *rest), (classes, width) = parts, checkpoint["model"]["fc.weight"].shape
+        fits = (counts.shape, means.shape) == ((classes,), (classes, width))
+        fits &= all(part.shape == (classes,) for part in rest)
         fits &= scatters.shape == (1 if width > WIDEST else classes, width, width)
         _require(fits, "the statistics do not fit the head")
         good = all(part.dtype == torch.float32 and part.isfinite().all() for part in parts)
-        good = good and bool((counts >= 0).all() and (shrinkages >= 0).all() and (shrinkages <= 1).all())
+        good = good and bool((counts >= 1).all()) and all(bool(((part >= 0) & (part <= 1)).all()) for part in rest)
         _require(good, "the statistics are not finite numbers of single precision, or none that images can have")
     if training or not checkpoint["finished"]:
         _check(training, TRAINING | ({} if checkpoint["finished"] else UNFINISHED), "training")

@@ -27,6 +27,7 @@ FEWEST_EPOCHS, FEWEST_STEPS = 20, 800
 SIDES = (32, 64, 96)  # px: the largest that is no larger than the images
 PRETRAINED_SIDE = 224  # px, that of torchvision's weights
 PRETRAINED = 0.1  # of the rate: a larger one destroys what the weights know
+NEAR_EPOCHS, NEAR_STEPS = 4, 120  # likewise at least, of a student that stays near its pretrained teacher
 
 
 def method(settings: Any, pretrained: bool) -> Any:
@@ -51,15 +52,17 @@ def image_size(settings: Any, side: int | None) -> Any:
     return dataclasses.replace(settings, image_size=size)
 
 
-def by_images(settings: Any, images: int, rate: str, pretrained: bool) -> Any:
+def by_images(settings: Any, images: int, rate: str, pretrained: bool, measured: bool = False) -> Any:
     """The settings with what follows the number of training images: batch size, epochs and ``rate``, which is "lr" or
     "incremental_lr".
 
-    The rate is linear in the batch size (Goyal et al., 2017, section 2.1).
+    The rate is linear in the batch size (Goyal et al., 2017, section 2.1). The student of a ``pretrained`` teacher
+    computes as the teacher does (batch-norm, dropout) and makes few steps. If it is held to its teacher, its new rows
+    begin in closed form, and its rate stays None, to be ``measured`` as sharpness.py does.
     """
     for name in settings.recommended:
         log.info(f"{name.upper()} = {getattr(settings, name)} (recommended for {settings.dataset})")
-    values = _following(settings, images, rate, pretrained)
+    values = _following(settings, images, rate, pretrained, measured)
     about = f"{images} images" + (" and pretrained weights" if pretrained else "")
     for name, value in values.items():
         log.info(f"{name.upper()} = {value} (recommended for {about})")
@@ -76,8 +79,9 @@ def minutes(settings: Any, images: int, pretrained: bool, seconds: float) -> flo
     return epochs * images * 4 * seconds / 60
 
 
-def _following(settings: Any, images: int, rate: str, pretrained: bool) -> dict[str, Any]:
+def _following(settings: Any, images: int, rate: str, pretrained: bool, measured: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    near = pretrained and rate == "incremental_lr"
     batch = settings.batch_size
     if batch is None:
         batch = SMALLEST_BATCH
@@ -85,8 +89,13 @@ def _following(settings: Any, images: int, rate: str, pretrained: bool) -> dict[
             batch *= 2
         values["batch_size"] = batch
     if settings.epochs is None:
-        values["epochs"] = max(FEWEST_EPOCHS, -(-FEWEST_STEPS // -(-images // batch)))
-    if getattr(settings, rate) is None:
+        epochs, steps = (NEAR_EPOCHS, NEAR_STEPS) if near else (FEWEST_EPOCHS, FEWEST_STEPS)
+        values["epochs"] = max(epochs, -(-steps // -(-images // batch)))
+    if getattr(settings, rate) is None and not (near and measured):
         factor = min(batch, images) / BATCH * (PRETRAINED if pretrained else 1)
         values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
+    if settings.batch_norm is None and rate == "incremental_lr":
+        values["batch_norm"] = "frozen" if pretrained else "train"
+    if settings.new_rows is None and near and measured:
+        values["new_rows"] = "closed-form"
     return values

@@ -40,7 +40,7 @@ class Settings:
     beta: float = setting_types.number("weight of L_D", float, 0)
     gamma: float = setting_types.number("weight of L_AD", float, 0)
     temperature: float = setting_types.number("temperature of softmax distillation", float, 0, above=True)
-    batch_norm: str = setting_types.choice("batch-norm statistics of the student", "train", "frozen")
+    batch_norm: str | None = setting_types.choice("batch-norm and dropout of the student", "train", "frozen")
     epochs: int = setting_types.number("epochs", int, 0, 10_000)
     batch_size: int = setting_types.number("images in a batch", int, 2, 10**9)
     lr: float = setting_types.number("learning rate of the teacher", float, 0, above=True)
@@ -105,7 +105,8 @@ class Settings:
 
 CONSTANTS = {f.name: f.metadata for f in fields(Settings) if "check" in f.metadata}
 FILES = {f.name: f.metadata for f in fields(Settings) if "file" in f.metadata}  # of the command line alone
-OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem", "method", "new_rows")  # None has a meaning of its own
+# None has a meaning of its own
+OPTIONAL = ("mean", "std", "backbone_lr", "loss_form", "stem", "batch_norm", "method", "new_rows")
 _TRAINING = (
     "dataset data_dir method loss_form epochs batch_size warm_up backbone_lr freeze balanced momentum weight_decay "
     "flip precision cache_dir skip_bad_images hold_back calibration seed device deterministic statistics save_interval "

@@ -1,0 +1,56 @@
+"""Rows in closed form, against discriminant analysis done otherwise, and what they cost old classes."""
+
+import numpy as np
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from lwm import closed_form
+from lwm.closed_form import new_rows
+
+OLD, NEW, CHANNELS, IMAGES = 12, 4, 24, 40
+
+
+def gaussians(seed=0, images=IMAGES):
+    """Features, their labels and the true means and covariance of OLD + NEW Gaussian classes."""
+    random = np.random.default_rng(seed)
+    shape = random.normal(size=(CHANNELS, CHANNELS)) / CHANNELS**0.5 + np.eye(CHANNELS)
+    means = 2 * random.normal(size=(OLD + NEW, CHANNELS)) @ shape.T + 1
+    labels = np.repeat(np.arange(OLD + NEW), images)
+    features = means[labels] + random.normal(size=(len(labels), CHANNELS)) @ shape.T
+    return torch.tensor(features), torch.tensor(labels), torch.tensor(means), torch.tensor(shape @ shape.T)
+
+
+def taught(seed=0):
+    """A head for the old classes, by scikit-learn, and the new classes' images with labels from 0."""
+    features, labels, _, _ = gaussians(seed)
+    old = labels < OLD
+    model = LinearDiscriminantAnalysis().fit(features[old], labels[old])
+    head = torch.tensor(model.coef_), torch.tensor(model.intercept_)
+    return head, features[~old], labels[~old] - OLD
+
+
+def right(head, rows, features, labels):
+    weight, bias = (torch.cat(parts) for parts in zip(head, rows, strict=True))
+    return float(((features @ weight.T + bias).argmax(1) == labels).double().mean())
+
+
+def test_rows_are_those_of_discriminant_analysis():
+    features, labels, _, _ = gaussians()
+    model = LinearDiscriminantAnalysis(solver="lsqr").fit(features, labels)
+    means, covariance = torch.tensor(model.means_), torch.tensor(model.covariance_)
+    weight, bias = closed_form._Gaussians(means[OLD:], means.mean(0), covariance).rows()
+    # scikit-learn's have no centre: theirs differ by what all classes have in common.
+    theirs = features @ torch.tensor(model.coef_).T + torch.tensor(model.intercept_)
+    ours = features @ weight.T + bias
+    common = theirs[:, OLD:] - ours
+    torch.testing.assert_close(common, common[:, :1].expand_as(common))
+
+
+def test_old_and_new_are_told_apart_without_an_old_image():
+    head, images, labels = taught()
+    features, truth, _, _ = gaussians(seed=0)
+    rows = new_rows(head, images, labels)
+    assert rows[0].shape == (NEW, CHANNELS) and rows[1].shape == (NEW,)
+    old = truth < OLD
+    assert right(head, rows, features[old], truth[old]) > 0.9
+    assert right(head, rows, features[~old], truth[~old]) > 0.9
