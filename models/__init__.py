@@ -63,7 +63,7 @@ def build(architecture: str, classes: int, image_size: int, stem: str = "") -> N
 
 def build_own(own: Build, classes: int, image_size: int) -> Network:
     """The network that ``own`` builds (own.py). Raises InputError."""
-    return Whole(*own_network(own, classes), image_size, before="features", after="pooled")
+    return Whole(*own_network(own, classes), image_size, before="features", after="pooled", compare=False)
 
 
 def is_timm(architecture: str) -> bool:

@@ -54,13 +54,13 @@ def builder(model: str | None) -> Build | None:
         network: nn.Module = build(classes)
         return network
 
-    named.__module__, named.__qualname__ = path, function
+    named.__qualname__ = str(model)
     return named
 
 
 def own_network(build: Build, classes: int) -> tuple[nn.Module, Any, str]:
     """What ``build`` makes, its last layer, and how an error names it. Raises InputError if a method lacks or fails."""
-    name = f"{build.__module__}:{build.__qualname__}"
+    name = getattr(build, "__qualname__", "build")
     try:
         network = build(classes)
         missing = [each for each in ("features", "pooled", "head") if not callable(getattr(network, each, None))]
