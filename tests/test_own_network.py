@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import checkpoint_of, image_folder, loss_settings, refused
+from torch import nn
 
 import demo
 import export
@@ -112,6 +113,15 @@ def test_answers_maps_and_gradients_are_those_of_its_three_methods(folder):
     models.widen_head(ours, 1)
     terms = losses.lwm(ours(images), teacher, torch.tensor([4, 4, 4]), 4, loss_settings())
     assert torch.autograd.grad(terms["attention"], theirs.body[0].weight)[0].any()
+
+
+@pytest.mark.parametrize(("last", "closed"), [(nn.Flatten(), True), (nn.BatchNorm1d(6), False)])
+def test_pooling_alone_has_a_closed_form_and_a_batch_norm_behind_it_has_none(last, closed):
+    """At first it changes next to nothing; once it is trained it does."""
+    parts = nn.ModuleDict({"body": nn.Conv2d(3, 6, 3), "last": last, "fc": nn.Linear(6, 2)})
+    parts.features, parts.head = parts["body"].forward, lambda: parts["fc"]
+    parts.pooled = lambda features: last(features.mean((2, 3)))
+    assert models.build_own(lambda classes: parts, 2, 8).closed_form == closed
 
 
 def test_every_script_takes_it_and_asks_for_its_code(folder, unrendered, capsys):
