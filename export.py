@@ -123,7 +123,7 @@ def onnx_file(
 ) -> bytes:
     """Height and width are free, unless the network stays whole or its graph ties them. Raises RunError."""
     # Tokens have a place each, and torch takes minutes where the padding follows the size, as in timm's EfficientNets.
-    free = dict.fromkeys([0] if isinstance(whole.network, Whole) else AXES, torch.export.Dim.AUTO)
+    free = dict.fromkeys([0] if isinstance(getattr(whole, "network", None), Whole) else AXES, torch.export.Dim.AUTO)
     # The exporter speaks of its own workings, on stdout, by warnings and by its log.
     logging.disable(logging.WARNING)
     try:

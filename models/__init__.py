@@ -8,22 +8,24 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from lwm.models.from_timm import PREFIX, from_timm
+from lwm.models.from_timm import PREFIX, timm_network
 from lwm.models.from_timm import timm_config as timm_config
 from lwm.models.from_timm import timm_names as timm_names
 from lwm.models.from_timm import timm_weights as timm_weights
-from lwm.models.from_torchvision import from_torchvision
+from lwm.models.from_torchvision import FromTorchvision, torchvision_network
+from lwm.models.network import Network as Network
+from lwm.models.network import Output as Output
 from lwm.models.own import OWN as OWN
 from lwm.models.own import Build as Build
 from lwm.models.own import builder as builder
 from lwm.models.own import names_code as names_code
 from lwm.models.own import own_network
-from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, Network, recommended_stem
+from lwm.models.resnet import DEEPER, STEMS, CifarResNet, ImageNetResNet, recommended_stem
 from lwm.models.resnet import FEWEST_CELLS as FEWEST_CELLS
-from lwm.models.resnet import Output as Output
 from lwm.models.whole import Whole as Whole
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+from torchvision.models import VisionTransformer
 
 from lwm.runtime.errors import InputError
 
@@ -45,16 +47,23 @@ def build(architecture: str, classes: int, image_size: int, stem: str = "") -> N
         return CifarResNet(5, classes)
     if architecture == "resnet110":
         return CifarResNet(18, classes)
-    if is_timm(architecture):
-        return from_timm(architecture, classes, image_size)
     if architecture == OWN or names_code(architecture):
         raise InputError("the network is your own: name the code that builds it, as in --model path/to/file.py:build")
-    return from_torchvision(architecture, classes, image_size)
+    if is_timm(architecture):
+        theirs = timm_network(architecture, classes, image_size)
+        head = theirs.get_classifier()
+        return Whole(theirs, head, architecture, image_size, before="forward_features", after="forward_head")
+    network = torchvision_network(architecture, classes, image_size)
+    if not isinstance(network, VisionTransformer):
+        return FromTorchvision(network, architecture, image_size)
+    *_, (block, _) = network.encoder.layers.named_children()
+    block = f"encoder.layers.{block}"
+    return Whole(network, network.heads[-1], architecture, image_size, before="forward", block=block)
 
 
 def build_own(own: Build, classes: int, image_size: int) -> Network:
     """The network that ``own`` builds (own.py). Raises InputError."""
-    return own_network(own, classes, image_size)
+    return Whole(*own_network(own, classes), image_size, before="features", after="pooled", compare=False)
 
 
 def is_timm(architecture: str) -> bool:

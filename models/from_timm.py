@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lwm.models.whole import Whole
 from torch import Tensor
 
 from lwm.runtime.errors import InputError
@@ -13,12 +12,12 @@ from lwm.runtime.errors import InputError
 PREFIX = "timm/"
 
 
-def from_timm(architecture: str, classes: int, image_size: int) -> Whole:
-    """The network of that name, freshly initialised. Raises InputError for one that cannot be served."""
+def timm_network(architecture: str, classes: int, image_size: int) -> Any:
+    """timm's own network of that name, freshly initialised. Raises InputError for one that cannot be served."""
     network = _created(architecture, image_size, num_classes=classes)
     if not all(hasattr(network, each) for each in ("forward_features", "forward_head", "get_classifier")):
         raise InputError(f"{architecture} has no forward_features, forward_head and get_classifier")
-    return Whole(network, network.get_classifier(), architecture, image_size, "forward_features", "forward_head")
+    return network
 
 
 def timm_config(architecture: str) -> Any:

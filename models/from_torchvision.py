@@ -14,8 +14,7 @@ import warnings
 
 import torch
 import torchvision
-from lwm.models.resnet import Network, Output
-from lwm.models.whole import Whole, stages_of
+from lwm.models.network import Network, Output, stages_of
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -32,10 +31,10 @@ class _Tracer(fx.Tracer):
         return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
 
 
-def from_torchvision(architecture: str, classes: int, image_size: int) -> Network:
-    """torchvision's network of that name, freshly initialised; a ViT stays whole, all others are cut.
+def torchvision_network(architecture: str, classes: int, image_size: int) -> nn.Module:
+    """torchvision's own network of that name, freshly initialised; ``image_size`` matters to a ViT alone.
 
-    Raises InputError for one that torchvision does not have, or that cannot be served.
+    Raises InputError for one that torchvision does not have, or that has several outputs.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
@@ -45,13 +44,12 @@ def from_torchvision(architecture: str, classes: int, image_size: int) -> Networ
     size = {"image_size": image_size} if architecture.startswith("vit_") else {}
     with warnings.catch_warnings(action="ignore"):  # of changes to come in how some networks are initialised
         try:
-            network = torchvision.models.get_model(architecture, weights=None, num_classes=classes, **size)
+            network: nn.Module = torchvision.models.get_model(architecture, weights=None, num_classes=classes, **size)
         except AssertionError as error:
             raise InputError(f"{architecture} does not take images of {image_size} px ({error})") from error
-    if not isinstance(network, torchvision.models.VisionTransformer):
-        return FromTorchvision(network, architecture, image_size)
-    block = f"encoder.layers.{[name for name, _ in network.encoder.layers.named_children()][-1]}"
-    return Whole(network, network.heads[-1], architecture, image_size, "forward", block=block)
+    if hasattr(network, "aux_logits"):  # GoogLeNet and Inception
+        raise InputError(f"{architecture} has outputs beside its last layer's")
+    return network
 
 
 class FromTorchvision(Network):

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lwm.models.whole import Whole
 from torch import nn
 
 from lwm.runtime.errors import InputError
@@ -55,13 +54,13 @@ def builder(model: str | None) -> Build | None:
         network: nn.Module = build(classes)
         return network
 
-    named.__module__, named.__qualname__ = path, function
+    named.__qualname__ = str(model)
     return named
 
 
-def own_network(build: Build, classes: int, image_size: int) -> Whole:
-    """What ``build`` makes, as a network that can be taught. Raises InputError if it lacks a method, or fails."""
-    name = f"{build.__module__}:{build.__qualname__}"
+def own_network(build: Build, classes: int) -> tuple[nn.Module, Any, str]:
+    """What ``build`` makes, its last layer, and how an error names it. Raises InputError if a method lacks or fails."""
+    name = getattr(build, "__qualname__", "build")
     try:
         network = build(classes)
         missing = [each for each in ("features", "pooled", "head") if not callable(getattr(network, each, None))]
@@ -77,7 +76,7 @@ def own_network(build: Build, classes: int, image_size: int) -> Whole:
     outputs = getattr(head, "out_features", classes)
     if outputs != classes:
         raise InputError(f"{name}: the last layer has {outputs} outputs, and {classes} were asked for")
-    return Whole(network, head, name, image_size, "features", "pooled")
+    return network, head, name
 
 
 def _told(what: str, error: BaseException) -> str:

@@ -1,24 +1,18 @@
 """ResNet-18 and its larger kin (He et al., CVPR 2016, table 1), and the CIFAR ResNets of that paper (section 4.2).
 
-    network      feature map (C, h, w) at 32 px    parameters, 10 classes
-    ResNet-18    512, 4, 4  (stem "cifar")         11.17 M
-    ResNet-32     64, 8, 8                          0.46 M
-    ResNet-110    64, 8, 8                          1.73 M
-
-Each forward pass takes images (B, 3, H, W), already normalised, and returns ``Output``. Nothing is kept on
-the network: the feature map travels with the logits, so no hook is needed to see it.
+network      feature map (C, h, w) at 32 px    parameters, 10 classes
+ResNet-18    512, 4, 4  (stem "cifar")         11.17 M
+ResNet-32     64, 8, 8                          0.46 M
+ResNet-110    64, 8, 8                          1.73 M
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
+from lwm.models.network import Network, Output
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -59,68 +53,6 @@ def recommended_stem(image_size: int) -> str:
     if image_size < SMALL_IMAGES:
         return "cifar"
     return next(name for name, stem in STEMS.items() if -(-image_size // stem.shrinks) >= FEWEST_CELLS)
-
-
-class Output(NamedTuple):
-    """What a network makes of B images: ``logits`` (B, classes) and ``features`` (B, C, h, w), the last feature map.
-
-    ``head`` (classes, C) is the weight of the last linear layer if Grad-CAM follows from it in closed form, else None.
-    ``pooled`` (B, D) is what that layer sees.
-    """
-
-    logits: Tensor
-    features: Tensor
-    head: Tensor | None
-    pooled: Tensor
-
-
-class Network(nn.Module):
-    """What every network here has beside its forward pass, of images (B, 3, H, W) already normalised to ``Output``."""
-
-    avgpool: nn.Module
-    fc: nn.Linear
-    last_layer: str  # the name of the layer that makes the features
-    stem = ""  # of STEMS, where the architecture has a choice
-    folds = True  # whether bn1 is what follows conv1, and so on (fold_batch_norm)
-    closed_form: bool  # whether nothing but pooling stands between the features and ``fc``
-
-    def stages(self) -> list[list[nn.Module | nn.Parameter]]:
-        """The parts before the head, in order."""
-        raise NotImplementedError
-
-    def pooled(self, features: Tensor) -> Tensor:
-        """What ``fc`` sees of the features (B, C, h, w): a row (B, C) each."""
-        return self.avgpool(features).flatten(1)
-
-    @contextlib.contextmanager
-    def from_the_map_on(self, device: torch.device) -> Iterator[None]:
-        """What follows the features works in the precision of the head's weights, also under autocast.
-
-        Without a closed form maps are differentiated: there is a graph then, for a frozen network too, and attention is
-        computed in the plain way, since the faster ones have no second derivative.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            if not self.closed_form and not _for_answers_alone():
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-
-    def in_graph(self, features: Tensor) -> Tensor:
-        """The same, of which maps can be differentiated if they have to be."""
-        if self.closed_form or features.requires_grad or _for_answers_alone():
-            return features
-        return features.requires_grad_()
-
-    def classified(self, features: Tensor) -> Output:
-        with self.from_the_map_on(features.device):
-            features = self.in_graph(features.to(self.fc.weight.dtype))
-            pooled = self.pooled(features)
-            return Output(self.fc(pooled), features, self.fc.weight if self.closed_form else None, pooled)
-
-
-def _for_answers_alone() -> bool:
-    return torch.is_inference_mode_enabled() or torch.compiler.is_exporting()
 
 
 class ImageNetResNet(ResNet, Network):

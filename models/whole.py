@@ -13,22 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from typing import Any
 
 import torch
-from lwm.models.resnet import Network, Output
+from lwm.models.network import Network, Output, stages_of
 from torch import Tensor, nn
 
 from lwm.runtime.errors import InputError
 
-CONTAINERS = (
-    "blocks",
-    "stages",
-    "layers",
-    "features",
-    "encoder",
-    "trunk_output",
-)  # each stands for its parts, if one is to be frozen
 NO_MAP = "no map that its answer depends on is found"
 LIKE = 1e-4  # of the largest logit: how far the network may be from what it was before the cut
 
@@ -37,8 +30,9 @@ class Whole(Network):
     """``network``, whose method ``before`` makes of images what is seen, and ``after`` of that what ``fc`` sees.
 
     ``head`` is the layer of it that becomes ``fc``; ``block`` names the last block of a network that is known to answer
-    by a class token, and whose ``before`` returns what ``fc`` sees. ``name`` is for errors. Raises InputError for a
-    network that has no map, and for an image size that it does not take.
+    by a class token, and whose ``before`` returns what ``fc`` sees. ``name`` is for errors. With ``compare`` the logits
+    have to be those of its ``forward``. Raises InputError for a network that has no map, and for an image size that it
+    does not take.
     """
 
     last_layer = "map"
@@ -53,6 +47,7 @@ class Whole(Network):
         before: str,
         after: str = "",
         block: str = "",
+        compare: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(head, tuple | list):
@@ -72,7 +67,7 @@ class Whole(Network):
         images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
-                expected = None if type(network).forward is nn.Module.forward else network(images)
+                expected = network(images) if compare else None
             network.set_submodule(self.head_name, nn.Identity())
             self._find_map(images, name)
             with torch.no_grad():
@@ -98,9 +93,13 @@ class Whole(Network):
                 return self._with_map(tokens, seen[0])
 
             if self.block:
-                # For this call alone: nothing is kept on the network.
-                block = self.network.get_submodule(self.block)
-                stack.enter_context(block.register_forward_pre_hook(lambda _, given: (look(given[0]), *given[1:])))
+                # For this call alone: nothing is kept on the network, and calls of other threads pass.
+                thread, block = threading.get_ident(), self.network.get_submodule(self.block)
+
+                def enters(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+                    return (look(given[0]), *given[1:]) if threading.get_ident() == thread else given
+
+                stack.enter_context(block.register_forward_pre_hook(enters))
                 pooled = self._after(self._before(images))
             else:
                 pooled = self._after(look(self._before(images)))
@@ -186,27 +185,6 @@ class Whole(Network):
             return None
         (gradient,) = torch.autograd.grad(mixed, features, allow_unused=True)
         return gradient if gradient is not None and gradient.any() else None
-
-
-def stages_of(network: nn.Module) -> list[list[nn.Module | nn.Parameter]]:
-    """The parts of the network that have parameters, in order; a container stands for its own parts."""
-    stages: list[list[nn.Module | nn.Parameter]] = []
-    loose: list[nn.Module | nn.Parameter] = []  # such as a class token: they go with what follows
-    for part in _parts(network):
-        loose.append(part)
-        if isinstance(part, nn.Module):
-            stages.append(loose)
-            loose = []
-    return stages
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
-    yield from module.parameters(recurse=False)
-    for name, part in module.named_children():
-        if name in CONTAINERS:
-            yield from _parts(part)
-        elif any(True for _ in part.parameters()):
-            yield part
 
 
 def _mixed(pooled: Tensor) -> Tensor:

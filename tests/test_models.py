@@ -51,9 +51,10 @@ def test_the_output_is_what_the_last_layer_gives_and_the_head_makes_of_it(archit
     images = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
         output = model(images)
-    logits, features, head = output
+    logits, features, head, pooled = output
     assert logits.shape == (2, 7)
     assert features.shape == (2, *shape)
+    torch.testing.assert_close(pooled, features.mean((2, 3)), rtol=1e-4, atol=1e-5)
     assert (features >= 0).all()
     assert head is model.fc.weight
     again = features.double().mean((2, 3)) @ head.double().T + model.fc.bias.double()

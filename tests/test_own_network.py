@@ -139,7 +139,8 @@ def test_every_script_takes_it_and_asks_for_its_code(folder, unrendered, capsys)
     assert (saved["architecture"], saved["class_names"]) == ("own", ["a", "b", "c", "d"])
     assert b"net.py" not in Path("out/student_model.pth").read_bytes()  # nothing in it names the code
     assert predict.main(["--checkpoint", "student.onnx", "images/test"]) == 0
-    answers = Classifier.load("out/student_model.pth", build=models.builder("net.py:build")).predict(
+    own_function = models.builder("net.py:build")
+    answers = Classifier.load("out/student_model.pth", build=lambda classes: own_function(classes)).predict(
         ["images/test/a/000.png"]
     )
     assert answers[0].label in saved["class_names"]
