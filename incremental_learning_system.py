@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
 
     task = Task(teacher, student, teacher_checkpoint, train, test, method.trains_backbone, batch_size, settings.favour)
-    begins_closed = method.loss is None or (settings.new_rows or "closed-form" * pretrained) == "closed-form"
+    begins_closed = method.loss is None or settings.new_rows == "closed-form"
     if begins_closed and teachers_form == "binary":
         log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
