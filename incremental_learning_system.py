@@ -9,9 +9,7 @@ its checkpoint. The old classes' training images are sealed: the data layer refu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
 from lwm.runtime.run_folder import command_with, describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
+from lwm.task import Task
 from lwm.training import Training
 
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     settings, device = hardware.prepare(settings)
     with settings.naming("teacher"):
         teacher_checkpoint = load(settings.teacher)
-    old, known = teacher_checkpoint["class_names"], classifiers.from_checkpoint(teacher_checkpoint)
+    old = teacher_checkpoint["class_names"]
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
     settings = recommended.method(settings, pretrained)
     method = METHODS[settings.method]
@@ -45,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.new_classes == ("all",):
         settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
     new = list(settings.new_classes)
-    becomes_lda = closed_form.becomes_lda(teacher_checkpoint)
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
-    if method.loss is None and becomes_lda:
+    if method.loss is None and closed_form.becomes_lda(teacher_checkpoint):
         teachers_form = "softmax"
     form = loss_form(settings, teachers_form)
     if method.loss and method.form is None and settings.loss_form is None:
@@ -84,48 +82,19 @@ def main(argv: list[str] | None = None) -> None:
     teacher.requires_grad_(False)
     teacher, student = hardware.to_device(teacher, device), hardware.to_device(student, device)
 
-    seconds: dict[str, float] = {}  # that an image takes
-
-    @functools.cache
-    def features(of: str, images: str) -> torch.Tensor:
-        """(n, C) of the "train" or "test" images in the "teacher", or in the "student" once it is trained."""
-        if of == "student" and not method.trains_backbone:
-            return features("teacher", images)
-        network, pixels = {"teacher": teacher, "student": student}[of], {"train": train, "test": test}[images].pixels
-        started = time.perf_counter()
-        found = classifiers.features_of(network, pixels, *channels, batch_size)
-        took = time.perf_counter() - started
-        seconds[images] = took / max(1, len(pixels))
-        log.info(f"features of {len(pixels)} {images} images in the {of}: {took:.1f} s")
-        return found
-
-    rows = classifiers.linear_layer("head", None, teacher)
-    new_labels = train.labels - len(old)
-    begins_closed = method.loss is None or (settings.new_rows or "closed-form" * pretrained) == "closed-form"
-    if known is None and (settings.statistics or method.loss is None):
-        log.info(
-            f"no images of the {len(old)} old classes were measured: statistics are derived from the teacher's head"
-        )
-        known = closed_form.derived_statistics(rows, features("teacher", "train"), new_labels)
-
-    def closed_form_head() -> classifiers.Linear:
-        assert known is not None
-        of = features("teacher", "train"), new_labels
-        return closed_form.lda_over_all(known, *of) if becomes_lda else closed_form.extended(rows, *of, settings.favour)
-
+    task = Task(teacher, student, teacher_checkpoint, train, test, method.trains_backbone, batch_size, settings.favour)
+    begins_closed = method.loss is None or settings.new_rows == "closed-form"
     if begins_closed and teachers_form == "binary":
         log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
     if method.loss is None:
-        models.replace_head(student, *closed_form_head())
+        models.replace_head(student, *task.head())
     else:
         models.widen_head(student, len(new))
         if settings.loss_form == "binary":
             models.start_at_prior(student, first=len(old))
         if begins_closed:
-            models.set_last_rows(
-                student, *closed_form.new_rows(rows, features("teacher", "train"), new_labels, settings.favour)
-            )
+            models.set_last_rows(student, *task.new_rows())
     if not method.trains_backbone:
         models.freeze_backbone(student)
     with settings.naming("freeze"):
@@ -156,27 +125,15 @@ def main(argv: list[str] | None = None) -> None:
         return {f"test_{name}": value for name, value in columns.items()}
 
     def add_statistics() -> None:
-        """Of all classes, the old ones' with drift compensation, and what each classifier makes of them."""
-        statistics = None
-        if settings.statistics:
-            assert known is not None
-            in_teacher = features("teacher", "train")
-            if method.trains_backbone:
-                statistics = classifiers.update(known, in_teacher, features("student", "train"), train.labels)
-            else:
-                statistics = known.joined(classifiers.measure(in_teacher, new_labels, len(new)))
-            tested = features("student", "test")
+        """Of all classes, and what each classifier makes of them."""
+        statistics = task.statistics() if settings.statistics else None
+        if statistics is not None:
             checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
-            checkpoint["classifiers"] = evaluation.by_classifier(student, statistics, tested, test.labels, len(new))
-            if method.loss:
-                untrained = evaluation.linear_logits(closed_form_head(), features("teacher", "test"))
-                checkpoint["classifiers"][verdict.UNTRAINED] = evaluation.accuracies(untrained, test.labels, len(old))
+            checkpoint["classifiers"] = task.by_classifier(statistics)
         calibration.calibrate(student, checkpoint, statistics, held, len(old), batch_size, teacher_checkpoint)
 
     if method.loss is None:
-        log_row = evaluate(
-            evaluation.linear_logits(classifiers.linear_layer("head", None, student), features("student", "test"))
-        )
+        log_row = evaluate(task.logits("student"))
         add_statistics()
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": student.state_dict(), "finished": True, "training": {}})
@@ -212,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
     teacher, teacher_answering = classifiers.answer_with(teacher, teacher_checkpoint, asked)
     student, student_answering = classifiers.answer_with(student, saved, asked)
     answering = student_answering["classifier"]
-    tested = None if method.trains_backbone else (features("teacher", "test"), features("student", "test"))
     comparison = evaluation.compare(
         teacher,
         student,
@@ -221,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         test,
         batch_size,
         heads=heads,
-        features=tested,
+        features=(task.features("teacher", "test"), task.features("student", "test")),
     )
     report.of_student(run_folder.report, test, comparison)
     board.maps(test.pixels[comparison.shown], comparison.maps, settings.epochs)
@@ -236,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
     if method.loss is None:
-        minutes = recommended.minutes(settings, len(train.labels), pretrained, seconds["train"])
+        minutes = recommended.minutes(settings, len(train.labels), pretrained, task.seconds)
         log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
     if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
         log.warning(failure)

@@ -77,12 +77,6 @@ def derived_statistics(head: Linear, features: Tensor, labels: Tensor) -> ClassS
     return ClassStatistics(zeros + count, means, scatters, shrinkages=zeros, derived=zeros + 1)
 
 
-def extended(head: Linear, features: Tensor, labels: Tensor, favour: str = "balanced") -> Linear:
-    """The head's rows as they are, bit for bit, and ``new_rows`` below them."""
-    weight, bias = new_rows(head, features, labels, favour)
-    return torch.cat([head[0], weight]), torch.cat([head[1], bias])
-
-
 def lda_over_all(known: ClassStatistics, features: Tensor, labels: Tensor) -> Linear:
     """What LDA would be on the features of the images of old and new classes at once."""
     return lda(known.joined(measure(features, labels, int(labels.max()) + 1)))

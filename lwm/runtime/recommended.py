@@ -96,6 +96,6 @@ def _following(settings: Any, images: int, rate: str, pretrained: bool, measured
         values[rate] = float(f"{OF_DATASET[settings.dataset][rate] * factor:.3g}")
     if settings.batch_norm is None and rate == "incremental_lr":
         values["batch_norm"] = "frozen" if pretrained else "train"
-    if settings.new_rows is None and near and measured:
+    if settings.new_rows is None and near:
         values["new_rows"] = "closed-form"
     return values
