@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import reproduce
-from lwm.experiments import calibration, figures, own_images, tables
+from lwm.experiments import calibration, figures, own_images, real_steps, tables
 from lwm.experiments.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,11 @@ def test_tables_and_figures_are_those_of_the_csvs(folder, monkeypatch):
     there = {path: path.read_text() for path in folder.glob("*.md")}
     there |= {path: Image.open(path).text["Description"] for path in folder.glob("*.png")}
     assert made == there
+
+
+def test_the_table_of_steps_is_that_of_its_csv():
+    rows = tables.read_rows(real_steps.RESULTS / "steps.csv")
+    assert (real_steps.RESULTS / "steps.md").read_text() == real_steps.table_of(rows)
 
 
 def test_markdown_of_results_is_tables_alone():

@@ -48,9 +48,10 @@ class Watch:
     def __init__(self, old_images: Path) -> None:
         self.place = Place("folder", str(old_images))
         self.rows: list[dict[str, float]] = []
-        self.step = 0
+        self.step = self.seed = 0
 
     def begin(self, run: training.Training) -> None:
+        self.seed = run.settings.seed
         checkpoint, names = run.checkpoint, run.checkpoint["class_names"]
         self.channels, known = (checkpoint["mean"], checkpoint["std"]), names[: run.old]
         sources = [
@@ -145,11 +146,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
     finally:
         training.ResumableBatches, sys.argv = before  # type: ignore[misc]
+        if watch.rows:  # those of a run that broke off too
+            keep(options.name, watch, flags)
+
+
+def keep(name: str, watch: Watch, flags: list[str]) -> None:
+    """Write the rows of a run into the CSV of all runs, and the table anew."""
+    about = {"flags": " ".join(shown(flags)), **hardware.machine()}
+    key = {"protocol": "real-1000", "method": name, "seed": watch.seed, "task": 1}
     path = RESULTS / "steps.csv"
-    key = {"protocol": "real-1000", "method": options.name, "seed": 0, "task": 1}
-    tables.write_rows(
-        path, [{**key, **row, "flags": " ".join(shown(flags)), **hardware.machine()} for row in watch.rows]
-    )
+    tables.write_rows(path, [{**key, **row, **about} for row in watch.rows])
     tables.publish({path.with_suffix(".md"): table_of(tables.read_rows(path))})
 
 
