@@ -264,8 +264,8 @@ class Training:
         """With frozen batch-norm the student computes as its teacher does, without dropout too."""
         self.student.train(self.old == 0 or self.settings.batch_norm == "train")
         for module in self.student.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.eval()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.train(module.training and module.weight.requires_grad)
 
     def _interrupt(self, signum: int, where: str) -> None:
         distributed.leave()

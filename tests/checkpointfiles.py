@@ -46,7 +46,7 @@ def unfinished(model: models.Network | None = None) -> dict[str, Any]:
     model = model or models.build("resnet32", 2, 32)
     width = model.fc.in_features
     statistics = {"counts": torch.tensor([3.0, 4.0]), "means": torch.rand(2, width), "shrinkages": torch.rand(2)}
-    statistics["scatters"] = torch.eye(width).repeat(2, 1, 1)
+    statistics |= {"scatters": torch.eye(width).repeat(2, 1, 1), "derived": torch.zeros(2)}
     calibrated = {
         "temperatures": {"head": 2.0},
         "calibrated_on": 9,
