@@ -70,7 +70,9 @@ def shortened(script: str, flags: list[str]) -> list[str]:
         return flags
     flags = ["64" if word == "224" else word for word in flags]
     more = [] if "--epochs" in flags else ["--epochs", "1"]
-    if script == "train_teacher_model.py" and "--image-size" not in flags:
+    if script == "train_teacher_model.py" and "--weights" in flags:
+        more += ["--image-size", "64"]
+    elif script == "train_teacher_model.py" and "--image-size" not in flags:
         more += ["--model", "resnet32", "--image-size", "16"]
     return [*flags, *more]
 
