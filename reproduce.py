@@ -45,7 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("protocol", choices=PROTOCOLS, metavar="protocol", help="one of those below")
     data = "the folder of a protocol on photos, with train/ (and test/)"
     parser.add_argument("--data-dir", type=os.path.expanduser, help=data)
-    parser.add_argument("--weights-dir", type=os.path.expanduser, default=".", help="of real-1000: where weights lie")
+    parser.add_argument("--weights-dir", type=os.path.expanduser, help="of real-1000: where weights lie")
     parser.add_argument(
         "--groups", type=cells.numbers, help="of the protocol folder: classes of each task, as in 10,5,5"
     )
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, protocol: Protocol, results: Path) -> None:
     if options.groups and path.exists() and not any(same in f"{call['command']} " for call in calls):
         raise InputError(f"{results} has rows of another --data-dir or --groups; move that folder away first")
     tables.record_call(about, command, threads)
-    work, weights = Path(options.work_dir), Path(options.weights_dir).resolve()
+    work, weights = Path(options.work_dir), Path(options.weights_dir or "").resolve()
     study = cells.Study(options.protocol, protocol, options.data_dir, work, path, threads, weights)
     study.run(variants, sorted(set(options.seeds)), options.jobs)
 

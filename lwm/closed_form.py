@@ -36,16 +36,15 @@ FAVOURS = {"old": Favour(0.03, 0.90), "balanced": Favour(0.10, 0.95), "new": Fav
 
 
 class _Gaussians(NamedTuple):
-    """Of the new classes: ``means`` (K, C), the ``centre`` of all classes (C,), one ``covariance`` (C, C)."""
+    """Of the new classes: ``means`` (K, C), the ``centre`` of all classes (C,), and a Cholesky ``root`` (C, C) of S."""
 
     means: Tensor
     centre: Tensor
-    covariance: Tensor
+    root: Tensor
 
     def rows(self) -> Linear:
         """x'w - (m + g)'w / 2 with w = S^-1 (m - g): how much likelier x is in a class than about the centre, a log."""
-        root = torch.linalg.cholesky(self.covariance)
-        weight = torch.cholesky_solve((self.means - self.centre).T, root).T
+        weight = torch.cholesky_solve((self.means - self.centre).T, self.root).T
         return weight, -(weight * (self.means + self.centre)).sum(1) / 2
 
 
@@ -59,7 +58,7 @@ def new_rows(head: Linear, features: Tensor, labels: Tensor, favour: str = "bala
     if (fewest := int(torch.bincount(labels).min())) < 2:
         raise InputError(f"the closed form needs two images of each new class, and there is one with {fewest}")
     shift = _shift(head, features, labels, FAVOURS[favour])
-    weight, bias = _gaussians(head, features, labels).rows()
+    weight, bias = _gaussians(_steepness(head), features, labels).rows()
     return weight, bias + shift
 
 
@@ -68,8 +67,8 @@ def derived_statistics(head: Linear, features: Tensor, labels: Tensor) -> ClassS
 
     Means are m_c = g + S w_c, and the covariance is that of the new images. The arguments are those of ``new_rows``.
     """
-    _, centre, covariance = _gaussians(head, features, labels)
-    weight, bias = head
+    _, centre, root = _gaussians(_steepness(head), features, labels)
+    (weight, bias), covariance = head, root @ root.T
     old, count = len(bias), len(labels) / len(labels.unique())
     means = centre + weight @ covariance
     scatters = count * covariance.expand(old, -1, -1) if weight.shape[1] <= WIDEST else old * count * covariance[None]
@@ -123,12 +122,12 @@ def _gaps(head: Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     because classes differ about as widely as their images do. The old logits that it must not pass are those of the new
     image itself. An old image's would be higher, so that less is lost there than is risked here.
     """
-    highest = _logits(head, features).max(1).values
+    highest, steepness = _logits(head, features).max(1).values, _steepness(head)
     found, taken = torch.empty_like(highest), torch.empty_like(highest)
     fold = _places(labels) % min(FOLDS, int(torch.bincount(labels).min()))
     for number in fold.unique():
         held = fold == number
-        gaussians = _gaussians(head, features[~held], labels[~held])
+        gaussians = _gaussians(steepness, features[~held], labels[~held])
         rows, own = gaussians.rows(), labels[held]
         logits = _logits(rows, features[held])
         found[held] = (highest[held] - logits.max(1).values).where(logits.argmax(1) == own, torch.inf)
@@ -137,20 +136,25 @@ def _gaps(head: Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return found, taken
 
 
-def _gaussians(head: Linear, features: Tensor, labels: Tensor) -> _Gaussians:
-    """The new classes', with the covariance in the head's scale."""
-    classes, weight = int(labels.max()) + 1, head[0]
+def _steepness(head: Linear) -> Tensor:
+    """The mean of w_c w_c' over the rows of a head (C, C)."""
+    return head[0].T @ head[0] / len(head[0])
+
+
+def _gaussians(steepness: Tensor, features: Tensor, labels: Tensor) -> _Gaussians:
+    """The new classes', with the covariance in the scale of the head of this ``steepness``."""
+    classes = int(labels.max()) + 1
     means = torch.stack([features[labels == label].mean(0) for label in range(classes)])
     deviations, freedom = features - means[labels], len(labels) - classes
     covariance = torch.eye(features.shape[1], dtype=features.dtype)  # of one image a class nothing better is known
     if freedom:
         covariance = regular(deviations.T @ deviations / freedom, SHRINKAGE)
     centre = _centre(means, float(covariance.trace()) if freedom else torch.inf)
-    away = means - centre
-    new = (torch.linalg.solve(covariance, away.T).T * away).sum(1).mean()
-    old = ((weight @ covariance) * weight).sum(1).mean()
-    # With t S for S both are the mean squared distance from the centre: new / t and old * t.
-    return _Gaussians(means, centre, covariance * (new / old).sqrt())
+    root = torch.linalg.cholesky(covariance)
+    new = (torch.cholesky_solve((means - centre).T, root).T * (means - centre)).sum(1).mean()
+    old = (steepness * covariance).sum()
+    # With t S for S both are the mean squared distance of classes from the centre: new / t, and w_c'S w_c * t.
+    return _Gaussians(means, centre, root * (new / old).sqrt().sqrt())
 
 
 def _centre(means: Tensor, within: float) -> Tensor:

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 import reproduce
-from lwm.experiments import calibration, figures, own_images, real_steps, tables
+from lwm.experiments import calibration, favour, figures, own_images, real_steps, tables
 from lwm.experiments.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = {"own-images": own_images, "calibration": calibration}
+STUDIES = {"own-images": own_images, "calibration": calibration, "closed-form": favour}
 FOLDERS = sorted({path.parent for name in ("accuracy", "ablation") for path in ROOT.glob(f"results/*/{name}.csv")})
 
 

@@ -82,7 +82,7 @@ def command_of(script: str, options: argparse.Namespace) -> list[str]:
         if not value or name in ("protocol", "work_dir"):
             continue
         words.append("--" + name.replace("_", "-"))
-        if name == "data_dir":
+        if name in ("data_dir", "weights_dir"):
             words.append(Path(value).name)
         elif value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
