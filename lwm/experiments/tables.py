@@ -220,7 +220,7 @@ def taken_table(rows: pd.DataFrame, methods: Iterable[str], tasks: int, referenc
         if last.empty:
             continue
         old, new = last["accuracy_first"], last["accuracy_later"]
-        minutes = own[own["task"] > 0].groupby("seed")["minutes"].sum()
+        minutes = own[own["task"] > 0].groupby("seed")["minutes"].sum()[last.index]
         of_reference = method == reference
         cells = {
             "old": NOT_THERE if of_reference else mean_and_spread(old),
