@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     begins_closed = method.loss is None or settings.new_rows == "closed-form"
     if begins_closed and teachers_form == "binary":
         log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
+    elif method.loss is None and not task.becomes_lda and len(old) < closed_form.SURE:
+        log.warning(
+            f"a head of {len(old)} classes tells little of what is old: new classes may take many of their images; "
+            "if you have some, take the network again with --measure-old"
+        )
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
     if method.loss is None:
         models.replace_head(student, *task.head())

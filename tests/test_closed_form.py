@@ -86,3 +86,12 @@ def test_a_head_knows_the_means_of_its_classes_up_to_one_offset():
     right = ((features[old] @ weight.T + bias).argmax(1) == truth[old]).double().mean()
     by_head = ((features[old] @ head[0].T + head[1]).argmax(1) == truth[old]).double().mean()
     assert right > by_head - 0.2 > 5 / OLD
+
+
+@pytest.mark.parametrize("same", ["means", "everything"])
+def test_classes_that_do_not_differ_get_finite_rows(same):
+    head, images, labels = taught()
+    images = images - torch.stack([images[labels == label].mean(0) for label in range(NEW)])[labels]
+    if same == "everything":
+        images = torch.ones_like(images)
+    assert all(part.isfinite().all() for part in new_rows(head, images, labels))
