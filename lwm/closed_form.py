@@ -84,12 +84,15 @@ def lda_over_all(known: ClassStatistics, features: Tensor, labels: Tensor) -> Li
 
 def becomes_lda(checkpoint: dict[str, Any]) -> bool:
     """Whether LDA over all classes takes the place of the teacher's own rows: images of every class were measured, and
-    on those that were held back LDA was no worse. LDA cannot continue the rows of sigmoid outputs.
+    on those that were held back LDA was no worse. It always does if new rows cannot stand beside the teacher's: beside
+    those of sigmoid outputs, and of fewer than ``SURE`` classes.
     """
     statistics, held = from_checkpoint(checkpoint), checkpoint["held_back"]
     if statistics is None or not statistics.measured:
         return False
-    return checkpoint["loss_form"] == "binary" or held.get("lda", 0.0) >= held.get("head", 0.0)
+    if checkpoint["loss_form"] == "binary" or len(checkpoint["class_names"]) < SURE:
+        return True
+    return held.get("lda", 0.0) >= held.get("head", 0.0)
 
 
 def with_measured(head: Linear, features: Tensor, labels: Tensor) -> ClassStatistics:

@@ -15,7 +15,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 import demo
 import incremental_learning_system as incremental
 import train_teacher_model as trainer
-from lwm import classifiers, models
+from lwm import classifiers, closed_form, models
 from lwm.images import datasets
 from lwm.losses import METHODS
 from lwm.runtime import checkpoint
@@ -124,7 +124,7 @@ def test_where_every_class_was_measured_the_head_is_lda_on_all_images_at_once(ph
     assert saved["loss_form"] == "softmax"
 
 
-def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys):
+def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys, monkeypatch):
     """Some: the others are derived. All: the head of a student is LDA, unless the network's own rows are better."""
     weights, names = own.parent / "weights.pth", own.parent / "classes.txt"
     taken = [*SIZE, "--weights", str(weights), "--old-classes-file", str(names), "--epochs", "0"]
@@ -136,6 +136,8 @@ def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys):
         assert saved["statistics"]["derived"].tolist() == derived
         assert saved["held_back"].keys() == {"head", "ncm", "lda", "aligned"}
         assert torch.equal(saved["model"]["fc.weight"], torch.load(weights)["fc.weight"])
+    assert closed_form.becomes_lda(saved | {"held_back": {"head": 90.0, "lda": 80.0}})  # there are three classes only
+    monkeypatch.setattr(closed_form, "SURE", 3)
     for held, kept in (({"head": 90.0, "lda": 80.0}, True), ({"head": 80.0, "lda": 90.0}, False)):
         teacher = tmp_path / "held.pth"
         checkpoint.save(teacher, saved | {"held_back": held})
