@@ -65,11 +65,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table_of(rows: pd.DataFrame) -> str:
-    """Means and standard deviations over the seeds."""
+    """Means over the seeds: old and new accuracy by what is favoured, beside what hindsight and reference get of new."""
     lines = []
-    for method, own in rows.groupby("method", sort=False):
-        cells = {name.replace("_", " "): tables.mean_and_spread(own[name]) for name in MEASURES}
-        lines.append({"teacher, classes, favour": method, **cells, "seeds": len(own)})
+    rows = rows.assign(
+        data=rows["method"].str.rsplit(" ", n=1).str[0], favour=rows["method"].str.rsplit(" ", n=1).str[1]
+    )
+    for data, own in rows.groupby("data", sort=False):
+        means = own.groupby("favour")[list(MEASURES)].agg("mean")
+        cells = {f"{name}: old, new": "{:.1f}, {:.1f}".format(*means.loc[name, ["old", "new"]]) for name in FAVOURS}
+        balanced = {name: f"{means.loc['balanced', name]:.1f}" for name in ("teacher", "hindsight", "reference")}
+        lines.append({"network, classes": data, "network, old": balanced.pop("teacher"), **cells, **balanced})
     return tables.markdown(lines)
 
 
