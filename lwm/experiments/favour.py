@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 def table_of(rows: pd.DataFrame) -> str:
     """Means over the seeds: old and new accuracy by what is favoured, beside what hindsight and reference get of new."""
     lines = []
-    rows = rows.assign(
-        data=rows["method"].str.rsplit(" ", n=1).str[0], favour=rows["method"].str.rsplit(" ", n=1).str[1]
-    )
+    named = rows["method"].str.rsplit(" ", n=1)
+    rows = rows.assign(data=named.str[0], favour=named.str[1])
     for data, own in rows.groupby("data", sort=False):
         means = own.groupby("favour")[list(MEASURES)].agg("mean")
         cells = {f"{name}: old, new": "{:.1f}, {:.1f}".format(*means.loc[name, ["old", "new"]]) for name in FAVOURS}
