@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table_of(rows: pd.DataFrame) -> str:
-    """Means over the seeds: old and new accuracy by what is favoured, beside what hindsight and reference get of new."""
+    """Means over the seeds: old and new accuracy by what is favoured; what hindsight and reference get of new."""
     lines = []
     named = rows["method"].str.rsplit(" ", n=1)
     rows = rows.assign(data=named.str[0], favour=named.str[1])
