@@ -39,7 +39,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard d
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings("train_teacher_model", argv, method=METHODS, stem=models.STEMS)
-    settings = recommended.method(settings, bool(settings.weights))
+    settings = dataclasses.replace(settings, method=settings.method or "lwm")  # whose form of the loss is read here
     classes = list(settings.old_classes)
     if len(classes) < 2:
         raise InputError(
