@@ -179,7 +179,9 @@ def measure_old(model: models.Network, checkpoint: dict[str, Any], settings: Set
         source = open_source(place, checkpoint["image_size"], settings.skip_bad_images, Path(settings.cache_dir))
         there = [name for name in classes if name in source.classes["train"]]
         if len(there) < 2:
-            raise InputError(f"images of two old classes at least are needed, and it has {len(there)}")
+            raise InputError(
+                f"training images of two old classes at least are needed, and it has those of {len(there)}"
+            )
         images, held = source.train(there, classes), source.held_back(there, classes)
     features = classifiers.features_of(model, images.pixels, *channels, settings.batch_size)
     head = classifiers.linear_layer("head", None, model)
