@@ -53,7 +53,7 @@ def of_student(metrics: dict[str, Any], classifiers: dict[str, dict[str, float |
         return "No test image judges it."
     said = []
     if change is None:
-        said.append("No test image is of an old class, so what these lost is not known")
+        said.append("No test image is of an old class, so how these fare is not known")
     else:
         word = "lost" if change["points"] >= 0 else "gained"
         low, high = sorted((change["low"], change["high"]) if word == "lost" else (-change["low"], -change["high"]))
