@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
-    if method.loss is None:
+    if method.loss is None and (len(new) > 1 or settings.loss_form == "binary"):  # else a softmax has nothing to learn
         minutes = recommended.minutes(settings, len(train.labels), pretrained, task.seconds)
         log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
     if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):

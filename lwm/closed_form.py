@@ -22,7 +22,7 @@ from lwm.runtime.errors import InputError
 
 SHRINKAGE = 3.0  # times its mean variance that S has more in all directions
 FOLDS = 5
-SURE = 100  # old classes: new ones took up to half of what heads of five and ten knew, and of 1,000 less than 2 points
+SURE = 100  # old classes: from rows of fewer new ones took many images in trials, of 1,000 few (docs/closed-form.md)
 SPREAD = 2**0.5  # of what is no new class about the centre, in deviations of a new image from its class
 
 

@@ -59,7 +59,8 @@ def step(teacher: Path, photos: Path, new: str, folder: Path, *more: str) -> Pat
 def test_a_network_that_was_taken_keeps_its_rows_and_its_answers_over_tasks(own, photos, tmp_path, capsys):
     """One class and then two; the method is the one recommended for such a network."""
     one = step(own, photos, "d", tmp_path / "1")
-    assert "METHOD = closed-form" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "METHOD = closed-form" in said and "--method lwm" not in said  # which would refuse one class
     two = step(one, photos, "e,f", tmp_path / "2")
     before, after = checkpoint.load(own), checkpoint.load(two)
     assert [task["epochs"] for task in after["tasks"]] == [0, 0, 0]

@@ -67,7 +67,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _typed(value: object) -> str:
-    return "" if value is None else str(round(value, 4) if isinstance(value, float) else value)
+    if isinstance(value, float):
+        value = round(value, 4) if abs(value) >= 0.01 else float(f"{value:.4g}")  # a rate may be small
+    return "" if value is None else str(value)
 
 
 def _held(path: Path) -> FileLock:
