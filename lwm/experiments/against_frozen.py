@@ -10,7 +10,6 @@ classifier which answers, over all classes. results/against-frozen/ gets a row f
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,11 +17,10 @@ import pandas as pd
 
 from lwm.classifiers import choose
 from lwm.experiments import cells, tables
-from lwm.experiments.own_images import OLD, SPLITS, classes_of, linked
+from lwm.experiments.own_images import OLD, SPLITS, classes_of, linked, parser_of_runs
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load
 from lwm.runtime.errors import one_line_errors
-from lwm.runtime.settings import OneLineParser
 
 TASKS = (3, 2)  # classes of each, after the teacher's
 METHODS = ("lwm", "closed-form")
@@ -30,11 +28,7 @@ METHODS = ("lwm", "closed-form")
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data-dir", required=True, type=Path, help="as of own_images.py")
-    parser.add_argument("--runs", required=True, type=Path, help="a folder that own_images.py made, of one checkout")
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--work-dir", default=Path("runs/against-frozen"), type=Path)
     options = parser.parse_args(argv)
     results = tables.ROOT / "results" / "against-frozen"

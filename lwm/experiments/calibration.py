@@ -11,9 +11,7 @@ at temperature 1, the share of test images of taught classes called unknown at 0
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,24 +22,19 @@ from lwm import classifiers
 from lwm.calibration import calibrate
 from lwm.classifiers import from_checkpoint
 from lwm.experiments import tables
-from lwm.experiments.own_images import SPLITS, classes_of, linked
+from lwm.experiments.own_images import SPLITS, classes_of, linked, parser_of_runs
 from lwm.images.datasets import Place, open_source
 from lwm.probabilities import familiarity, is_unknown, probabilities_of
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import batch_size_of, load, restore_model
 from lwm.runtime.errors import one_line_errors
-from lwm.runtime.settings import OneLineParser
 
 BINS, SHARE = 15, 0.05
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data-dir", required=True, type=Path, help="as of own_images.py")
-    parser.add_argument("--runs", required=True, type=Path, help="a folder that own_images.py made, of one checkout")
+    parser = parser_of_runs(__doc__)
     options = parser.parse_args(argv)
     path = tables.ROOT / "results" / "calibration" / "accuracy.csv"
     for number, shift in enumerate(SPLITS):

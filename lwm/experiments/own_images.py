@@ -55,6 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     tables.publish({results / "table.md": table_of(tables.read_rows(results / "accuracy.csv"))})
 
 
+def parser_of_runs(about: str | None) -> OneLineParser:
+    """Of a study on the networks that this one leaves, with ``about`` as its description."""
+    parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data-dir", required=True, type=Path, help="as of own_images.py")
+    parser.add_argument("--runs", required=True, type=Path, help="a folder that own_images.py made, of one checkout")
+    return parser
+
+
 def table_of(rows: pd.DataFrame) -> str:
     """Means over the splits."""
     lines = []
