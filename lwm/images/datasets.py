@@ -302,6 +302,39 @@ def _digits(place: Place, image_size: int) -> Source:
 
 
 def _cifar(place: Place, image_size: int) -> Source:
+    """CIFAR-10 or -100 from torchvision's archive, or from a folder {train,test}/<class>/ that holds the same images.
+
+    A class's images stand in the order of a hash of their pixels, so that both give equal batches.
+    """
+    names, of_class = (_cifar_folder if (Path(place.data_dir) / "train").is_dir() else _cifar_archive)(place)
+
+    @functools.cache
+    def in_order(split: str, name: str) -> np.ndarray:
+        images = of_class(split, name)
+        return images[sorted(range(len(images)), key=lambda row: pixel_hash(images[row]))]
+
+    def listing(split: str, name: str) -> list[tuple[str, str, int]]:
+        return [(split, name, row) for row in range(len(in_order(split, name)))]
+
+    def decode(chosen: Sequence[tuple[str, str, int]]) -> tuple[np.ndarray, dict[int, str]]:
+        return _resize(np.stack([in_order(split, name)[row] for split, name, row in chosen]), image_size), {}
+
+    return Source(place, image_size, {"train": names, "test": names}, listing, decode)
+
+
+OfClass = Callable[[str, str], np.ndarray]  # (split, class name) -> its images, uint8 (n, 3, 32, 32)
+
+
+def _cifar_folder(place: Place) -> tuple[list[str], OfClass]:
+    folder = Folder(Path(place.data_dir))
+
+    def of_class(split: str, name: str) -> np.ndarray:
+        return decode_all(folder.files(split, name), 32, skip_bad_images=False)[0]
+
+    return folder.classes["train"], of_class
+
+
+def _cifar_archive(place: Place) -> tuple[list[str], OfClass]:
     from torchvision import datasets
 
     kind = datasets.CIFAR100 if place.dataset == "cifar100" else datasets.CIFAR10
@@ -326,15 +359,11 @@ def _cifar(place: Place, image_size: int) -> Source:
 
     names = split_of("train").classes
 
-    def listing(split: str, name: str) -> list[tuple[str, int]]:
-        targets = np.asarray(split_of(split).targets)
-        return [(split, row) for row in np.flatnonzero(targets == names.index(name)).tolist()]
+    def of_class(split: str, name: str) -> np.ndarray:
+        own = np.asarray(split_of(split).targets) == names.index(name)
+        return np.ascontiguousarray(split_of(split).data[own].transpose(0, 3, 1, 2))
 
-    def decode(chosen: Sequence[tuple[str, int]]) -> tuple[np.ndarray, dict[int, str]]:
-        pixels = np.stack([split_of(split).data[row] for split, row in chosen])
-        return np.ascontiguousarray(_resize(pixels.transpose(0, 3, 1, 2), image_size)), {}
-
-    return Source(place, image_size, {"train": names, "test": names}, listing, decode)
+    return names, of_class
 
 
 def _folder(place: Place, image_size: int, skip_bad_images: bool, cache_dir: Path | None) -> Source:
