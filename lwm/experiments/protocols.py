@@ -138,6 +138,12 @@ REFERENCES = {"lwm": "lwf-mc", "lwf-mc": "finetune"}
 REFERENCES |= {name: f"{name.partition('=')[0]}=0" for name in GAMMAS | BETAS if not name.endswith("=0")}
 REFERENCES |= dict.fromkeys([*CONTROLS, TRAINED], "binary gamma=0.1") | {FROZEN: TRAINED}
 
+# So many epochs that joint training is not starved: results/cifar100-search.
+CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --image-size 32 --epochs 60 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
+CIFAR += " --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
+
+JOINTS = {"lr=0.2": "--lr 0.2", "decay=0.001": "--weight-decay 1e-3"}
+
 digits = partial(Protocol, dataset="digits", flags=DIGITS)
 photos = partial(Protocol, dataset="folder", flags=BF16, methods=PHOTO_METHODS)
 twenty_photos = partial(photos, pool=slice(0, 20), shuffle=True)
@@ -224,6 +230,15 @@ PROTOCOLS = {
     "cifar100-10x10": hundred("CIFAR-100, ResNet-32: 10 tasks of 10", dataset="cifar100", groups=(10,) * 10),
     "cifar100-50+5x10": hundred(
         "CIFAR-100, ResNet-32: 50 classes, then 5 tasks of 10", dataset="cifar100", groups=(50, *(10,) * 5)
+    ),
+    "cifar100-search": Protocol(
+        "CIFAR-100, ResNet-32, held back: joint training on all classes",
+        dataset="cifar100",
+        pool=slice(0, 100),
+        groups=(10,) * 10,
+        flags=f"{CIFAR} --hold-back 0.1",
+        ablation={f"{JOINT} lr=0.1": METHODS[JOINT]}
+        | {f"{JOINT} {name}": f"{METHODS[JOINT]} {flags}" for name, flags in JOINTS.items()},
     ),
     "folder": Protocol(
         "your own images, ResNet-18 at 64 px: the classes of the folder in the order of their names",
