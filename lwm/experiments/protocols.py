@@ -279,7 +279,7 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     old: list[str] = []
     if protocol.dataset == "digits":
         return [str(digit) for digit in range(10)]
-    if protocol.dataset == "cifar100":
+    if protocol.dataset == "cifar100" and not (Path(data_dir or "data") / "train").is_dir():
         names = cifar100_classes()
     else:
         if not data_dir:
