@@ -1,8 +1,9 @@
 """Calibration: what a classifier's probabilities are worth, and which images are of no class that was taught.
 
 Both are found on images of the new classes that neither train nor judge: they are held back. For the old classes stand
-features drawn from their Gaussians in the student. Those are too easy: what held-back images of the new classes need
-more than features drawn of the same classes, the old classes are taken to need too. Each class counts alike.
+features drawn from their Gaussians in the student, if these were measured. Those are too easy: what held-back images of
+the new classes need more than features drawn of the same classes, the old classes are taken to need too. Each class
+counts alike.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lwm.runtime.errors import log
 SHARES = np.linspace(0, 1, 101)  # of which a checkpoint keeps the quantiles of the score
 SEED = 1  # of the drawn features; ``aligned`` was trained on others
 WARMEST = 1e3  # temperature; the coldest is its inverse
+PRIOR = 2.0  # a head's temperature is within this factor of 1: few images that are all right would let it fall to 0
 MOST_RATIO = 4.0  # of two temperatures: if classes lie far apart, drawn features hardly fix one
 
 
@@ -74,12 +76,12 @@ def calibrate(
     for name in names_for(len(statistics.means)) if statistics else ("head",):
         weight, bias = linear_layer(name, statistics, model)
         seen, drawn = Examples(features @ weight.T + bias, held.labels), None
-        if statistics is not None and old:
+        if statistics is not None and statistics.measured and old:
             inputs, labels = draw(statistics, SEED)
             drawn = Examples(inputs @ weight.T + bias, labels)
         if not old:
             checkpoint["held_back"][name] = 100 * float((seen.values.argmax(1) == seen.labels).double().mean())
-        temperature = temperature_of(seen, drawn, old)
+        temperature = temperature_of(seen, drawn, old, np.log(PRIOR) if name == "head" else np.inf)
         if before and name in before["temperatures"]:
             votes = count * np.log(temperature) + earlier * np.log(before["temperatures"][name])
             temperature = float(np.exp(votes / (count + earlier)))
@@ -87,20 +89,25 @@ def calibrate(
         checkpoint["unknown"][name] = quantiles_of(seen.scored(temperature), drawn and drawn.scored(temperature), old)
 
 
-def temperature_of(held: Examples, drawn: Examples | None, old: int) -> float:
+def temperature_of(held: Examples, drawn: Examples | None, old: int, prior: float = np.inf) -> float:
     """What to divide logits by: the best for ``held``, times the ratio of the best for all drawn and for new ones."""
     if drawn is None:
-        return best_temperature(held)
+        return best_temperature(held, prior)
     ratio = best_temperature(drawn) / best_temperature(drawn.only(drawn.labels >= old))
-    return best_temperature(held) * float(np.clip(ratio, 1 / MOST_RATIO, MOST_RATIO))
+    return best_temperature(held, prior) * float(np.clip(ratio, 1 / MOST_RATIO, MOST_RATIO))
 
 
-def best_temperature(examples: Examples) -> float:
-    """The number by which logits are to be divided so that their log-loss is least."""
+def best_temperature(examples: Examples, prior: float = np.inf) -> float:
+    """The number by which logits are to be divided so that their log-loss is least.
+
+    Its logarithm has a normal prior about 0 with the deviation ``prior``: logits of NCM or LDA have no scale of their
+    own, those of a head were trained to be probabilities.
+    """
+    count = len(examples.labels)
 
     def loss(exponent: float) -> float:
         each = F.cross_entropy(examples.values * np.exp(-exponent), examples.labels, reduction="none")
-        return float((examples.weights * each).sum())
+        return float((examples.weights * each).sum()) + exponent**2 / (2 * prior**2 * count)
 
     most = float(np.log(WARMEST))
     return float(np.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x))

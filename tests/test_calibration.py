@@ -46,6 +46,16 @@ def test_the_temperature_is_that_of_the_least_log_loss_with_each_class_alike():
     assert calibration.best_temperature(twice) == pytest.approx(calibration.best_temperature(two))
 
 
+def test_a_head_whose_few_images_are_all_right_keeps_a_temperature_near_1():
+    few = Examples(3 * torch.eye(4, dtype=torch.float64).repeat(3, 1), torch.arange(12) % 4)
+    assert calibration.best_temperature(few) < 0.1
+    tried = np.linspace(0.3, 2, 10_000)
+    lost = 12 * np.log(1 + 3 * np.exp(-3 / tried)) + np.log(tried) ** 2 / (2 * np.log(2) ** 2)
+    assert calibration.best_temperature(few, np.log(2)) == pytest.approx(tried[lost.argmin()], abs=1e-3)
+    many = sampled(20_000, 2.5)
+    assert calibration.best_temperature(many, np.log(2)) == pytest.approx(2.5, rel=0.05)
+
+
 def test_old_classes_add_what_drawn_features_of_all_need_more_than_those_of_the_new():
     held, drawn = sampled(5000, 3.0), sampled(5000, 1.0, seed=1)
     harder = drawn._replace(values=torch.where(drawn.labels[:, None] < 2, 2 * drawn.values, drawn.values))
@@ -150,6 +160,9 @@ def test_without_images_nothing_is_kept_and_without_statistics_the_head_alone(ru
     calibration.calibrate(model, bare, None, held._replace(pixels=held.pixels[:0], labels=held.labels[:0]), 2, 8)
     assert bare["temperatures"] == bare["unknown"] == {}
     calibration.calibrate(model, bare, None, held, 2, 8)
+    known, derived = classifiers.from_checkpoint(saved), dict(bare)
+    calibration.calibrate(model, derived, known._replace(derived=torch.ones(4)), held, 2, 8)
+    assert derived["unknown"]["head"] == bare["unknown"]["head"] != saved["unknown"]["head"]
     assert list(bare["temperatures"]) == list(bare["unknown"]) == ["head"]
 
 

@@ -139,8 +139,8 @@ REFERENCES |= {name: f"{name.partition('=')[0]}=0" for name in GAMMAS | BETAS if
 REFERENCES |= dict.fromkeys([*CONTROLS, TRAINED], "binary gamma=0.1") | {FROZEN: TRAINED}
 
 # So many epochs that joint training is not starved: results/cifar100-search.
-CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --image-size 32 --epochs 60 --batch-size 128 --lr 0.1 --incremental-lr 0.1"
-CIFAR += " --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
+CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --image-size 32 --epochs 60 --batch-size 128"
+CIFAR += " --lr 0.1 --incremental-lr 0.1 --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
 
 JOINTS = {"lr=0.2": "--lr 0.2", "decay=0.001": "--weight-decay 1e-3"}
 
@@ -279,7 +279,7 @@ def class_order(protocol: Protocol, data_dir: str | None) -> list[str]:
     old: list[str] = []
     if protocol.dataset == "digits":
         return [str(digit) for digit in range(10)]
-    if protocol.dataset == "cifar100" and not (Path(data_dir or "data") / "train").is_dir():
+    if protocol.dataset == "cifar100" and not (data_dir and (Path(data_dir) / "train").is_dir()):
         names = cifar100_classes()
     else:
         if not data_dir:
