@@ -27,9 +27,8 @@ def test_a_split_begins_later_in_the_order_of_names_and_leaves_two_classes_out(d
     assert "8 classes" in refused(own_images.classes_of, data, 0)
 
 
-def test_links_are_to_so_many_training_images_and_to_all_test_images(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_images, "IMAGES", 2)
-    folder = own_images.linked(data, ["a", "j"], tmp_path / "links")
+def test_links_are_to_so_many_training_images_and_to_all_test_images(data, tmp_path):
+    folder = own_images.linked(data, ["a", "j"], tmp_path / "links", images=2)
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
     assert found == [
         f"{split}/{name}/{index:03}.png" for split in ("test", "train") for name in "aj" for index in (0, 1)

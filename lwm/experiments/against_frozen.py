@@ -1,15 +1,18 @@
-"""Is LwM worth its time on photographs? Five classes, then three, then two, of 60 images each, against no training.
+"""Is LwM worth its time with few images? Five classes, then three, then two, against no training.
 
-    python3 -m lwm.experiments.own_images --data-dir photos84
+    python3 -m lwm.experiments.against_frozen --data-dir cifar100 --images 60,125,250,500
     python3 -m lwm.experiments.against_frozen --data-dir photos84 --runs runs/own-images/...
 
-The teachers and first students that own_images.py has left in ``--runs`` go on: LwM learns the two classes left, and
-the closed form, which is LDA on the teacher's features, learns the three and then the two. Accuracy is that of the
-classifier which answers, over all classes. results/against-frozen/ gets a row for each split, method and task.
+Teachers are trained by the first script's recommended settings on so many images of each class; LwM and the closed
+form, which is LDA on the teacher's features, learn three more classes and then two. With ``--runs`` the teachers and
+first students are those that own_images.py has left there, of 60 images. Accuracy is that of the classifier which
+answers, over all classes. results/against-frozen/ gets a row for each number of images, split, method and task.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,10 +20,11 @@ import pandas as pd
 
 from lwm.classifiers import choose
 from lwm.experiments import cells, tables
-from lwm.experiments.own_images import OLD, SPLITS, classes_of, linked, parser_of_runs
+from lwm.experiments.own_images import IMAGES, OLD, SPLITS, classes_of, linked
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load
 from lwm.runtime.errors import one_line_errors
+from lwm.runtime.settings import OneLineParser
 
 TASKS = (3, 2)  # classes of each, after the teacher's
 METHODS = ("lwm", "closed-form")
@@ -28,43 +32,53 @@ METHODS = ("lwm", "closed-form")
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = parser_of_runs(__doc__)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data-dir", required=True, type=Path, help="a folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--images", type=cells.numbers, default=[IMAGES], help="of each class (default: 60)")
+    parser.add_argument("--runs", type=Path, help="a folder that own_images.py made, of one checkout")
     parser.add_argument("--work-dir", default=Path("runs/against-frozen"), type=Path)
     options = parser.parse_args(argv)
-    results = tables.ROOT / "results" / "against-frozen"
-    for split, shift in enumerate(SPLITS):
-        classes = [*classes_of(options.data_dir, shift)[0], *classes_of(options.data_dir, shift)[1]]
-        photos = linked(options.data_dir, classes, options.work_dir / f"split{split}").resolve()
+    path = tables.ROOT / "results" / "against-frozen" / "accuracy.csv"
+    for (split, shift), images in itertools.product(enumerate(SPLITS), options.images):
+        name = f"{options.data_dir.name}, {images} images"
+        work = (options.work_dir / f"{images}-images" / str(split)).resolve()
+        classes = [*itertools.chain(*classes_of(options.data_dir, shift))][: OLD + sum(TASKS)]
+        photos = ["--dataset", "folder", "--data-dir", str(linked(options.data_dir, classes, work / "photos", images))]
+        if options.runs:
+            teacher = (options.runs / str(split) / "teacher_model.pth").resolve()
+        else:
+            flags = [*photos, "--old-classes", ",".join(classes[:OLD])]
+            teacher = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
         for method in METHODS:
-            model, first = (options.runs / str(split) / "teacher_model.pth").resolve(), OLD
+            model, first = teacher, OLD
             for task, count in enumerate(TASKS, 1):
                 new, first = classes[first : first + count], first + count
-                if (method, task) == ("lwm", 1):  # it is there
-                    model = model.with_name("student_model.pth")
+                if options.runs and (method, task) == ("lwm", 1):
+                    model = teacher.with_name("student_model.pth")
                 else:
-                    folder = options.work_dir.resolve() / method / str(split) / str(task)
-                    flags = ["--teacher", str(model), "--method", method, "--new-classes", ",".join(new)]
-                    flags += ["--dataset", "folder", "--data-dir", str(photos)]
+                    flags = ["--teacher", str(model), "--method", method, "--new-classes", ",".join(new), *photos]
+                    folder = work / method / str(task)
                     model = cells.run_script("incremental_learning_system.py", folder, flags, threads=1)
                 saved = load(model)
                 accuracies = saved["classifiers"][choose("auto", saved)]
-                key = {"protocol": "against-frozen", "method": method, "seed": split, "task": task}
-                row = {name: accuracies[name] for name in ("accuracy", "accuracy_old", "accuracy_new")}
-                tables.write_rows(results / "accuracy.csv", [{**key, **row, **hardware.machine(1)}])
-    tables.publish({results / "table.md": table_of(tables.read_rows(results / "accuracy.csv"))})
+                key = {"protocol": name, "method": method, "seed": split, "task": task}
+                row = {column: accuracies[column] for column in ("accuracy", "accuracy_old", "accuracy_new")}
+                tables.write_rows(path, [{**key, **row, **hardware.machine(1)}])
+    tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
 
 
 def table_of(rows: pd.DataFrame) -> str:
     """Means over the splits after each task, and what LwM has over the closed form on the same split."""
-    accuracy = rows.pivot_table(index=["task", "seed"], columns="method", values="accuracy")
+    accuracy = rows.pivot_table(index=["protocol", "task", "seed"], columns="method", values="accuracy", sort=False)
     lines = []
-    for task, own in accuracy.groupby("task"):
-        difference = own["lwm"] - own["closed-form"]
-        classes = OLD + sum(TASKS[: int(str(task))])
-        values = {name: tables.mean_and_spread(own[name]) for name in METHODS}
-        lines.append(
-            {"classes": classes, **values, "difference": tables.mean_and_spread(difference), "splits": len(own)}
-        )
+    for (name, task), own in accuracy.dropna().groupby(level=["protocol", "task"], sort=False):
+        values = {method: tables.mean_and_spread(own[method]) for method in METHODS}
+        difference = tables.mean_and_spread(own["lwm"] - own["closed-form"])
+        classes = OLD + sum(TASKS[: int(task)])
+        lines.append({"images of a class": name, "classes": classes, **values, "difference": difference})
+        lines[-1]["splits"] = len(own)
     return tables.markdown(lines)
 
 

@@ -81,9 +81,9 @@ def classes_of(data_dir: Path, shift: int) -> tuple[list[str], list[str]]:
     return names[: OLD + NEW], names[OLD + NEW :]
 
 
-def linked(data_dir: Path, classes: list[str], folder: Path) -> Path:
-    """A folder of links to ``IMAGES`` training images of each of these classes, and to all their test images."""
-    for split, count in (("train", IMAGES), ("test", None)):
+def linked(data_dir: Path, classes: list[str], folder: Path, images: int = IMAGES) -> Path:
+    """A folder of links to so many training images of each of these classes, and to all their test images."""
+    for split, count in (("train", images), ("test", None)):
         for name in classes:
             own = folder / split / name
             own.mkdir(parents=True, exist_ok=True)
