@@ -104,7 +104,7 @@ class Study:
             list(workers.map(lambda pair: self.cell(pair[0], *pair[1]), itertools.product(seeds, variants.items())))
 
     def first_task(self, seed: int, form: str) -> Path:
-        flags = [*self.common(seed), "--seed", str(seed), "--loss-form", form]
+        flags = [*self.common(seed), *self.protocol.first.split(), "--seed", str(seed), "--loss-form", form]
         if taken := self.protocol.taken:
             flags += [*taken.flags.split(), "--weights", str(self.weights_dir / taken.weights), "--epochs", "0"]
             flags += ["--old-classes-file", str(Path(self.data_dir or "") / taken.names)]
@@ -120,7 +120,7 @@ class Study:
             accuracy = logistic_regression(network, self.drawn(seed), new)
             write_rows(self.table, [{**key, "accuracy_later": accuracy}])
         elif is_joint(name):
-            own += ["--old-classes", ",".join(itertools.chain(*groups))]
+            own += [*self.protocol.first.split(), "--old-classes", ",".join(itertools.chain(*groups))]
             model = run_script("train_teacher_model.py", self.folder(seed, name), own, self.threads)
             accuracy = self.add_rows(seed, name, len(groups) - 1, model)
         else:

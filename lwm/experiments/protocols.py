@@ -52,6 +52,7 @@ class Protocol:
     pool: slice
     groups: tuple[int, ...]
     flags: str  # of both training scripts, in every task
+    first: str = ""  # further ones of the first task and of joint training
     methods: dict[str, str] = field(default_factory=dict)  # name -> flags of the incremental script: accuracy.csv
     ablation: dict[str, str] = field(default_factory=dict)  # likewise: ablation.csv
     taken: Taken | None = None
@@ -143,10 +144,21 @@ CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --imag
 CIFAR += " --lr 0.1 --incremental-lr 0.1 --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
 
 JOINTS = {"lr=0.2": "--lr 0.2", "decay=0.001": "--weight-decay 1e-3"}
+# As the strong harnesses weigh distillation: 10 at T = 2 without the factor T^2 that L_D has here.
+STRONG = "--temperature 2 --beta 2.5"
+CIFAR_METHODS = METHODS | {
+    "lwf": f"{METHODS['lwf']} {STRONG}",
+    "lwm softmax": f"--method lwm --loss-form softmax {STRONG}",
+}
 
 digits = partial(Protocol, dataset="digits", flags=DIGITS)
 photos = partial(Protocol, dataset="folder", flags=BF16, methods=PHOTO_METHODS)
 twenty_photos = partial(photos, pool=slice(0, 20), shuffle=True)
+cifar = partial(Protocol, dataset="cifar100", flags=CIFAR, methods=CIFAR_METHODS)
+apple_and_baby = partial(cifar, pool=slice(0, 4), groups=(2, 2), by_name=True)
+# What is recommended for 1,000 images.
+FOUR = CIFAR.replace("--epochs 60 --batch-size 128", "--epochs 25 --batch-size 32").replace("lr 0.1", "lr 0.025")
+ten_by_ten = partial(cifar, pool=slice(0, 100), groups=(10,) * 10)
 hundred = partial(photos, pool=slice(0, 100), ablation=PHOTO_GAMMAS)
 # Settings are searched on other classes, and judged on held-back training images.
 digits_search = partial(digits, pool=slice(4, 10), flags=f"{DIGITS} --hold-back 0.2", rotation=2)
@@ -227,9 +239,27 @@ PROTOCOLS = {
     ),
     "photos32-10x10": hundred("mini-ImageNet at 32 px, ResNet-32: 10 tasks of 10", groups=(10,) * 10),
     "photos32-50+5x10": hundred("the same: 50 classes, then 5 tasks of 10", groups=(50, *(10,) * 5)),
-    "cifar100-10x10": hundred("CIFAR-100, ResNet-32: 10 tasks of 10", dataset="cifar100", groups=(10,) * 10),
-    "cifar100-50+5x10": hundred(
-        "CIFAR-100, ResNet-32: 50 classes, then 5 tasks of 10", dataset="cifar100", groups=(50, *(10,) * 5)
+    **{
+        f"cifar100-2+2{suffix}": apple_and_baby(
+            f"CIFAR-100, {model}: apple and aquarium_fish, then baby and bear",
+            flags=FOUR.replace("--model resnet32", f"--model {model}"),
+        )
+        for suffix, model in {"": "resnet32", "-resnet18": "resnet18", "-resnet110": "resnet110"}.items()
+    },
+    "cifar100-5x20": cifar(
+        "CIFAR-100, ResNet-32: 5 tasks of 20",
+        pool=slice(0, 100),
+        groups=(20,) * 5,
+        ablation=grid("lwm", gamma=[0, 0.03, 0.1, 0.3, 1]),
+    ),
+    "cifar100-10x10": ten_by_ten("CIFAR-100, ResNet-32: 10 tasks of 10"),
+    "cifar100-10x10-resnet18": ten_by_ten(
+        "the same with ResNet-18, 200 epochs and then 100",
+        flags=CIFAR.replace("--model resnet32", "--model resnet18 --stem cifar").replace("--epochs 60", "--epochs 100"),
+        first="--epochs 200",
+    ),
+    "cifar100-50+5x10": cifar(
+        "CIFAR-100, ResNet-32: 50 classes, then 5 tasks of 10", pool=slice(0, 100), groups=(50, *(10,) * 5)
     ),
     "cifar100-search": Protocol(
         "CIFAR-100, ResNet-32, held back: joint training on all classes",
