@@ -1,9 +1,9 @@
 """Is LwM worth its time with few images? Five classes, then three, then two, against no training.
 
-    python3 -m lwm.experiments.against_frozen --data-dir cifar100 --images 60,125,250,500
+    python3 -m lwm.experiments.against_frozen --data-dir cifar100 --images 60,125,250,500 --flags="--model resnet32"
     python3 -m lwm.experiments.against_frozen --data-dir photos84 --runs runs/own-images/...
 
-Teachers are trained by the first script's recommended settings on so many images of each class; LwM and the closed
+Teachers are trained by the first script, with ``--flags``, on so many images of each class; LwM and the closed
 form, which is LDA on the teacher's features, learn three more classes and then two. With ``--runs`` the teachers and
 first students are those that own_images.py has left there, of 60 images. Accuracy is that of the classifier which
 answers, over all classes. results/against-frozen/ gets a row for each number of images, split, method and task.
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data-dir", required=True, type=Path, help="a folder with train/<class>/ and test/<class>/")
     parser.add_argument("--images", type=cells.numbers, default=[IMAGES], help="of each class (default: 60)")
+    parser.add_argument("--flags", default="", help="further flags of the teacher's script")
     parser.add_argument("--runs", type=Path, help="a folder that own_images.py made, of one checkout")
     parser.add_argument("--work-dir", default=Path("runs/against-frozen"), type=Path)
     options = parser.parse_args(argv)
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.runs:
             teacher = (options.runs / str(split) / "teacher_model.pth").resolve()
         else:
-            flags = [*photos, "--old-classes", ",".join(classes[:OLD])]
+            flags = [*photos, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
             teacher = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
         for method in METHODS:
             model, first = teacher, OLD
