@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import reproduce
-from lwm.experiments import calibration, favour, figures, own_images, real_steps, tables
+from lwm.experiments import calibration, favour, figures, gamma, own_images, real_steps, tables
 from lwm.experiments.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,10 @@ def test_tables_and_figures_are_those_of_the_csvs(folder, monkeypatch):
 def test_the_table_of_steps_is_that_of_its_csv():
     rows = tables.read_rows(real_steps.RESULTS / "steps.csv")
     assert (real_steps.RESULTS / "steps.md").read_text() == real_steps.table_of(rows)
+
+
+def test_the_table_of_gamma_is_that_of_the_csvs():
+    assert (gamma.RESULTS / "table.md").read_text() == gamma.table()
 
 
 def test_markdown_of_results_is_tables_alone():

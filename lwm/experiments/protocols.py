@@ -134,9 +134,8 @@ BATCH_NORM = {
     for value in ("train", "frozen")
 }
 TRAINED, FROZEN = BATCH_NORM
-# What a method or a variant is compared with, in pairs by seed.
-REFERENCES = {"lwm": "lwf-mc", "lwf-mc": "finetune"}
-REFERENCES |= {name: f"{name.partition('=')[0]}=0" for name in GAMMAS | BETAS if not name.endswith("=0")}
+# What a variant is compared with, in pairs by seed.
+REFERENCES = {name: f"{name.partition('=')[0]}=0" for name in GAMMAS | BETAS if not name.endswith("=0")}
 REFERENCES |= dict.fromkeys([*CONTROLS, TRAINED], "binary gamma=0.1") | {FROZEN: TRAINED}
 
 # So many epochs that joint training is not starved: results/cifar100-search.
