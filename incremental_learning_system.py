@@ -38,12 +38,17 @@ def main(argv: list[str] | None = None) -> None:
         teacher_checkpoint = load(settings.teacher)
     old = teacher_checkpoint["class_names"]
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
-    settings = recommended.method(settings, pretrained)
-    method = METHODS[settings.method]
     here = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
     if settings.new_classes == ("all",):
         settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
-    new = list(settings.new_classes)
+    new, cache = list(settings.new_classes), Path(settings.cache_dir)
+    size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
+    with settings.naming("data_dir"):
+        source = open_source(here, size, settings.skip_bad_images, cache)
+    with settings.naming("new_classes"):
+        images = [len(source.parts(name).train) for name in new]
+    settings = recommended.method(settings, pretrained, sum(images) // len(images))
+    method = METHODS[settings.method]
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
     if method.loss is None and closed_form.becomes_lda(teacher_checkpoint):
         teachers_form = "softmax"
@@ -56,10 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     if run_folder.resumed and method.loss is None:
         raise InputError(f"--method {settings.method} has no training to resume; begin anew with --overwrite")
 
-    cache = Path(settings.cache_dir)
-    size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
-    with settings.naming("data_dir"):
-        source = open_source(here, size, settings.skip_bad_images, cache)
     source.seal(old)
     with settings.naming("new_classes"):
         source.require_classes(new)

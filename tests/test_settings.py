@@ -253,3 +253,20 @@ def test_none_takes_the_recommended_value_and_a_training_says_so(dataset, caplog
     caplog.clear()
     read(STEP, "--quiet", DATASET=dataset)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "dataset", "pretrained", "images", "expected"),
+    [
+        (None, None, "digits", False, 20, "lwm"),
+        (None, None, "folder", False, recommended.FEW, "lwm"),
+        (None, None, "folder", False, recommended.FEW - 1, "closed-form"),
+        (None, None, "digits", True, 10**4, "closed-form"),
+        (None, 3, "folder", True, 2, "lwm"),  # a training was asked for
+        ("lwf", None, "folder", True, 2, "lwf"),
+    ],
+)
+def test_the_recommended_method_follows_teacher_and_images(method, epochs, dataset, pretrained, images, expected):
+    settings = read_settings("incremental_learning_system", ["--teacher", "x", "--dataset", dataset])
+    settings = dataclasses.replace(settings, method=method, epochs=epochs)
+    assert recommended.method(settings, pretrained, images).method == expected

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
                     model = cells.run_script("incremental_learning_system.py", folder, flags, threads=1)
                 saved = load(model)
                 accuracies = saved["classifiers"][choose("auto", saved)]
-                key = {"protocol": name, "method": method, "seed": split, "task": task}
+                key = {"protocol": "against-frozen", "method": f"{name} {method}", "seed": split, "task": task}
                 row = {column: accuracies[column] for column in ("accuracy", "accuracy_old", "accuracy_new")}
                 tables.write_rows(path, [{**key, **row, **hardware.machine(1)}])
     tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
@@ -72,15 +72,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def table_of(rows: pd.DataFrame) -> str:
     """Means over the splits after each task, and what LwM has over the closed form on the same split."""
-    accuracy = rows.pivot_table(index=["protocol", "task", "seed"], columns="method", values="accuracy", sort=False)
+    named = rows["method"].str.rsplit(" ", n=1)
+    rows = rows.assign(data=named.str[0], method=named.str[1])
+    accuracy = rows.pivot_table(index=["data", "task", "seed"], columns="method", values="accuracy").dropna()
     lines = []
-    for (name, task), own in accuracy.dropna().groupby(level=["protocol", "task"], sort=False):
+    for (data, task), own in sorted(accuracy.groupby(level=["data", "task"]), key=lambda pair: _images(pair[0])):
         values = {method: tables.mean_and_spread(own[method]) for method in METHODS}
         difference = tables.mean_and_spread(own["lwm"] - own["closed-form"])
         classes = OLD + sum(TASKS[: int(task)])
-        lines.append({"images of a class": name, "classes": classes, **values, "difference": difference})
+        lines.append({"images of a class": data, "classes": classes, **values, "difference": difference})
         lines[-1]["splits"] = len(own)
     return tables.markdown(lines)
+
+
+def _images(of: tuple[str, int]) -> tuple[str, int, int]:
+    """Of a data set's name with its number of images, and a task: what rows of the table are sorted by."""
+    name, images, _ = of[0].rsplit(" ", 2)
+    return name, int(images), of[1]
 
 
 if __name__ == "__main__":

@@ -24,17 +24,26 @@ BATCH = 128
 SMALLEST_BATCH = 16
 BATCHES = 40  # of an epoch, about: of few images a batch is smaller, which makes more steps of the same work
 FEWEST_EPOCHS, FEWEST_STEPS = 20, 800
+FEW = 100  # images of a class in a folder, below which LwM gains nothing over no training: docs/closed-form.md
 SIDES = (32, 64, 96)  # px: the largest that is no larger than the images
 PRETRAINED_SIDE = 224  # px, that of torchvision's weights
 PRETRAINED = 0.1  # of the rate: a larger one destroys what the weights know
 NEAR_EPOCHS, NEAR_STEPS = 4, 120  # likewise at least, of a student that stays near its pretrained teacher
 
 
-def method(settings: Any, pretrained: bool) -> Any:
-    """The settings with a ``method``, by whether the teacher began with pretrained weights."""
+def method(settings: Any, pretrained: bool, images: int) -> Any:
+    """The settings with a ``method``, by whether the teacher began with pretrained weights, and by how many training
+    images a new class has. Epochs that are asked for are a training.
+    """
     if settings.method is not None:
         return settings
-    name, about = ("closed-form", "pretrained weights") if pretrained else ("lwm", "a teacher trained here")
+    name, about = "lwm", "a teacher trained here"
+    if settings.epochs:
+        about = f"EPOCHS = {settings.epochs}"
+    elif pretrained:
+        name, about = "closed-form", "pretrained weights"
+    elif settings.dataset == "folder" and images < FEW:
+        name, about = "closed-form", f"{images} images of a new class"
     log.info(f"METHOD = {name} (recommended for {about})")
     return dataclasses.replace(settings, method=name)
 
