@@ -52,9 +52,9 @@ class Protocol:
     pool: slice
     groups: tuple[int, ...]
     flags: str  # of both training scripts, in every task
-    first: str = ""  # further ones of the first task and of joint training
     methods: dict[str, str] = field(default_factory=dict)  # name -> flags of the incremental script: accuracy.csv
     ablation: dict[str, str] = field(default_factory=dict)  # likewise: ablation.csv
+    first: str = ""  # further flags of the first task and of joint training
     taken: Taken | None = None
     by_name: bool = False  # photos in the order of their classes' names
     shuffle: bool = False
