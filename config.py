@@ -32,7 +32,7 @@ MEAN = None  # of the channels, 0..1, as [0.485, 0.456, 0.406]; None: the traini
 STD = None  # likewise their standard deviation
 
 # The method: L = L_C + BETA * L_D + GAMMA * L_AD.
-METHOD = None  # closed-form (no training), finetune, frozen, lwf, lwf-mc or lwm
+METHOD = None  # closed-form (no training), finetune, frozen, lwf, lwf-mc or lwm; None: docs/closed-form.md says which
 LOSS_FORM = None  # binary or softmax; None: the form that belongs to METHOD, or that of the teacher
 FAVOUR = "balanced"  # what new outputs in closed form favour: old, balanced or new
 NEW_ROWS = None  # how a training's new outputs begin: random, or closed-form (None: for a pretrained teacher)
