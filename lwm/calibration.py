@@ -25,7 +25,7 @@ from lwm.runtime.errors import log
 SHARES = np.linspace(0, 1, 101)  # of which a checkpoint keeps the quantiles of the score
 SEED = 1  # of the drawn features; ``aligned`` was trained on others
 WARMEST = 1e3  # temperature; the coldest is its inverse
-PRIOR = 2.0  # a head's temperature is within this factor of 1: few images that are all right would let it fall to 0
+PRIOR = 2.0  # a head is hardly colder than 1 by this factor: few images that are all right would let it fall to 0
 MOST_RATIO = 4.0  # of two temperatures: if classes lie far apart, drawn features hardly fix one
 
 
@@ -100,14 +100,14 @@ def temperature_of(held: Examples, drawn: Examples | None, old: int, prior: floa
 def best_temperature(examples: Examples, prior: float = np.inf) -> float:
     """The number by which logits are to be divided so that their log-loss is least.
 
-    Its logarithm has a normal prior about 0 with the deviation ``prior``: logits of NCM or LDA have no scale of their
-    own, those of a head were trained to be probabilities.
+    Below 1 its logarithm has a normal prior about 0 with the deviation ``prior``. A trained head is seldom too unsure;
+    logits of NCM or LDA have no scale of their own.
     """
     count = len(examples.labels)
 
     def loss(exponent: float) -> float:
         each = F.cross_entropy(examples.values * np.exp(-exponent), examples.labels, reduction="none")
-        return float((examples.weights * each).sum()) + exponent**2 / (2 * prior**2 * count)
+        return float((examples.weights * each).sum()) + min(exponent, 0) ** 2 / (2 * prior**2 * count)
 
     most = float(np.log(WARMEST))
     return float(np.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x))

@@ -52,8 +52,9 @@ def test_a_head_whose_few_images_are_all_right_keeps_a_temperature_near_1():
     tried = np.linspace(0.3, 2, 10_000)
     lost = 12 * np.log(1 + 3 * np.exp(-3 / tried)) + np.log(tried) ** 2 / (2 * np.log(2) ** 2)
     assert calibration.best_temperature(few, np.log(2)) == pytest.approx(tried[lost.argmin()], abs=1e-3)
-    many = sampled(20_000, 2.5)
-    assert calibration.best_temperature(many, np.log(2)) == pytest.approx(2.5, rel=0.05)
+    unsure = sampled(40, 2.5)  # above 1 nothing holds it
+    assert calibration.best_temperature(unsure) > 1.5
+    assert calibration.best_temperature(unsure, np.log(2)) == pytest.approx(calibration.best_temperature(unsure))
 
 
 def test_old_classes_add_what_drawn_features_of_all_need_more_than_those_of_the_new():

@@ -6,11 +6,16 @@ import pytest
 from PIL import Image
 
 import reproduce
-from lwm.experiments import calibration, favour, figures, gamma, own_images, real_steps, tables
+from lwm.experiments import against_frozen, calibration, favour, figures, gamma, own_images, real_steps, tables
 from lwm.experiments.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = {"own-images": own_images, "calibration": calibration, "closed-form": favour}
+STUDIES = {
+    "own-images": own_images,
+    "calibration": calibration,
+    "closed-form": favour,
+    "against-frozen": against_frozen,
+}
 FOLDERS = sorted({path.parent for name in ("accuracy", "ablation") for path in ROOT.glob(f"results/*/{name}.csv")})
 
 
