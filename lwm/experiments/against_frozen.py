@@ -1,12 +1,11 @@
 """Is LwM worth its time with few images? Five classes, then three, then two, against no training.
 
     python3 -m lwm.experiments.against_frozen --data-dir cifar100 --images 60,125,250,500 --flags="--model resnet32"
-    python3 -m lwm.experiments.against_frozen --data-dir photos84 --runs runs/own-images/...
+    python3 -m lwm.experiments.against_frozen --data-dir photos84 --images 60 --flags="--image-size 96"
 
 Teachers are trained by the first script, with ``--flags``, on so many images of each class; LwM and the closed
-form, which is LDA on the teacher's features, learn three more classes and then two. With ``--runs`` the teachers and
-first students are those that own_images.py has left there, of 60 images. Accuracy is that of the classifier which
-answers, over all classes. results/against-frozen/ gets a row for each number of images, split, method and task.
+form, which is LDA on the teacher's features, learn three more classes and then two. Accuracy is that of the classifier
+which answers, over all classes. results/against-frozen/ gets a row for each number of images, split, method and task.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", required=True, type=Path, help="a folder with train/<class>/ and test/<class>/")
     parser.add_argument("--images", type=cells.numbers, default=[IMAGES], help="of each class (default: 60)")
     parser.add_argument("--flags", default="", help="further flags of the teacher's script")
-    parser.add_argument("--runs", type=Path, help="a folder that own_images.py made, of one checkout")
     parser.add_argument("--work-dir", default=Path("runs/against-frozen"), type=Path)
     options = parser.parse_args(argv)
     path = tables.ROOT / "results" / "against-frozen" / "accuracy.csv"
@@ -47,21 +45,14 @@ def main(argv: list[str] | None = None) -> None:
         work = (options.work_dir / f"{images}-images" / str(split)).resolve()
         classes = [*itertools.chain(*classes_of(options.data_dir, shift))][: OLD + sum(TASKS)]
         photos = ["--dataset", "folder", "--data-dir", str(linked(options.data_dir, classes, work / "photos", images))]
-        if options.runs:
-            teacher = (options.runs / str(split) / "teacher_model.pth").resolve()
-        else:
-            flags = [*photos, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
-            teacher = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
+        flags = [*photos, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
+        teacher = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
         for method in METHODS:
             model, first = teacher, OLD
             for task, count in enumerate(TASKS, 1):
                 new, first = classes[first : first + count], first + count
-                if options.runs and (method, task) == ("lwm", 1):
-                    model = teacher.with_name("student_model.pth")
-                else:
-                    flags = ["--teacher", str(model), "--method", method, "--new-classes", ",".join(new), *photos]
-                    folder = work / method / str(task)
-                    model = cells.run_script("incremental_learning_system.py", folder, flags, threads=1)
+                flags = ["--teacher", str(model), "--method", method, "--new-classes", ",".join(new), *photos]
+                model = cells.run_script("incremental_learning_system.py", work / method / str(task), flags, threads=1)
                 saved = load(model)
                 accuracies = saved["classifiers"][choose("auto", saved)]
                 key = {"protocol": "against-frozen", "method": f"{name} {method}", "seed": split, "task": task}
