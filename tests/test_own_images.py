@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import image_folder, refused
 
-from lwm.experiments import own_images, tables
+from lwm.experiments import against_frozen, own_images, tables
 
 CLASSES = "abcdefghij"
 
@@ -65,3 +65,31 @@ def test_the_commands_are_those_of_readme_with_its_classes_exchanged(data, tmp_p
     ran.clear()
     assert own_images.main([*flags, "--work-dir", str(tmp_path / "work")]) == 0
     assert ran == []  # what is done is not run again
+
+
+def test_lwm_and_the_closed_form_learn_three_and_then_two_classes_from_one_teacher(data, tmp_path, monkeypatch):
+    ran = []
+
+    def run_script(script, folder, flags, threads):
+        ran.append((script, folder, dict(zip(flags[::2], flags[1::2], strict=True))))
+        return folder / "model.pth"
+
+    saved = {"classifiers": {"lda": {"accuracy": 50.0, "accuracy_old": 40.0, "accuracy_new": 60.0}}}
+    monkeypatch.setattr(against_frozen.cells, "run_script", run_script)
+    monkeypatch.setattr(against_frozen, "load", lambda path: saved)
+    monkeypatch.setattr(against_frozen, "choose", lambda wanted, checkpoint: "lda")
+    monkeypatch.setattr(tables, "ROOT", tmp_path / "project")
+    flags = ["--data-dir", str(data), "--images", "2,3", "--work-dir", str(tmp_path / "work")]
+    assert against_frozen.main([*flags, "--flags=--model resnet32"]) == 0
+    assert len(ran) == 3 * 2 * 5
+    (_, teacher, own), (_, first, lwm), (_, _, second), (_, _, closed) = ran[5:9]  # of 3 images
+    assert (own["--old-classes"], own["--model"]) == ("a,b,c,d,e", "resnet32")
+    assert len([*(tmp_path / "work/photos-3/0/photos/train/a").iterdir()]) == 3
+    assert lwm["--teacher"] == closed["--teacher"] == str(teacher / "model.pth")
+    assert second["--teacher"] == str(first / "model.pth")
+    assert [each["--new-classes"] for each in (lwm, second, closed)] == ["f,g,h", "i,j", "f,g,h"]
+    assert [each["--method"] for each in (lwm, second, closed)] == ["lwm", "lwm", "closed-form"]
+    table = (tmp_path / "project/results/against-frozen/table.md").read_text()
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
+        [f"| photos, {images} images", str(classes)] for images in (2, 3) for classes in (8, 10)
+    ]

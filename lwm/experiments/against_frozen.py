@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     path = tables.ROOT / "results" / "against-frozen" / "accuracy.csv"
     for (split, shift), images in itertools.product(enumerate(SPLITS), options.images):
         name = f"{options.data_dir.name}, {images} images"
-        work = (options.work_dir / f"{images}-images" / str(split)).resolve()
+        work = (options.work_dir / f"{options.data_dir.name}-{images}" / str(split)).resolve()
         classes = [*itertools.chain(*classes_of(options.data_dir, shift))][: OLD + sum(TASKS)]
         photos = ["--dataset", "folder", "--data-dir", str(linked(options.data_dir, classes, work / "photos", images))]
         flags = [*photos, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
