@@ -45,7 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
     with settings.naming("data_dir"):
         source = open_source(here, size, settings.skip_bad_images, cache)
-    with settings.naming("new_classes"):
         images = [len(source.parts(name).train) for name in new]
     settings = recommended.method(settings, pretrained, sum(images) // len(images))
     method = METHODS[settings.method]

@@ -141,7 +141,6 @@ REFERENCES |= dict.fromkeys([*CONTROLS, TRAINED], "binary gamma=0.1") | {FROZEN:
 # So many epochs that joint training is not starved: results/cifar100-search.
 CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --image-size 32 --epochs 60 --batch-size 128"
 CIFAR += " --lr 0.1 --incremental-lr 0.1 --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
-
 JOINTS = {"lr=0.2": "--lr 0.2", "decay=0.001": "--weight-decay 1e-3"}
 # As the strong harnesses weigh distillation: 10 at T = 2 without the factor T^2 that L_D has here.
 STRONG = "--temperature 2 --beta 2.5"
