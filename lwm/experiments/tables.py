@@ -222,13 +222,14 @@ def taken_table(rows: pd.DataFrame, methods: Iterable[str], tasks: int, referenc
         if last.empty:
             continue
         old, new = last["accuracy_first"], last["accuracy_later"]
-        minutes = own[own["task"] > 0].groupby("seed")["minutes"].sum()[last.index]
+        # A task that was held up in between has none, and then its seed has not.
+        minutes = own[own["task"] > 0].groupby("seed")["minutes"].agg(lambda each: each.sum(skipna=False))
         of_reference = method == reference
         cells = {
             "old": NOT_THERE if of_reference else mean_and_spread(old),
             "new": mean_and_spread(new),
             "mean": NOT_THERE if of_reference else mean_and_spread((old + new) / 2),
-            "minutes": NOT_THERE if of_reference else mean_and_spread(minutes),
+            "minutes": NOT_THERE if of_reference else mean_and_spread(minutes[last.index].dropna()),
         }
         lines.append({"method": method, **cells, "seeds": str(len(last))})
     return markdown(lines)
