@@ -212,3 +212,9 @@ def test_bf16_that_is_emulated_is_warned_of_before_hours_are_spent(calls, monkey
     monkeypatch.setitem(PROTOCOLS, "five", dataclasses.replace(FIVE, flags="--precision bf16"))
     assert five("--methods", JOINT) == 0
     assert ("ten times as long as fp32" in capsys.readouterr().err) is not has
+
+
+def test_what_has_no_training_is_made_anew_where_it_was_interrupted(calls):
+    assert five("--methods", "closed-form,lwm") == 0
+    how = {call.named.get("--method"): call.how for call in trained(calls)}
+    assert how == {None: "--resume", "closed-form": "--overwrite", "lwm": "--resume"}

@@ -226,7 +226,8 @@ def run_script(script: str, folder: Path, flags: list[str], threads: int, after:
     history = (after.parent / "done").read_text() if after else ""
     history += shlex.join([script, *flags]) + "\n"
     if not (done.exists() and done.read_text() == history):
-        how = [] if script == "demo.py" else ["--overwrite" if done.exists() else "--resume"]
+        anew = done.exists() or "closed-form" in flags  # which has nothing to resume
+        how = [] if script == "demo.py" else ["--overwrite" if anew else "--resume"]
         done.unlink(missing_ok=True)
         started = time.perf_counter()
         call(script, [*flags, "--output-dir", str(folder), *how], threads)
