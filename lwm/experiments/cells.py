@@ -36,6 +36,7 @@ from lwm.runtime.errors import InputError, Interrupted, RunError
 
 running: set[subprocess.Popen[str]] = set()
 SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
+UNTRAINED = {name for name, method in losses.METHODS.items() if method.loss is None}
 LEAVES = {
     "train_teacher_model.py": "teacher_model.pth",
     "incremental_learning_system.py": "student_model.pth",
@@ -226,7 +227,7 @@ def run_script(script: str, folder: Path, flags: list[str], threads: int, after:
     history = (after.parent / "done").read_text() if after else ""
     history += shlex.join([script, *flags]) + "\n"
     if not (done.exists() and done.read_text() == history):
-        anew = done.exists() or "closed-form" in flags  # which has nothing to resume
+        anew = done.exists() or not UNTRAINED.isdisjoint(flags)  # these have nothing to resume
         how = [] if script == "demo.py" else ["--overwrite" if anew else "--resume"]
         done.unlink(missing_ok=True)
         started = time.perf_counter()
