@@ -24,8 +24,9 @@ def test_it_ends_in_time_and_goes_on_where_it_stopped(tmp_path, monkeypatch, cap
     (tmp_path / "saves.py").write_text(SAVES)
     long = f"{tmp_path}/saves.py {tmp_path}/saved {tmp_path}/started"
     short = f"-c \"open('{tmp_path}/calls', 'a').write('x')\""
+    fails = f"-c \"open('{tmp_path}/calls', 'a').write('y'); 1 / 0\""
     monkeypatch.setattr(gpu, "pick_device", lambda wanted: torch.device("cuda"))
-    monkeypatch.setattr(gpu, "COMMANDS", (short, "-c 1/0", long, short + " "))
+    monkeypatch.setattr(gpu, "COMMANDS", (short, fails, long, short + " "))
     monkeypatch.setattr(gpu, "SAVING", 5)
     flags = ["--data-dir", str(tmp_path), "--work-dir", str(tmp_path / "work"), "--minutes", "0.15"]
     began = time.monotonic()
@@ -33,9 +34,9 @@ def test_it_ends_in_time_and_goes_on_where_it_stopped(tmp_path, monkeypatch, cap
     assert time.monotonic() - began < 30
     assert (tmp_path / "started").exists() and (tmp_path / "saved").exists()
     assert "goes on" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "COMMANDS", (short, "-c 1/0", short + " "))
+    monkeypatch.setattr(gpu, "COMMANDS", (short, fails, short + " "))
     assert gpu.main(flags) == 0
-    assert (tmp_path / "calls").read_text() == "xx"  # the first was done
+    assert (tmp_path / "calls").read_text() == "xyyx"  # the first was done, and what had failed is tried again
 
 
 def test_without_a_gpu_a_line_says_what_to_do(tmp_path, monkeypatch):
