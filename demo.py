@@ -139,7 +139,8 @@ def require_student_of(
     """Raises InputError if the two checkpoints cannot be compared."""
     no_student = f"--student {settings.student} is no student of --teacher {settings.teacher}"
     old, names = teacher_checkpoint["class_names"], student_checkpoint["class_names"]
-    if names[: len(old)] != old or len(names) == len(old):
+    tasks = [len(checkpoint["tasks"]) for checkpoint in (teacher_checkpoint, student_checkpoint)]
+    if names[: len(old)] != old or tasks[0] >= tasks[1]:
         raise InputError(f"{no_student}: it does not continue its classes")
     for name in ("architecture", "image_size"):  # the maps of both would differ in size
         one, other = student_checkpoint[name], teacher_checkpoint[name]

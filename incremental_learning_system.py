@@ -3,7 +3,8 @@
     python3 incremental_learning_system.py --teacher runs/first/teacher_model.pth
 
 The teacher may be the student of an earlier task. Architecture, class names, normalisation and image size come from
-its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out.
+its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out. In closed form
+NEW_CLASSES may name old classes too: these get more images.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     here = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
     if settings.new_classes == ("all",):
         settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
-    new, cache = list(settings.new_classes), Path(settings.cache_dir)
+    named, cache = list(settings.new_classes), Path(settings.cache_dir)
+    new, again = ([name for name in named if (name in old) is known] for known in (False, True))
+    if again and (settings.method is None or METHODS[settings.method].loss):
+        raise InputError(
+            f"{settings.where('new_classes')}: the teacher already knows {again[0]!r}; take it out, or give it more "
+            "images with --method closed-form, which trains nothing"
+        )
     size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
     with settings.naming("data_dir"):
         source = open_source(here, size, settings.skip_bad_images, cache)
-        images = [len(source.parts(name).train) for name in new]
+        images = [len(source.parts(name).train) for name in named]
     settings = recommended.method(settings, pretrained, sum(images) // len(images))
     method = METHODS[settings.method]
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
@@ -60,13 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     if run_folder.resumed and method.loss is None:
         raise InputError(f"--method {settings.method} has no training to resume; begin anew with --overwrite")
 
-    source.seal(old)
+    source.seal([name for name in old if name not in again])
     with settings.naming("new_classes"):
-        source.require_classes(new)
+        source.require_classes(named)
     taught = teacher_checkpoint["tasks"]
     test = find_test_images(taught, size, settings.skip_bad_images, cache, here, source=source, new=new)
-    train, held = source.train(new, old + new), source.held_back(new, old + new)
-    counts = f"{len(train.labels)} training images of {len(new)} new classes, none of {len(old)} old ones"
+    train, held = source.train(named, old + new), source.held_back(named, old + new)
+    counts = (
+        f"{len(train.labels)} training images of {len(new)} new classes, {len(again) or 'none'} of {len(old)} old ones"
+    )
     log.info(f"{counts}, on {device}")
     if method.loss:
         settings = recommended.by_images(
@@ -113,7 +122,10 @@ def main(argv: list[str] | None = None) -> None:
         **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std", "held_back")},
         "class_names": old + new,
         "loss_form": settings.loss_form,
-        "tasks": [*taught, describe_task(settings, new, settings.incremental_lr, source.record(test, len(old)))],
+        "tasks": [
+            *taught,
+            describe_task(settings, new, settings.incremental_lr, source.record(test, len(old)), again=again),
+        ],
     }
     sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
     if run_folder.resumed is None and method.loss:
@@ -135,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         if statistics is not None:
             checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
             checkpoint["classifiers"] = task.by_classifier(statistics)
-        calibration.calibrate(student, checkpoint, statistics, held, len(old), batch_size, teacher_checkpoint)
+        calibration.calibrate(student, checkpoint, statistics, held, batch_size, teacher_checkpoint)
 
     if method.loss is None:
         log_row = evaluate(task.logits("student"))
@@ -189,14 +201,19 @@ def main(argv: list[str] | None = None) -> None:
     say = progress.results(settings)
     say(verdict.of_student(comparison.metrics, saved["classifiers"]))
     accuracies = comparison.metrics["student"]
+    of_classes = comparison.metrics["classes"]
+    for name in again:
+        before, now = (of_classes[side][old.index(name)] for side in ("teacher", "student"))
+        say(f"{name}: " + ("no images" if before is None else f"{before:.1f} % right before, {now:.1f} % now"))
     for name, hint in (("accuracy", ""), ("told", ", told that they are {}")):
-        for group in ("old", "new"):
+        for group in ("old", "new") if new else ("old",):
             value = accuracies[f"{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} % right"
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
-    if method.loss is None and (len(new) > 1 or settings.loss_form == "binary"):  # else a softmax has nothing to learn
+    # A training takes new classes alone, and in one class a softmax has nothing to learn.
+    if method.loss is None and not again and (len(new) > 1 or settings.loss_form == "binary"):
         minutes = recommended.minutes(settings, len(train.labels), pretrained, task.seconds)
         log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
     if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
@@ -236,12 +253,6 @@ def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> Non
             has, given = (",".join(v) if isinstance(v, tuple) else v for v in (value, getattr(settings, name)))
             flag = settings.where(name)
             raise InputError(f"{flag} contradicts the teacher, which has {has} and not {given}; leave the flag out")
-    twice = sorted(set(taught) & set(settings.new_classes))
-    if twice:
-        raise InputError(
-            f"{settings.where('new_classes')}: new class {twice[0]!r} is one that the teacher already knows; "
-            "take it out"
-        )
     if settings.loss_form == "softmax" and len(settings.new_classes) == 1 and METHODS[settings.method].loss:
         raise InputError(
             f"{settings.where('new_classes')}: the softmax over one new class is always 1 and teaches nothing; "

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
                     checkpoint["classifiers"] = evaluation.by_classifier(
                         model, statistics, features, test.labels, len(classes)
                     )
-                calibration.calibrate(model, checkpoint, statistics, held, 0, settings.batch_size)
+                calibration.calibrate(model, checkpoint, statistics, held, settings.batch_size)
                 training.save(finished=True)
     else:
         evaluate()
@@ -188,7 +188,7 @@ def measure_old(model: models.Network, checkpoint: dict[str, Any], settings: Set
     statistics = closed_form.with_measured(head, features, images.labels)
     log.info(f"statistics: {len(there)} classes measured, {len(classes) - len(there)} derived from the head")
     checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
-    calibration.calibrate(model, checkpoint, statistics, held, 0, settings.batch_size)
+    calibration.calibrate(model, checkpoint, statistics, held, settings.batch_size)
 
 
 def as_timm_has_it(settings: Settings) -> Settings:

@@ -44,6 +44,10 @@ class Examples(NamedTuple):
     def only(self, chosen: Tensor) -> Examples:
         return Examples(self.values[chosen], self.labels[chosen])
 
+    def of_classes(self, other: Examples) -> Tensor:
+        """Which of these examples are of a class that ``other`` has, bool (m,)."""
+        return torch.isin(self.labels, other.labels)
+
     def scored(self, temperature: float) -> Examples:
         return Examples(torch.from_numpy(familiarity((self.values / temperature).numpy())), self.labels)
 
@@ -53,7 +57,6 @@ def calibrate(
     checkpoint: dict[str, Any],
     statistics: ClassStatistics | None,
     held: Images,
-    old: int,
     batch_size: int,
     before: dict[str, Any] | None = None,
 ) -> None:
@@ -61,9 +64,9 @@ def calibrate(
 
     Of a first task "held_back" gets the accuracy of each classifier on them, in percent.
 
-    ``held`` are images held back of the classes from ``old`` on; ``statistics`` are those of all classes, if there are
-    any. A few images hardly fix a temperature: that of the checkpoint ``before``, the teacher's, has as many votes as
-    the images that it was fitted on. Without images nothing is put in, and a line says so.
+    ``held`` are images held back of the task's classes; ``statistics`` are those of all classes, if there are any. A
+    few images hardly fix a temperature: that of the checkpoint ``before``, the teacher's, has as many votes as the
+    images that it was fitted on. Without images nothing is put in, and a line says so.
     """
     if not len(held.labels):
         log.info("no images are held back (--calibration), so probabilities are not calibrated")
@@ -71,29 +74,32 @@ def calibrate(
     features = features_of(model, held.pixels, checkpoint["mean"], checkpoint["std"], batch_size)
     count, earlier = len(held.labels), before["calibrated_on"] if before else 0
     checkpoint["temperatures"], checkpoint["unknown"], checkpoint["calibrated_on"] = {}, {}, count + earlier
-    if not old:
+    if before is None:
         checkpoint["held_back"] = {}
     for name in names_for(len(statistics.means)) if statistics else ("head",):
         weight, bias = linear_layer(name, statistics, model)
         seen, drawn = Examples(features @ weight.T + bias, held.labels), None
-        if statistics is not None and statistics.measured and old:
+        if statistics is not None and statistics.measured and len(held.labels.unique()) < len(statistics.means):
             inputs, labels = draw(statistics, SEED)
             drawn = Examples(inputs @ weight.T + bias, labels)
-        if not old:
+        if before is None:
             checkpoint["held_back"][name] = 100 * float((seen.values.argmax(1) == seen.labels).double().mean())
-        temperature = temperature_of(seen, drawn, old, np.log(PRIOR) if name == "head" else np.inf)
+        temperature = temperature_of(seen, drawn, np.log(PRIOR) if name == "head" else np.inf)
         if before and name in before["temperatures"]:
             votes = count * np.log(temperature) + earlier * np.log(before["temperatures"][name])
             temperature = float(np.exp(votes / (count + earlier)))
         checkpoint["temperatures"][name] = temperature
-        checkpoint["unknown"][name] = quantiles_of(seen.scored(temperature), drawn and drawn.scored(temperature), old)
+        checkpoint["unknown"][name] = quantiles_of(seen.scored(temperature), drawn and drawn.scored(temperature))
 
 
-def temperature_of(held: Examples, drawn: Examples | None, old: int, prior: float = np.inf) -> float:
-    """What to divide logits by: the best for ``held``, times the ratio of the best for all drawn and for new ones."""
+def temperature_of(held: Examples, drawn: Examples | None, prior: float = np.inf) -> float:
+    """What to divide logits by: the best for ``held``, times the ratio of the best for all drawn and for the same ones.
+
+    The same are the features drawn of the classes that ``held`` has images of.
+    """
     if drawn is None:
         return best_temperature(held, prior)
-    ratio = best_temperature(drawn) / best_temperature(drawn.only(drawn.labels >= old))
+    ratio = best_temperature(drawn) / best_temperature(drawn.only(drawn.of_classes(held)))
     return best_temperature(held, prior) * float(np.clip(ratio, 1 / MOST_RATIO, MOST_RATIO))
 
 
@@ -113,14 +119,15 @@ def best_temperature(examples: Examples, prior: float = np.inf) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x))
 
 
-def quantiles_of(held: Examples, drawn: Examples | None, old: int) -> list[float]:
-    """Those of the scores, at ``SHARES``: of held-back images, and of old classes' features, moved.
+def quantiles_of(held: Examples, drawn: Examples | None) -> list[float]:
+    """Those of the scores, at ``SHARES``: of held-back images, and of the other classes' features, moved.
 
     Median and lower spread are moved as those of held-back images lie to those of drawn features of the same classes.
     """
     scores, labels, weights = held.values, held.labels, held.weights
     if drawn is not None:
-        same, other = drawn.only(drawn.labels >= old).values, drawn.only(drawn.labels < old)
+        own = drawn.of_classes(held)
+        same, other = drawn.only(own).values, drawn.only(~own)
         spread = float(lower_spread(scores) / lower_spread(same).clamp(min=1e-9)) if len(scores) > 2 else 1.0
         moved = scores.median() + spread * (other.values - same.median())
         both = Examples(torch.cat([moved, scores]), torch.cat([other.labels, labels]))

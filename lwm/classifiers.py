@@ -62,22 +62,35 @@ class ClassStatistics(NamedTuple):
         """Whether images of every class were seen."""
         return not self.derived.any()
 
-    def reordered(self, order: Tensor) -> ClassStatistics:
-        """Class ``order[i]`` is now class i."""
-        return ClassStatistics(
-            self.counts[order],
-            self.means[order],
-            self.scatters if self.means.shape[1] > WIDEST else self.scatters[order],
-            self.shrinkages[order],
-            self.derived[order],
-        )
+    def with_images(self, more: ClassStatistics, positions: Tensor) -> ClassStatistics:
+        """With images of class ``positions[i]`` int64 (k,), measured as class i of ``more``; from N on it is a new one.
 
-    def joined(self, more: ClassStatistics) -> ClassStatistics:
-        """Those of ``more`` classes behind these."""
-        parts = [torch.cat(both) for both in zip(self, more, strict=True)]
-        if self.means.shape[1] > WIDEST:
-            parts[2] = self.scatters + more.scatters
-        return ClassStatistics(*parts)
+        Counts, means and scatters are those of all images of a class at once (Chan, Golub and LeVeque, 1979). What was
+        derived of a class gives way to what was measured.
+        """
+        old, wide = len(self.means), self.means.shape[1] > WIDEST
+        total = old + int((positions >= old).sum())
+        counts, means, shrinkages, derived = (
+            torch.cat([part, part.new_zeros(total - old, *part.shape[1:])])
+            for part in (self.counts, self.means, self.shrinkages, self.derived)
+        )
+        gone = counts[positions] * derived[positions]
+        before = counts[positions] - gone
+        share = (before / (before + more.counts)).unsqueeze(1)
+        apart = more.means - means[positions]
+        between = (share[:, 0] * more.counts).view(-1, 1, 1) * apart.unsqueeze(2) * apart.unsqueeze(1)
+        if wide:  # all classes have one scatter: what was derived of some is their part of it
+            scatters = self.scatters * (1 - gone.sum() / self.counts.sum()) + more.scatters + between.sum(0)
+        else:
+            scatters = torch.cat([self.scatters, self.scatters.new_zeros(total - old, *self.scatters.shape[1:])])
+            scatters[positions] = (
+                (1 - derived[positions]).view(-1, 1, 1) * scatters[positions] + more.scatters + between
+            )
+        counts[positions], means[positions] = before + more.counts, more.means - share * apart
+        # Of each part by its images, which is a little more than all images together would ask for.
+        shrinkages[positions] = share[:, 0] * shrinkages[positions] + (1 - share[:, 0]) * more.shrinkages
+        derived[positions] = 0.0
+        return ClassStatistics(counts, means, scatters, shrinkages, derived)
 
 
 class DriftMap(NamedTuple):
@@ -189,7 +202,7 @@ def update(statistics: ClassStatistics | None, old: Tensor, new: Tensor, labels:
     drift = fit_drift(old, new)
     within = float(added.scatters.sum(0).trace() / added.counts.sum())
     unexplained = float(drift.residual.trace()) / max(within, 1e-12)
-    return compensate(statistics, drift, min(1.0, unexplained)).joined(added)
+    return compensate(statistics, drift, min(1.0, unexplained)).with_images(added, torch.arange(first, last + 1))
 
 
 # The classifiers --------------------------------------------------------------------------------------------------

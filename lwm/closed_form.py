@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, lda, measure, regular
+from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, measure, regular
 from lwm.runtime.checkpoint import WIDEST
 from lwm.runtime.errors import InputError
 
@@ -49,17 +49,21 @@ class _Gaussians(NamedTuple):
         return weight, -(weight * (self.means + self.centre)).sum(1) / 2
 
 
-def new_rows(head: Linear, features: Tensor, labels: Tensor, favour: str = "balanced") -> Linear:
-    """Weight (K, C) and bias (K,) of K new classes, to stand below the rows of ``head``, which stay as they are.
+def new_rows(
+    head: Linear, features: Tensor, labels: Tensor, favour: str = "balanced", means: Tensor | None = None
+) -> Linear:
+    """Weight (K, C) and bias (K,) of K new classes, to stand beside the rows of ``head``, which stay as they are.
 
     ``head`` is the teacher's, weight (N, C) and bias (N,); ``features`` (n, C) are what it sees of the new classes'
-    training images, ``labels`` int64 (n,) from 0 to K - 1; all in float64. ``favour`` is one of ``FAVOURS``. Raises
-    InputError for a class with fewer than two images, of which none could be held back.
+    training images, ``labels`` int64 (n,) from 0 to K - 1; all in float64. ``favour`` is one of ``FAVOURS``. ``means``
+    (K, C) stand for those of the images, of which some were seen earlier. Raises InputError for a class with fewer than
+    two images, of which none could be held back.
     """
     if (fewest := int(torch.bincount(labels).min())) < 2:
         raise InputError(f"the closed form needs two images of each new class, and there is one with {fewest}")
     shift = _shift(head, features, labels, FAVOURS[favour])
-    weight, bias = _gaussians(_steepness(head), features, labels).rows()
+    gaussians = _gaussians(_steepness(head), features, labels)
+    weight, bias = gaussians._replace(means=gaussians.means if means is None else means).rows()
     return weight, bias + shift
 
 
@@ -75,11 +79,6 @@ def derived_statistics(head: Linear, features: Tensor, labels: Tensor) -> ClassS
     scatters = count * covariance.expand(old, -1, -1) if weight.shape[1] <= WIDEST else old * count * covariance[None]
     zeros = means.new_zeros(old)
     return ClassStatistics(zeros + count, means, scatters, shrinkages=zeros, derived=zeros + 1)
-
-
-def lda_over_all(known: ClassStatistics, features: Tensor, labels: Tensor) -> Linear:
-    """What LDA would be on the features of the images of old and new classes at once."""
-    return lda(known.joined(measure(features, labels, int(labels.max()) + 1)))
 
 
 def becomes_lda(checkpoint: dict[str, Any]) -> bool:
@@ -98,13 +97,8 @@ def becomes_lda(checkpoint: dict[str, Any]) -> bool:
 def with_measured(head: Linear, features: Tensor, labels: Tensor) -> ClassStatistics:
     """Of all classes of a head: measured if there are features (n, C) with labels int64 (n,), else derived."""
     present, positions = labels.unique(return_inverse=True)
-    statistics = measure(features, positions, len(present))
-    missing = [label for label in range(len(head[1])) if label not in present.tolist()]
-    if not missing:
-        return statistics
-    derived = derived_statistics((head[0][missing], head[1][missing]), features, positions)
-    order = torch.cat([present, torch.tensor(missing)]).argsort()
-    return statistics.joined(derived).reordered(order)
+    derived = derived_statistics(head, features, positions)
+    return derived.with_images(measure(features, positions, len(present)), present)
 
 
 # How it is found ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -16,10 +17,11 @@ from lwm.runtime.errors import log
 
 
 class Task:
-    """New classes for a teacher: the features of its images ``train`` and ``test``, each taken once.
+    """Images for a teacher: of new classes, and without training also more of old ones. Features are taken once.
 
-    ``moves`` says whether the student's backbone is trained; if not, its features are the teacher's. ``favour`` is for
-    closed_form.new_rows. ``known`` are the statistics of the old classes; those of a teacher without any are derived.
+    ``named`` int64 (K,) are the positions of the classes of ``train`` in the output, rising. ``moves`` says whether the
+    student's backbone is trained; if not, its features are the teacher's. ``favour`` is for closed_form.new_rows.
+    ``known`` are the statistics of the old classes; those of a teacher without any are derived.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Task:
         self.moves, self.batch_size, self.favour = moves, batch_size, favour
         self.channels = teacher_checkpoint["mean"], teacher_checkpoint["std"]
         self.old = len(teacher_checkpoint["class_names"])
-        self.labels = train.labels - self.old  # among the new classes
-        self.becomes_lda = closed_form.becomes_lda(teacher_checkpoint)
+        self.named, self.labels = train.labels.unique(return_inverse=True)
+        self.again = self.named[self.named < self.old]  # old classes of which there are images
+        self.becomes_lda = closed_form.becomes_lda(teacher_checkpoint) or len(self.again) == self.old
         self.rows = classifiers.linear_layer("head", None, teacher)
         self.seconds = 0.0  # that the network took for a training image
         self._known = classifiers.from_checkpoint(teacher_checkpoint)
@@ -66,15 +69,29 @@ class Task:
             self._known = closed_form.derived_statistics(self.rows, self.features("teacher", "train"), self.labels)
         return self._known
 
+    @functools.cached_property
+    def seen(self) -> ClassStatistics:
+        """Of all classes in the teacher, with the images of ``train``."""
+        measured = classifiers.measure(self.features("teacher", "train"), self.labels, len(self.named))
+        return self.known.with_images(measured, self.named)
+
     def new_rows(self) -> Linear:
-        return closed_form.new_rows(self.rows, self.features("teacher", "train"), self.labels, self.favour)
+        """Of the classes ``named``, beside the rows of all others."""
+        weight, bias = self.rows
+        others = ~torch.isin(torch.arange(self.old), self.again)
+        means = self.seen.means[self.named] if len(self.again) else None
+        beside, features = (weight[others], bias[others]), self.features("teacher", "train")
+        return closed_form.new_rows(beside, features, self.labels, self.favour, means)
 
     def head(self) -> Linear:
         """Over all classes, in closed form: what there is without training."""
         if self.becomes_lda:
-            return closed_form.lda_over_all(self.known, self.features("teacher", "train"), self.labels)
-        weight, bias = self.new_rows()
-        return torch.cat([self.rows[0], weight]), torch.cat([self.rows[1], bias])
+            return classifiers.lda(self.seen)
+        outputs = max(self.old, int(self.named[-1]) + 1)
+        head = tuple(torch.cat([part, part.new_zeros(outputs - self.old, *part.shape[1:])]) for part in self.rows)
+        for part, rows in zip(head, self.new_rows(), strict=True):
+            part[self.named] = rows
+        return head[0], head[1]
 
     def logits(self, of: str) -> Tensor:
         """float32 (n, N) of the test images, by the head of the "teacher" or of the "student" as it is now."""
@@ -83,15 +100,15 @@ class Task:
 
     def statistics(self) -> ClassStatistics:
         """Of all classes in the student, the old ones' with drift compensation."""
+        if not self.moves:
+            return self.seen
         before, after = self.features("teacher", "train"), self.features("student", "train")
-        if self.moves:
-            return classifiers.update(self.known, before, after, self.images["train"].labels)
-        return self.known.joined(classifiers.measure(after, self.labels, int(self.labels.max()) + 1))
+        return classifiers.update(self.known, before, after, self.images["train"].labels)
 
     def by_classifier(self, statistics: ClassStatistics) -> dict[str, dict[str, float | None]]:
         """Accuracies of each classifier on the test images, and of what there would be without training."""
         labels, student = self.images["test"].labels, self.networks["student"]
-        tested, new = self.features("student", "test"), int(self.labels.max()) + 1
+        tested, new = self.features("student", "test"), len(statistics.means) - self.old
         accuracies = evaluation.by_classifier(student, statistics, tested, labels, new)
         if self.moves:
             untrained = evaluation.linear_logits(self.head(), self.features("teacher", "test"))

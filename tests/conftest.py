@@ -114,7 +114,7 @@ def task_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
     """What a checkpoint says of a task, as far as a finished one needs it."""
     values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
     judged = {"dataset": "digits", "data_dir": "data", "split": "test"}
-    values |= {"pretrained": False, "batch_size": 8, "judged": judged, "apart": []}
+    values |= {"pretrained": False, "batch_size": 8, "judged": judged, "apart": [], "again": []}
     return {"classes": list(names), "method": "lwm"} | values | changes
 
 

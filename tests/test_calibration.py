@@ -59,13 +59,14 @@ def test_a_head_whose_few_images_are_all_right_keeps_a_temperature_near_1():
 
 def test_old_classes_add_what_drawn_features_of_all_need_more_than_those_of_the_new():
     held, drawn = sampled(5000, 3.0), sampled(5000, 1.0, seed=1)
+    held = held.only(held.labels >= 2)
     harder = drawn._replace(values=torch.where(drawn.labels[:, None] < 2, 2 * drawn.values, drawn.values))
     new = calibration.best_temperature(harder.only(harder.labels >= 2))
     ratio = calibration.best_temperature(harder) / new
     assert ratio > 1.2
-    found = calibration.temperature_of(held, harder, 2)
+    found = calibration.temperature_of(held, harder)
     assert found == pytest.approx(calibration.best_temperature(held) * ratio)
-    assert calibration.temperature_of(held, None, 0) == calibration.best_temperature(held)
+    assert calibration.temperature_of(held, None) == calibration.best_temperature(held)
 
 
 def test_the_quantiles_are_those_of_scores_and_old_ones_move_as_the_new_ones_did():
@@ -74,10 +75,10 @@ def test_the_quantiles_are_those_of_scores_and_old_ones_move_as_the_new_ones_did
     drawn = Examples(torch.randn(4000, generator=generator, dtype=torch.float64) + 5 * (labels < 2), labels)
     held = drawn.only(labels >= 2)
     held = Examples(3 * held.values - 7, held.labels)
-    alone = calibration.quantiles_of(held, None, 0)
+    alone = calibration.quantiles_of(held, None)
     assert alone[5] == pytest.approx(np.quantile(held.values, 0.05), abs=0.05)
     expected = torch.cat([3 * drawn.only(labels < 2).values - 7, held.values])
-    found = calibration.quantiles_of(held, drawn, 2)
+    found = calibration.quantiles_of(held, drawn)
     assert found[::10] == pytest.approx(np.quantile(expected, np.linspace(0, 1, 11)).tolist(), abs=0.2)
 
 
@@ -128,7 +129,7 @@ def test_checkpoints_keep_what_the_images_held_back_say(runs):
         assert all(values == sorted(values) for values in saved["unknown"].values())
         model, again = checkpoint.restore_model(saved), dict(saved)
         held = datasets.open_source(place, 8).test(names[old:], names)
-        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, old, 8, before)
+        calibration.calibrate(model, again, classifiers.from_checkpoint(saved), held, 8, before)
         assert again["temperatures"] == pytest.approx(saved["temperatures"], rel=1e-3)
         assert saved["calibrated_on"] == (8 if before is None else 16)
         before = saved
@@ -141,7 +142,7 @@ def test_the_teachers_temperature_has_as_many_votes_as_its_images(runs):
     found = []
     for before in (None, teacher, teacher | {"calibrated_on": 8 * 10**6}):
         calibration.calibrate(
-            checkpoint.restore_model(saved), saved, classifiers.from_checkpoint(saved), held, 2, 8, before
+            checkpoint.restore_model(saved), saved, classifiers.from_checkpoint(saved), held, 8, before
         )
         found.append(saved["temperatures"]["lda"])
     alone, both, outvoted = found
@@ -158,11 +159,11 @@ def test_without_images_nothing_is_kept_and_without_statistics_the_head_alone(ru
     )
     held = held.test("cd", "abcd")
     bare = saved | {"temperatures": {}, "unknown": {}}
-    calibration.calibrate(model, bare, None, held._replace(pixels=held.pixels[:0], labels=held.labels[:0]), 2, 8)
+    calibration.calibrate(model, bare, None, held._replace(pixels=held.pixels[:0], labels=held.labels[:0]), 8)
     assert bare["temperatures"] == bare["unknown"] == {}
-    calibration.calibrate(model, bare, None, held, 2, 8)
+    calibration.calibrate(model, bare, None, held, 8)
     known, derived = classifiers.from_checkpoint(saved), dict(bare)
-    calibration.calibrate(model, derived, known._replace(derived=torch.ones(4)), held, 2, 8)
+    calibration.calibrate(model, derived, known._replace(derived=torch.ones(4)), held, 8)
     assert derived["unknown"]["head"] == bare["unknown"]["head"] != saved["unknown"]["head"]
     assert list(bare["temperatures"]) == list(bare["unknown"]) == ["head"]
 
@@ -223,7 +224,7 @@ def test_a_network_whose_features_have_collapsed_keeps_scores_that_can_be_read_a
     statistics = classifiers.measure(features, torch.arange(40) % 2, 2)
     held = datasets.Images(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 2)
     saved = checkpoint_of(model.float(), "resnet32", "ab", 8, statistics=classifiers.to_checkpoint(statistics))
-    calibration.calibrate(model, saved, classifiers.from_checkpoint(saved), held, 0, 8)
+    calibration.calibrate(model, saved, classifiers.from_checkpoint(saved), held, 8)
     assert abs(saved["unknown"]["lda"][0]) > 1e9
     checkpoint.save(tmp_path / "it.pth", saved)
     assert checkpoint.load(tmp_path / "it.pth")["unknown"] == saved["unknown"]

@@ -35,6 +35,7 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({TASK + "classes": ["a", "b"]}, "class_names"),
     ({"tasks": lambda tasks: [*tasks, {**tasks[0], "classes": []}]}, "class_names"),
     ({"tasks": [1]}, "tasks/0"),
+    ({TASK + "again": ["a"]}, "more images"),  # of a class that the task itself brings
     ({TASK + "seed": torch.ones(2)}, "task"),
     ({TASK + "beta": ...}, "beta"),
     ({TASK + "hold_back": math.nan}, "hold_back"),

@@ -16,7 +16,7 @@ import gradcam
 import incremental_learning_system as incremental
 import predict
 import train_teacher_model as trainer
-from lwm import classifiers, evaluation
+from lwm import classifiers, evaluation, exporting
 from lwm.images import datasets
 from lwm.runtime import checkpoint
 
@@ -59,7 +59,8 @@ def test_every_task_keeps_and_compensates_the_statistics_of_all_classes(tasks):
     seen, now = (
         classifiers.features_of(before, each.pixels, teacher["mean"], teacher["std"], 8) for each in (images, new)
     )
-    joined = classifiers.from_checkpoint(teacher).joined(classifiers.measure(now, new.labels - 4, 2))
+    added = classifiers.measure(now, new.labels - 4, 2)
+    joined = classifiers.from_checkpoint(teacher).with_images(added, torch.tensor([4, 5]))
     weight, bias = classifiers.lda(joined)
     assert untrained == pytest.approx(evaluation.accuracies(seen @ weight.T + bias, images.labels, 4))
     assert [len(values) for values in metrics["means_off"].values()] == [4, 4]
@@ -128,9 +129,9 @@ def test_demo_predict_gradcam_and_export_answer_with_it(tasks, tmp_path, capsys,
     assert gradcam.main(shown) == 0
     assert f"answer ({name}): {answer['classes'][0]['name']};" in capsys.readouterr().out
     exported: list = []
-    monkeypatch.setattr(export, "onnx_file", lambda *arguments: exported.extend(arguments) or b"")
-    monkeypatch.setattr(export, "largest_difference", lambda *arguments: 0.0)
-    monkeypatch.setattr(export, "needs", lambda content: "")
+    monkeypatch.setattr(exporting, "onnx_file", lambda *arguments: exported.extend(arguments) or b"")
+    monkeypatch.setattr(exporting, "largest_difference", lambda *arguments: 0.0)
+    monkeypatch.setattr(exporting, "needs", lambda content: "")
     assert export.main(["--checkpoint", student, "--output", str(tmp_path / "a.onnx"), *asked]) == 0
     saved = checkpoint.load(student)
     answering, _ = classifiers.answer_with(checkpoint.restore_model(saved), saved, name)

@@ -78,7 +78,7 @@ def test_the_sums_of_two_tasks_are_those_of_both_at_once(width):
     first = labels < 2
     whole = classifiers.measure(features, labels, 5)
     joined = classifiers.measure(features[first], labels[first], 2)
-    joined = joined.joined(classifiers.measure(features[~first], labels[~first] - 2, 3))
+    joined = joined.with_images(classifiers.measure(features[~first], labels[~first] - 2, 3), torch.arange(2, 5))
     assert same(joined, whole)
     assert whole.counts.tolist() == [40] * 4 + [10]
     assert len(whole.scatters) == (5 if width == 4 else 1)
@@ -91,6 +91,42 @@ def test_the_sums_of_two_tasks_are_those_of_both_at_once(width):
     else:
         expected = sum(share * covariance for share, covariance in zip(shares, each, strict=True))
     assert torch.allclose(classifiers.shared_covariance(whole), expected)
+
+
+@pytest.mark.parametrize("width", [4, classifiers.WIDEST + 1])
+def test_more_images_of_known_classes_give_the_sums_of_all_at_once(width):
+    features, labels = gaussians(classes=5, width=width, count=40)
+    whole, first = classifiers.measure(features, labels, 5), torch.arange(200) % 40 < 25
+    first &= labels < 3
+    start = classifiers.measure(features[first], labels[first], 3)
+    rest, at = labels[~first], torch.tensor([0, 1, 2, 3, 4])
+    more = start.with_images(classifiers.measure(features[~first], rest, 5), at)
+    assert same(more._replace(shrinkages=whole.shrinkages), whole)
+    own = classifiers.measure(features[~first], rest, 5).shrinkages
+    expected = torch.cat([(25 * start.shrinkages + 15 * own[:3]) / 40, own[3:]])
+    torch.testing.assert_close(more.shrinkages, expected)
+
+
+@pytest.mark.parametrize("width", [4, classifiers.WIDEST + 1])
+def test_what_was_derived_of_a_class_gives_way_to_what_was_measured(width):
+    features, labels = gaussians(classes=3, width=width, count=40)
+    whole = classifiers.measure(features, labels, 3)
+    covariance = torch.eye(width, dtype=torch.float64)
+    guess = ClassStatistics(
+        torch.full((3,), 7.0).double(),
+        torch.randn(3, width).double(),
+        7 * covariance.expand(3, -1, -1) if width == 4 else 3 * 7 * covariance[None],
+        torch.zeros(3).double(),
+        torch.ones(3).double(),
+    )
+    assert same(guess.with_images(whole, torch.arange(3)), whole)
+    own = labels == 1
+    one = guess.with_images(classifiers.measure(features[own], labels[own] - 1, 1), torch.tensor([1]))
+    assert one.derived.tolist() == [1, 0, 1] and one.counts.tolist() == [7, 40, 7]
+    assert torch.allclose(one.means, guess.means.index_put((torch.tensor([1]),), whole.means[1]))
+    seen = (features[own] - whole.means[1]).T @ (features[own] - whole.means[1])
+    expected = torch.stack([7 * covariance, seen, 7 * covariance])
+    assert torch.allclose(one.scatters, expected if width == 4 else expected.sum(0, keepdim=True))
 
 
 # Drift compensation -----------------------------------------------------------------------------------------------
@@ -108,7 +144,12 @@ def test_an_affine_drift_is_undone_and_the_new_classes_are_those_of_the_new_netw
     for one, other in ((statistics.means, truth.means), (statistics.scatters / 400, truth.scatters / 400)):
         assert (one - other[:3]).abs().max() > 1  # they did move
     added = classifiers.measure(after[~old], labels[~old] - 3, 2)
-    assert same(updated, classifiers.compensate(statistics, drift, float(updated.shrinkages[0])).joined(added))
+    assert same(
+        updated,
+        classifiers.compensate(statistics, drift, float(updated.shrinkages[0])).with_images(
+            added, torch.tensor([3, 4])
+        ),
+    )
     assert updated.shrinkages[:3].max() < 1e-4  # the map explains all
 
 

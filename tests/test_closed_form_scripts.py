@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,65 @@ def test_where_every_class_was_measured_the_head_is_lda_on_all_images_at_once(ph
     difference = (ours - theirs) - (ours - theirs).mean(1, keepdims=True)
     assert abs(difference).max() < 1e-2 * abs(theirs).max()
     assert saved["loss_form"] == "softmax"
+
+
+def test_more_images_of_known_classes_and_a_new_one_are_as_all_images_at_once(photos, tmp_path, capsys):
+    """The first images are not needed again: the folder of the second task has none of them."""
+    parts = []
+    for part in (slice(0, 7), slice(7, 12)):
+        parts.append(tmp_path / f"part{part.start}")
+        for name in "abcd":
+            (parts[-1] / "train" / name).mkdir(parents=True)
+            for file in sorted((photos / "train" / name).iterdir())[part]:
+                shutil.copy(file, parts[-1] / "train" / name)
+        shutil.copytree(photos / "test", parts[-1] / "test")
+    plain = ["--calibration", "0", *CLOSED]
+    first = [*SIZE, "--dataset", "folder", "--data-dir", str(parts[0]), "--calibration", "0", "--old-classes", "a,b"]
+    assert trainer.main([*first, "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
+    teacher = tmp_path / "teacher_model.pth"
+    one = step(teacher, parts[0], "c", tmp_path / "one", *plain)
+    capsys.readouterr()
+    two = step(one, parts[1], "d,b,c", tmp_path / "two", *plain)
+    out, err = capsys.readouterr()
+    assert "LwM" not in err and "b: " in out
+    saved = checkpoint.load(two)
+    assert (saved["class_names"], saved["tasks"][-1]["again"]) == (list("abcd"), ["b", "c"])
+    assert saved["statistics"]["counts"].tolist() == [7, 12, 12, 5]
+    network, everything = checkpoint.restore_model(saved), []
+    for part, names in ((parts[0], "abc"), (parts[1], "bcd")):
+        images = datasets.open_source(datasets.Place("folder", str(part)), 8).train(names, "abcd")
+        features = classifiers.features_of(network, images.pixels, saved["mean"], saved["std"], 4)
+        everything.append((features, images.labels))
+    features, labels = map(torch.cat, zip(*everything, strict=True))
+    expected = classifiers.measure(features, labels, 4)
+    kept = classifiers.from_checkpoint(saved)
+    for name in ("counts", "means", "scatters"):
+        torch.testing.assert_close(getattr(kept, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+    # Known classes alone are a task too, which can be judged and shown.
+    three = step(two, parts[1], "a", tmp_path / "three", *plain)
+    assert checkpoint.load(three)["class_names"] == list("abcd")
+    assert "more images of a" in (tmp_path / "three" / "student_report.html").read_text()
+    shown = ["--teacher", str(two), "--student", str(three), "--output-dir", str(tmp_path / "demo")]
+    assert demo.main(shown) == 0
+    assert demo.main([*shown[:3], str(two), *shown[4:]]) == 2  # no student of itself
+    data = ["--dataset", "folder", "--data-dir", str(parts[1]), "--output-dir", str(tmp_path / "no")]
+    for asked in ([], ["--method", "lwm"]):  # the same command twice is not to count its images twice
+        assert incremental.main(["--teacher", str(two), *data, "--new-classes", "a", *asked]) == 2
+        assert "closed-form" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_more_images_change_their_own_class_alone_in_a_network_that_was_taken(own, photos, tmp_path):
+    closed = step(own, photos, "d,e", tmp_path / "1")
+    more = checkpoint.load(step(closed, photos, "b,e", tmp_path / "2", *CLOSED))
+    before = checkpoint.load(closed)
+    same = (more["model"]["fc.weight"] == before["model"]["fc.weight"]).all(1).tolist()
+    assert same == [True, False, True, True, False]
+    assert more["statistics"]["derived"].tolist() == [1, 0, 1, 0, 0]
+    every = checkpoint.load(step(own, photos, "a,b,c", tmp_path / "3", *CLOSED))  # which leaves no row of its own: LDA
+    statistics = classifiers.from_checkpoint(every)
+    torch.testing.assert_close(
+        every["model"]["fc.weight"].double(), classifiers.lda(statistics)[0], rtol=1e-2, atol=1e-3
+    )
 
 
 def test_old_classes_can_be_measured_all_or_some(own, photos, tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ from PIL import Image
 import export
 import predict
 import reproduce
+from lwm import exporting
 from lwm.attention import autograd_map
 from lwm.probabilities import likeliest, probabilities_of
 from lwm.runtime import checkpoint
@@ -161,7 +162,7 @@ class Tied(torch.nn.Module):
 
 
 def test_axes_have_names_also_if_height_and_width_are_one():
-    content = export.onnx_file(Tied(), 16, "float32", {})
+    content = exporting.onnx_file(Tied(), 16, "float32", {})
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     assert axes_of(content) == ["batch", 3, "height", "width"]
 
@@ -191,7 +192,7 @@ def test_an_opset_can_be_chosen_and_what_reads_it_is_said(made, here, capsys):
     assert "opset 18" in capsys.readouterr().out
     for format, opset, runtime in ((8, 18, "1.14"), (9, 20, "1.17"), (10, 18, "1.18"), (10, 20, "1.18")):
         model.ir_version, model.opset_import[0].version = format, opset
-        assert export.needs(model.SerializeToString()).split()[-3] == runtime
+        assert exporting.needs(model.SerializeToString()).split()[-3] == runtime
 
 
 @pytest.mark.parametrize("name", ["x.tflite", "x", "x.onnx.gz"])
@@ -209,7 +210,7 @@ def test_a_file_that_answers_otherwise_is_not_written(made, here, monkeypatch, c
         bias.CopyFrom(onnx.numpy_helper.from_array(spoil * onnx.numpy_helper.to_array(bias), bias.name))
         return model.SerializeToString()
 
-    monkeypatch.setattr(export, "onnx_file", spoiled)
+    monkeypatch.setattr(exporting, "onnx_file", spoiled)
     checkpoint_path = shutil.copy(made[0] / "model.pth", here)
     (here / "model.onnx").write_text("earlier")
     for name, code in (("model.onnx", 1), ("model.pth", 2)):  # what is no ONNX file is never replaced

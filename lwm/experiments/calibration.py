@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         for each, before, first in ((teacher, None, 0), (saved, teacher, len(known))):
             own = each["class_names"]
             held, statistics = open_source(place, size).held_back(own[first:], own), from_checkpoint(each)
-            calibrate(restore_model(each), each, statistics, held, first, batch_size_of(each), before)
+            calibrate(restore_model(each), each, statistics, held, batch_size_of(each), before)
         strange = {"others": open_source(Place("folder", str(options.data_dir)), size).test(others, others)}
         strange["digits"] = open_source(Place("digits", ""), size).test(digits, digits)
         model, channels = restore_model(saved), (saved["mean"], saved["std"])

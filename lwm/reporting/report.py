@@ -28,7 +28,7 @@ from lwm.runtime.files import write_atomically
 CONFUSED = 12  # rows of what is confused most
 DRAWN = 100  # classes of which a confusion matrix can still be read
 # Of a task's settings: shown elsewhere, or somebody's own paths.
-HIDDEN = ("classes", "group_accuracy", "data_dir", "judged", "apart")
+HIDDEN = ("classes", "again", "group_accuracy", "data_dir", "judged", "apart")
 
 
 def of_teacher(path: Path, images: Images, side: Side, views: dict[int, list[View]]) -> None:
@@ -66,7 +66,8 @@ def of_student(path: Path, images: Images, comparison: Comparison) -> None:
         path,
         student,
         np.array(metrics["confusion"]),
-        title=f"Student of {len(names)} classes, {old} old and {len(names) - old} new",
+        title=f"Student of {len(names)} classes, {old} old and {len(names) - old} new"
+        + (f", with more images of {listed(again)}" if (again := student["tasks"][-1]["again"]) else ""),
         verdict=verdict.of_student(metrics, student["classifiers"]),
         identity=identity(images, *comparison.sides),
         teacher=metrics["teacher"] | {"classifier": teacher.get("classifier", "head")},

@@ -4,8 +4,9 @@ format, version      what this file is
 architecture, stem, image_size, mean, std, loss_form     how to build the network and feed it; "own" is a network whose
                      code whoever loads it names (models/own.py)
 class_names          in the order of the outputs, which is the order in which they were taught
-tasks                one dict a task: its classes, where their images were, method, settings, accuracies; "judged": the
-                     data set, folder and split that judged it; "apart": hashes of test images that it set apart
+tasks                one dict a task: its classes, "again": old ones of which it had more images, where the images were,
+                     method, settings, accuracies; "judged": the data set, folder and split that judged it; "apart":
+                     hashes of test images that it set apart
 model                the network's state_dict
 statistics           counts, means, scatters and shrinkages of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
@@ -43,7 +44,7 @@ from lwm.runtime.files import write_atomically
 from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
-VERSION = 5
+VERSION = 6
 OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown", "held_back")  # may be empty
 AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
@@ -188,6 +189,7 @@ JUDGED = {
 }
 TASK = {
     "classes": [lambda name: type(name) is str and name and not UNPRINTABLE.search(name)],
+    "again": [str],
     **dict.fromkeys(("dataset", "data_dir", "method"), str),
     "judged": _optional(lambda value: _check(value, JUDGED, "judged")),
     "apart": [lambda value: type(value) is str and len(value) == 32],
@@ -268,10 +270,15 @@ def _check_whole(checkpoint: Any) -> None:
     _check(checkpoint, CHECKPOINT, "checkpoint")
     names, tasks, training = checkpoint["class_names"], checkpoint["tasks"], checkpoint["training"]
     taught = [name for task in tasks for name in task["classes"]]
-    _require(taught == names and all(task["classes"] for task in tasks), "class_names are not those of the tasks")
+    _require(
+        taught == names and all(task["classes"] or task["again"] for task in tasks),
+        "class_names are not those of the tasks",
+    )
     _require(len(set(names)) == len(names) > 0, "class_names are not unique, or there are none")
     _require(len(checkpoint["mean"]) == len(checkpoint["std"]) == 3, "mean and std are not of three channels")
-    for task in tasks:
+    for number, task in enumerate(tasks):
+        known = [name for earlier in tasks[:number] for name in earlier["classes"]]
+        _require({*task["again"]} <= {*known}, "more images are of a class that was not known")
         others = (value for key, value in task.items() if type(value) is not list and key != "judged")
         _require(all(map(_scalar, others)), "a setting of a task is not valid")
         _require(len(task["group_accuracy"]) <= len(tasks), "group_accuracy has more groups than there are tasks")

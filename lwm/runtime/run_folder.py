@@ -36,10 +36,12 @@ def describe_task(
     learning_rate: float | None,
     record: dict[str, Any] | None,
     first: bool = False,
+    again: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the checkpoint says of a task: its classes, where their images were, how it was trained, and what judged it.
 
-    ``record`` is that of the source; None for a network that was taken as it is, of whose images nothing is known.
+    ``again`` are old classes of which there were more images. ``record`` is that of the source; None for a network that
+    was taken as it is, of whose images nothing is known.
     """
     place = {"dataset": settings.dataset, "data_dir": str(Path(settings.data_dir).resolve())}
     values = {name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS}
@@ -48,6 +50,7 @@ def describe_task(
         values, learning_rate = {name: values[name] if name in OF_TAKEN else None for name in TASK_SETTINGS}, None
     return {
         "classes": list(classes),
+        "again": list(again),
         **place,
         **record,
         **values,
