@@ -22,12 +22,12 @@ from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
 from lwm.losses import METHODS, loss_form
 from lwm.reporting import plots, report, tensorboard
-from lwm.runtime import distributed, hardware, progress, recommended, setting_types
+from lwm.runtime import distributed, hardware, progress, recommended
 from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
-from lwm.runtime.errors import InputError, listed, log, one_line_errors
+from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import command_with, describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-from lwm.task import Task
+from lwm.task import Task, student_of
 from lwm.training import Training
 
 
@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     pretrained = any(task["pretrained"] for task in teacher_checkpoint["tasks"])
     here = Place(settings.dataset, settings.data_dir, settings.hold_back, calibration=settings.calibration)
     if settings.new_classes == ("all",):
-        settings = dataclasses.replace(settings, new_classes=every_new_class(settings, here, old))
+        with settings.naming("data_dir"):
+            source = open_source(here, 8)
+        with settings.naming("new_classes"):
+            settings = dataclasses.replace(settings, new_classes=source.new_classes(old))
     named, cache = list(settings.new_classes), Path(settings.cache_dir)
     new, again = ([name for name in named if (name in old) is known] for known in (False, True))
     if again and (settings.method is None or METHODS[settings.method].loss):
@@ -56,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = recommended.method(settings, pretrained, sum(images) // len(images))
     method = METHODS[settings.method]
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
-    if method.loss is None and closed_form.becomes_lda(teacher_checkpoint):
-        teachers_form = "softmax"
+    if method.loss is None:
+        teachers_form = closed_form.form_after(teacher_checkpoint)
     form = loss_form(settings, teachers_form)
     if method.loss and method.form is None and settings.loss_form is None:
         log.info(f"LOSS_FORM = {form} (the teacher's)")
@@ -93,13 +96,8 @@ def main(argv: list[str] | None = None) -> None:
 
     task = Task(teacher, student, teacher_checkpoint, train, test, method.trains_backbone, batch_size, settings.favour)
     begins_closed = method.loss is None or settings.new_rows == "closed-form"
-    if begins_closed and teachers_form == "binary":
-        log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
-    elif method.loss is None and not task.becomes_lda and len(old) < closed_form.SURE:
-        log.warning(
-            f"a head of {len(old)} classes tells little of what is old: new classes may take many of their images; "
-            "if you have some, take the network again with --measure-old"
-        )
+    if begins_closed:
+        task.warn(sigmoids=teachers_form == "binary")
     torch.manual_seed(settings.seed)  # just before the new rows are drawn: what was built before them does not count
     if method.loss is None:
         models.replace_head(student, *task.head())
@@ -118,15 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         settings = dataclasses.replace(settings, incremental_lr=rate)
     if method.asks_teacher:
         attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
-    checkpoint = {
-        **{key: teacher_checkpoint[key] for key in ("architecture", "stem", "image_size", "mean", "std", "held_back")},
-        "class_names": old + new,
-        "loss_form": settings.loss_form,
-        "tasks": [
-            *taught,
-            describe_task(settings, new, settings.incremental_lr, source.record(test, len(old)), again=again),
-        ],
-    }
+    record = source.record(test, len(old))
+    described = describe_task(settings, new, settings.incremental_lr, record, again=again)
+    checkpoint = student_of(teacher_checkpoint, described)
     sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
     if run_folder.resumed is None and method.loss:
         warn_of_mixed_forms(teacher_checkpoint["loss_form"], settings.loss_form)
@@ -258,29 +250,6 @@ def check_against(teacher_checkpoint: dict[str, Any], settings: Settings) -> Non
             f"{settings.where('new_classes')}: the softmax over one new class is always 1 and teaches nothing; "
             "take --method lwm with --loss-form binary"
         )
-
-
-def every_new_class(settings: Settings, here: Place, old: list[str]) -> tuple[str, ...]:
-    """The classes for ``--new-classes all``: those with training images that the teacher does not know, by name.
-
-    Raises InputError if there are none.
-    """
-    with settings.naming("data_dir"):
-        source = open_source(here, 8)
-    known = {name.casefold() for name in old}
-    there = [name for name in sorted(source.classes["train"]) if name not in old]
-    with settings.naming("new_classes"):
-        new = [name for name in there if name.casefold() not in known and source.parts(name).train]
-        if not new:
-            raise InputError(f"all of {here.data_dir}: the teacher knows every class that has training images there")
-        try:
-            setting_types.check_names(new)
-        except ValueError as error:
-            raise InputError(f"{error}; rename its folder") from error
-    left_out = [name for name in there if name not in new]
-    beside = f"; left out are {listed(left_out)}, empty or known in another case" if left_out else ""
-    log.info(f"NEW_CLASSES = {listed(new)} ({len(new)} classes, all that are new{beside})")
-    return tuple(new)
 
 
 def warn_of_mixed_forms(teachers: str, students: str) -> None:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from lwm import closed_form
 from lwm.attention import last_map
-from lwm.classifiers import answer_with
+from lwm.calibration import calibrate
+from lwm.classifiers import answer_with, to_checkpoint
 from lwm.evaluation import predict
 from lwm.images.batches import to_input
+from lwm.images.datasets import Place, open_source
 from lwm.images.files import decode_image, fitted
-from lwm.models import Build, Network
+from lwm.models import Build, Network, replace_head
 from lwm.probabilities import is_unknown, likeliest
-from lwm.runtime.checkpoint import batch_size_of, load, restore_model
+from lwm.runtime.checkpoint import batch_size_of, load, restore_model, save, whole
 from lwm.runtime.errors import InputError
+from lwm.runtime.files import write_atomically
+from lwm.runtime.run_folder import TASK_SETTINGS, describe_task
+from lwm.task import Task, student_of
+
+CALIBRATION = 0.1  # of a new class's images, as in config.py
 
 Picture = str | Path | np.ndarray  # a file, or uint8 (H, W, 3)
 
@@ -34,11 +43,15 @@ class Classifier:
     classifier = Classifier.load("runs/first/student_model.pth")
     print(classifier.predict(["cat.png"], unknown=0.05))
     heat = classifier.explain("cat.png")
+    classifier.add_classes("photos").save("wider.pth")
     """
 
-    def __init__(self, network: Network, checkpoint: dict[str, Any]) -> None:
-        self.network, self.checkpoint = network.eval(), checkpoint
-        self.class_names: list[str] = checkpoint["class_names"]
+    def __init__(self, saved: dict[str, Any], classifier: str = "auto", build: Build | None = None) -> None:
+        """Of a whole checkpoint; the arguments are those of ``load``."""
+        self._saved, self._asked, self._build = saved, classifier, build
+        network, self.checkpoint = answer_with(restore_model(saved, build), saved, classifier)
+        self.network: Network = network.eval()
+        self.class_names: list[str] = saved["class_names"]
 
     @classmethod
     def load(cls, path: str | Path, classifier: str = "auto", build: Build | None = None) -> Classifier:
@@ -46,8 +59,44 @@ class Classifier:
 
         Of a network of your own, ``build(classes)`` makes the ``nn.Module``, as in models/own.py.
         """
-        saved = load(path)
-        return cls(*answer_with(restore_model(saved, build), saved, classifier))
+        return cls(load(path), classifier, build)
+
+    def save(self, path: str | Path) -> None:
+        """A checkpoint, for ``load`` and for the scripts; it takes the place of a file that is there."""
+        save(Path(path), self._saved)
+
+    def export(self, path: str | Path, input: str = "float32", maps: bool = False) -> None:
+        """An ONNX file, as export.py writes it. Raises InputError for maps that have no closed form, and RunError."""
+        from lwm.exporting import exported  # needs onnx and its runtime
+
+        content, _ = exported(self.network, self.checkpoint, input, maps)
+        write_atomically(Path(path), content)
+
+    def add_classes(self, folder: str | Path, favour: str = "balanced") -> Classifier:
+        """One that also knows the classes of ``folder``/<class>/, in closed form: nothing is trained.
+
+        Folders of known classes are left out. A tenth of the images calibrates. ``favour`` is old, balanced or new.
+        Raises InputError if there is no new class, for one with fewer than two images, and for one that cannot be read.
+        """
+        before = self._saved
+        source = open_source(Place("folder", str(folder), calibration=CALIBRATION), before["image_size"])
+        new = source.new_classes(before["class_names"])
+        outputs, batch_size = [*before["class_names"], *new], batch_size_of(before)
+        train, held = source.train(new, outputs), source.held_back(new, outputs)
+        test = source.test([name for name in new if source.has_test(name)], outputs)
+        form = closed_form.form_after(before)
+        network, wider = restore_model(before, self._build), restore_model(before, self._build)
+        task = Task(network, wider, before, train, test, False, batch_size, favour)
+        task.warn(sigmoids=form == "binary")
+        replace_head(wider, *task.head())
+        settings = dict.fromkeys(TASK_SETTINGS) | {"dataset": "folder", "data_dir": str(folder), "epochs": 0}
+        settings |= {"method": "closed-form", "loss_form": form, "batch_size": batch_size}
+        settings |= {"calibration": CALIBRATION, "hold_back": 0.0}
+        described = describe_task(SimpleNamespace(**settings), new, None, source.record(test))
+        saved = whole(student_of(before, described))
+        saved |= {"statistics": to_checkpoint(task.seen), "model": wider.state_dict(), "finished": True, "training": {}}
+        calibrate(wider, saved, task.seen, held, batch_size, before)
+        return Classifier(saved, self._asked, self._build)
 
     def predict(self, pictures: Sequence[Picture], unknown: float | None = None) -> list[Answer]:
         """An answer for each picture. Raises InputError for a file that cannot be read, and for ``unknown`` where no

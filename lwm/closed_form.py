@@ -94,6 +94,11 @@ def becomes_lda(checkpoint: dict[str, Any]) -> bool:
     return held.get("lda", 0.0) >= held.get("head", 0.0)
 
 
+def form_after(checkpoint: dict[str, Any]) -> str:
+    """Of the outputs that a student in closed form has: sigmoids stay if rows are only put beside them."""
+    return "binary" if checkpoint["loss_form"] == "binary" and not becomes_lda(checkpoint) else "softmax"
+
+
 def with_measured(head: Linear, features: Tensor, labels: Tensor) -> ClassStatistics:
     """Of all classes of a head: measured if there are features (n, C) with labels int64 (n,), else derived."""
     present, positions = labels.unique(return_inverse=True)

@@ -16,6 +16,17 @@ from lwm.models import Network
 from lwm.runtime.errors import log
 
 
+def student_of(teacher_checkpoint: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a student as far as it is known before it learns; ``described`` is its task's dict."""
+    kept = ("architecture", "stem", "image_size", "mean", "std", "held_back")
+    return {
+        **{key: teacher_checkpoint[key] for key in kept},
+        "class_names": teacher_checkpoint["class_names"] + described["classes"],
+        "loss_form": described["loss_form"],
+        "tasks": [*teacher_checkpoint["tasks"], described],
+    }
+
+
 class Task:
     """Images for a teacher: of new classes, and without training also more of old ones. Features are taken once.
 
@@ -59,6 +70,16 @@ class Task:
             if images == "train":
                 self.seconds = took / len(pixels)
         return self._taken[of, images]
+
+    def warn(self, sigmoids: bool) -> None:
+        """Say what is doubtful of new rows in closed form beside those of a head, whose outputs may be ``sigmoids``."""
+        if sigmoids:
+            log.warning("the teacher's outputs are sigmoids, so the scale of the new rows beside them is a guess")
+        elif not self.becomes_lda and self.old < closed_form.SURE:
+            log.warning(
+                f"a head of {self.old} classes tells little of what is old: new classes may take many of their images; "
+                "if you have some, take the network again with --measure-old"
+            )
 
     @property
     def known(self) -> ClassStatistics:

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import picture, refused, write_images
+from conftest import image_folder, picture, refused, write_images
 from PIL import Image
 
+import incremental_learning_system as incremental
 import predict
 from lwm import Classifier, attention
 from lwm.images.batches import to_input
+from lwm.images.files import fitted
+from lwm.runtime.checkpoint import load
 
 
 @pytest.fixture
@@ -61,3 +64,33 @@ def test_what_it_cannot_use_is_refused_in_a_line(tmp_path, student):
     assert "float64" in refused(classifier.predict, [np.zeros((8, 8, 3))])
     assert "absent.png" in refused(classifier.predict, [tmp_path / "absent.png"])
     assert "oracle" in refused(Classifier.load, student, "oracle")
+
+
+def test_it_learns_the_new_classes_of_a_folder_as_the_script_does(tmp_path, student, monkeypatch):
+    """And is saved, exported and extended again; the one that learned stays as it is."""
+    photos = image_folder(tmp_path / "photos", {"owl": 12, "fox": 12, "2": 6})
+    narrow = Classifier.load(student)
+    wide = narrow.add_classes(photos)
+    assert wide.class_names == [*narrow.class_names, "fox", "owl"]
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "folder", "--data-dir", str(photos), "--output-dir", "script", "--method", "closed-form"]
+    flags += ["--precision", "fp32", "--new-classes", "all", "--teacher", student]
+    assert incremental.main(flags) == 0
+    wide.save("wide.pth")
+    saved, scripts = load("wide.pth"), load("script/student_model.pth")
+    for part in ("model", "statistics"):
+        for name, tensor in scripts[part].items():
+            torch.testing.assert_close(saved[part][name], tensor, rtol=1e-4, atol=1e-5)
+    assert saved["temperatures"] == pytest.approx(scripts["temperatures"], rel=1e-2)
+    for key in ("calibrated_on", "loss_form", "class_names"):
+        assert saved[key] == scripts[key]
+    assert saved["tasks"][-1].keys() == scripts["tasks"][-1].keys()
+    assert saved["tasks"][-1]["apart"] == scripts["tasks"][-1]["apart"] != []
+    wider = Classifier.load("wide.pth").add_classes(image_folder(tmp_path / "more", {"elk": 12}), favour="new")
+    assert wider.class_names[-1] == "elk"
+    wider.export("wider.onnx", input="uint8")
+    image = picture(3)
+    shown = predict.open_onnx("wider.onnx").logits(fitted(image, 8)[None])
+    np.testing.assert_allclose(shown, wider.logits(fitted(image, 8)[None]), rtol=1e-3, atol=1e-3)
+    assert "known already" in refused(wider.add_classes, photos)
+    assert "absent" in refused(wider.add_classes, tmp_path / "absent")

