@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from lwm.api import Classifier as Classifier
 
 __version__ = "0.1.0"
-# models/ stays at the top of a checkout, where a reader looks for it, and is lwm.models in code everywhere.
-__path__.append(str(Path(__file__).resolve().parent.parent))
+# models/ stays at the top of a checkout, where a reader looks for it, and is lwm.models in code everywhere; a wheel has
+# it in its place.
+if not (Path(__file__).parent / "models").exists():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 if not TYPE_CHECKING:
 
