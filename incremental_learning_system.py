@@ -27,7 +27,7 @@ from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
 from lwm.runtime.errors import InputError, log, one_line_errors
 from lwm.runtime.run_folder import command_with, describe_task, open_run_folder
 from lwm.runtime.settings import Settings, read_settings
-from lwm.task import Task, student_of
+from lwm.task import Task, new_classes, student_of
 from lwm.training import Training
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         with settings.naming("data_dir"):
             source = open_source(here, 8)
         with settings.naming("new_classes"):
-            settings = dataclasses.replace(settings, new_classes=source.new_classes(old))
+            settings = dataclasses.replace(settings, new_classes=new_classes(source, old))
     named, cache = list(settings.new_classes), Path(settings.cache_dir)
     new, again = ([name for name in named if (name in old) is known] for known in (False, True))
     if again and (settings.method is None or METHODS[settings.method].loss):

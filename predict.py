@@ -145,22 +145,10 @@ def open_onnx(path: str) -> Predictor:
 
 def open_checkpoint(path: str, classifier: str, model: str | None = None) -> Predictor:
     """Of a user's own network ``model`` names the code. Raises InputError for a file that is no checkpoint of ours."""
-    import torch
+    from lwm import Classifier, models
 
-    from lwm import models
-    from lwm.classifiers import answer_with
-    from lwm.evaluation import predict
-    from lwm.runtime.checkpoint import batch_size_of, load, restore_model
-
-    saved = load(path)
-    network, saved = answer_with(restore_model(saved, models.builder(model)), saved, classifier)
-    channels, batch_size = (saved["mean"], saved["std"]), batch_size_of(saved)
-
-    def logits(pixels: np.ndarray) -> np.ndarray:
-        return predict(network, torch.from_numpy(pixels), *channels, batch_size).numpy()
-
-    unknown = saved["unknown"].get(saved["classifier"], [])
-    return Predictor(saved["class_names"], saved["image_size"], unknown, logits)
+    loaded = Classifier.load(path, classifier, models.builder(model))
+    return Predictor(loaded.class_names, loaded.checkpoint["image_size"], loaded.unknown, loaded.logits)
 
 
 def answers(network: Predictor, paths: Sequence[Path], skip_bad_images: bool) -> Iterator[tuple[Path, np.ndarray]]:

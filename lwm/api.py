@@ -24,7 +24,7 @@ from lwm.runtime.checkpoint import batch_size_of, load, restore_model, save, who
 from lwm.runtime.errors import InputError
 from lwm.runtime.files import write_atomically
 from lwm.runtime.run_folder import TASK_SETTINGS, describe_task
-from lwm.task import Task, student_of
+from lwm.task import Task, new_classes, student_of
 
 CALIBRATION = 0.1  # of a new class's images, as in config.py
 
@@ -80,22 +80,27 @@ class Classifier:
         """
         before = self._saved
         source = open_source(Place("folder", str(folder), calibration=CALIBRATION), before["image_size"])
-        new = source.new_classes(before["class_names"])
+        new = new_classes(source, before["class_names"])
         outputs, batch_size = [*before["class_names"], *new], batch_size_of(before)
         train, held = source.train(new, outputs), source.held_back(new, outputs)
         test = source.test([name for name in new if source.has_test(name)], outputs)
         form = closed_form.form_after(before)
-        network, wider = restore_model(before, self._build), restore_model(before, self._build)
-        task = Task(network, wider, before, train, test, False, batch_size, favour)
+        network = restore_model(before, self._build)  # the features of which the new head does not move
+        task = Task(network, network, before, train, test, False, batch_size, favour)
         task.warn(sigmoids=form == "binary")
-        replace_head(wider, *task.head())
+        replace_head(network, *task.head())
         settings = dict.fromkeys(TASK_SETTINGS) | {"dataset": "folder", "data_dir": str(folder), "epochs": 0}
         settings |= {"method": "closed-form", "loss_form": form, "batch_size": batch_size}
         settings |= {"calibration": CALIBRATION, "hold_back": 0.0}
         described = describe_task(SimpleNamespace(**settings), new, None, source.record(test))
         saved = whole(student_of(before, described))
-        saved |= {"statistics": to_checkpoint(task.seen), "model": wider.state_dict(), "finished": True, "training": {}}
-        calibrate(wider, saved, task.seen, held, batch_size, before)
+        saved |= {
+            "statistics": to_checkpoint(task.seen),
+            "model": network.state_dict(),
+            "finished": True,
+            "training": {},
+        }
+        calibrate(network, saved, task.seen, held, batch_size, before)
         return Classifier(saved, self._asked, self._build)
 
     def predict(self, pictures: Sequence[Picture], unknown: float | None = None) -> list[Answer]:

@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lwm.images.batches import Images, to_input
-from lwm.models import Network, replace_head
+from lwm.models import WIDEST, Network, replace_head
 from lwm.runtime import progress
-from lwm.runtime.checkpoint import WIDEST
 from lwm.runtime.errors import InputError, RunError, log
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -78,14 +77,13 @@ class ClassStatistics(NamedTuple):
         before = counts[positions] - gone
         share = (before / (before + more.counts)).unsqueeze(1)
         apart = more.means - means[positions]
-        between = (share[:, 0] * more.counts).view(-1, 1, 1) * apart.unsqueeze(2) * apart.unsqueeze(1)
+        weighted = (share[:, 0] * more.counts).unsqueeze(1) * apart
         if wide:  # all classes have one scatter: what was derived of some is their part of it
-            scatters = self.scatters * (1 - gone.sum() / self.counts.sum()) + more.scatters + between.sum(0)
+            scatters = self.scatters * (1 - gone.sum() / self.counts.sum()) + more.scatters + weighted.T @ apart
         else:
             scatters = torch.cat([self.scatters, self.scatters.new_zeros(total - old, *self.scatters.shape[1:])])
-            scatters[positions] = (
-                (1 - derived[positions]).view(-1, 1, 1) * scatters[positions] + more.scatters + between
-            )
+            kept = (1 - derived[positions]).view(-1, 1, 1) * scatters[positions]
+            scatters[positions] = kept + more.scatters + weighted.unsqueeze(2) * apart.unsqueeze(1)
         counts[positions], means[positions] = before + more.counts, more.means - share * apart
         # Of each part by its images, which is a little more than all images together would ask for.
         shrinkages[positions] = share[:, 0] * shrinkages[positions] + (1 - share[:, 0]) * more.shrinkages

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, measure, regular
-from lwm.runtime.checkpoint import WIDEST
+from lwm.models import WIDEST
 from lwm.runtime.errors import InputError
 
 SHRINKAGE = 3.0  # times its mean variance that S has more in all directions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,30 @@ from torch import Tensor
 from lwm import classifiers, closed_form, evaluation, verdict
 from lwm.classifiers import ClassStatistics, Linear
 from lwm.images.batches import Images
+from lwm.images.datasets import Source
 from lwm.models import Network
-from lwm.runtime.errors import log
+from lwm.runtime.errors import InputError, listed, log
+from lwm.runtime.setting_types import check_names
+
+
+def new_classes(source: Source, known: Sequence[str]) -> tuple[str, ...]:
+    """Those with training images that are not ``known``, by name; logs what is left out.
+
+    Raises InputError if there are none, or if a folder's name cannot be a class's.
+    """
+    folded = {name.casefold() for name in known}
+    there = [name for name in sorted(source.classes["train"]) if name not in known]
+    new = [name for name in there if name.casefold() not in folded and source.parts(name).train]
+    if not new:
+        raise InputError(f"all of {source.place.data_dir}: every class with training images is known already")
+    try:
+        check_names(new)
+    except ValueError as error:
+        raise InputError(f"{error}; rename its folder") from error
+    left_out = [name for name in there if name not in new]
+    beside = f"; left out are {listed(left_out)}, empty or known in another case" if left_out else ""
+    log.info(f"NEW_CLASSES = {listed(new)} ({len(new)} classes, all that are new{beside})")
+    return tuple(new)
 
 
 def student_of(teacher_checkpoint: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

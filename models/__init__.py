@@ -13,6 +13,7 @@ from lwm.models.from_timm import timm_config as timm_config
 from lwm.models.from_timm import timm_names as timm_names
 from lwm.models.from_timm import timm_weights as timm_weights
 from lwm.models.from_torchvision import FromTorchvision, torchvision_network
+from lwm.models.network import WIDEST as WIDEST
 from lwm.models.network import Network as Network
 from lwm.models.network import Output as Output
 from lwm.models.own import OWN as OWN

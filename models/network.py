@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+WIDEST = 128  # channels of ``pooled``; of more all classes have one scatter: 512 x 512 numbers are 1 MB
 # Modules of these names stand for their parts where a network is frozen in part.
 CONTAINERS = ("blocks", "stages", "layers", "features", "encoder", "trunk_output")
 

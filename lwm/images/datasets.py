@@ -29,7 +29,6 @@ from lwm.images.cache import decoded
 from lwm.images.files import decode_all
 from lwm.images.folders import SPLITS, Folder, one_form, typical_side
 from lwm.runtime.errors import InputError, listed, log
-from lwm.runtime.setting_types import check_names
 
 FOLDER_TEST_SHARE = 0.2  # of a folder that has no test images of its own
 CALIBRATION_LEAST = 5  # training images of a class of which some can be set apart to calibrate by
@@ -131,24 +130,6 @@ class Source:
         if self._has_val_to_hold_back and (without := [name for name in wanted if not self.parts(name).held_back]):
             log.info(f"{_say(self.place)} has no images in val of {listed(without)}")
         return self._read("held back", wanted, outputs)
-
-    def new_classes(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Those with training images that are not ``known``, by name; logs what is left out. Raises InputError if there
-        are none, or if a folder's name is none of a class.
-        """
-        folded = {name.casefold() for name in known}
-        there = [name for name in sorted(self.classes["train"]) if name not in known]
-        new = [name for name in there if name.casefold() not in folded and self.parts(name).train]
-        if not new:
-            raise InputError(f"all of {self.place.data_dir}: every class with training images there is known already")
-        try:
-            check_names(new)
-        except ValueError as error:
-            raise InputError(f"{error}; rename its folder") from error
-        left_out = [name for name in there if name not in new]
-        beside = f"; left out are {listed(left_out)}, empty or known in another case" if left_out else ""
-        log.info(f"NEW_CLASSES = {listed(new)} ({len(new)} classes, all that are new{beside})")
-        return tuple(new)
 
     @property
     def split(self) -> str:

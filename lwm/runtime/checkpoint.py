@@ -48,7 +48,6 @@ VERSION = 6
 OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown", "held_back")  # may be empty
 AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
-WIDEST = 128  # channels; above it all classes have one scatter: 512 x 512 numbers are 1 MB
 
 
 def whole(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def _check_whole(checkpoint: Any) -> None:
         (counts, means, scatters, *rest), (classes, width) = parts, checkpoint["model"]["fc.weight"].shape
         fits = (counts.shape, means.shape) == ((classes,), (classes, width))
         fits &= all(part.shape == (classes,) for part in rest)
-        fits &= scatters.shape == (1 if width > WIDEST else classes, width, width)
+        fits &= scatters.shape == (1 if width > models.WIDEST else classes, width, width)
         _require(fits, "the statistics do not fit the head")
         good = all(part.dtype == torch.float32 and part.isfinite().all() for part in parts)
         good = good and bool((counts >= 1).all()) and all(bool(((part >= 0) & (part <= 1)).all()) for part in rest)
