@@ -178,6 +178,12 @@ def test_more_images_change_their_own_class_alone_in_a_network_that_was_taken(ow
     same = (more["model"]["fc.weight"] == before["model"]["fc.weight"]).all(1).tolist()
     assert same == [True, False, True, True, False]
     assert more["statistics"]["derived"].tolist() == [1, 0, 1, 0, 0]
+    # Earlier images count in the row of e; of b there were none.
+    before["statistics"]["means"][4] += 1
+    checkpoint.save(tmp_path / "moved.pth", before)
+    moved = checkpoint.load(step(tmp_path / "moved.pth", photos, "b,e", tmp_path / "4", *CLOSED))
+    same = (moved["model"]["fc.weight"] == more["model"]["fc.weight"]).all(1).tolist()
+    assert same == [True] * 4 + [False]
     every = checkpoint.load(step(own, photos, "a,b,c", tmp_path / "3", *CLOSED))  # which leaves no row of its own: LDA
     statistics = classifiers.from_checkpoint(every)
     torch.testing.assert_close(

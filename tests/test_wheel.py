@@ -25,6 +25,7 @@ def test_a_wheel_brings_one_name_and_answers_from_a_folder_with_modules_of_its_o
     subprocess.run(
         [*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)], check=True
     )
+    (tmp_path / "site" / "other.py").write_text("")  # of another project, beside lwm
     for name in ("models", "images", "runtime", "config"):
         (user / name).mkdir(parents=True)
         (user / name / "__init__.py").write_text("mine = True")
@@ -32,6 +33,8 @@ def test_a_wheel_brings_one_name_and_answers_from_a_folder_with_modules_of_its_o
     program.write_text(
         "import sys, numpy, models, images\n"
         "import lwm.models, lwm.images\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('lwm.other') is None\n"
         "from lwm import Classifier\n"
         "assert models.mine and images.mine and not hasattr(lwm.models, 'mine') and not hasattr(lwm.images, 'mine')\n"
         "classifier = Classifier.load(sys.argv[1])\n"
