@@ -25,6 +25,7 @@ from PIL import Image
 
 import config
 import demo
+import edit_classes
 import export
 import gradcam
 import incremental_learning_system as step
@@ -174,6 +175,17 @@ CASES = [
     case(gradcam, f"{GRADCAM} --output file/map.png", "--output is 'file'"),
     case(gradcam, f"{GRADCAM} --output {LONG}", "--output"),
     case(gradcam, f"{GRADCAM} --output ./student.pth", "--checkpoint"),
+    case(edit_classes, "student.pth", "--rename", "--merge", "--remove"),
+    case(edit_classes, "student.pth --rename wasp=bee", "'wasp'"),
+    case(edit_classes, "student.pth --rename zero", "--rename", "cat=tomcat"),
+    case(edit_classes, "student.pth --merge 0,1=", "--merge"),
+    case(edit_classes, "student.pth --merge 0,7=one", "'7'"),
+    case(edit_classes, "bare.pth --merge 0,1=one", "--measure-old"),
+    case(edit_classes, "student.pth --remove 0,1,2,3", "every class"),
+    case(edit_classes, "unfinished.pth --remove 0", "--resume"),
+    case(edit_classes, "text.pth --remove 0", "text.pth"),
+    case(edit_classes, "student.pth --remove 0 --output student.pth --overwrite", "student.pth exists"),
+    case(export, "--checkpoint student.pth --output a.onnx --class-order text.png", "--class-order"),
     case(export, "--checkpoint student.pth --output picture.png", "--output picture.png"),
     case(export, f"--checkpoint student.pth --output {LONG}", LONG),
     # Images.

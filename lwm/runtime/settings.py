@@ -173,7 +173,7 @@ def read_settings(
             flag = _flag(name)
             if name in arguments:
                 raise InputError(f"{flag} and {flag}-file both name the {name[:3]} classes; leave one out")
-            arguments[name] = _lines_of(f"{flag}-file", path)
+            arguments[name] = lines_of(f"{flag}-file", path)
     for name, metadata in CONSTANTS.items():
         value = arguments.get(name, getattr(page, name.upper(), None))
         if isinstance(value, str) and name in arguments:
@@ -266,7 +266,7 @@ def _check_page(page: ModuleType) -> None:
             raise InputError(f"config.py: {name} is missing; None stands for the recommended value")
 
 
-def _lines_of(flag: str, path: str) -> list[str]:
+def lines_of(flag: str, path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
