@@ -5,7 +5,7 @@
 Writes metrics.json, demo.png (old-class images, answers, Grad-CAM maps on one scale), demo_confusion.png, and
 demo_report.html where the page of the student's run shows other images or another classifier.
 ``--images folder/`` judges your own images instead. With one subfolder per class you get accuracies; with a flat
-folder, predictions and maps.
+folder, predictions and maps. ``--serve`` opens a page to drop pictures on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwm import classifiers, evaluation, models, verdict
+from lwm import Classifier, classifiers, evaluation, models, verdict
 from lwm.images.batches import Images
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images, read_own_images
 from lwm.probabilities import is_unknown, likeliest, share_of
 from lwm.reporting import plots, report
+from lwm.reporting.serve import serve
 from lwm.runtime import hardware, progress
 from lwm.runtime.checkpoint import batch_size_of, load, restore_model
 from lwm.runtime.errors import InputError, listed, log, one_line_errors
@@ -51,6 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         student_checkpoint = load(settings.student)
         student = hardware.to_device(restore_model(student_checkpoint, own), device)
     require_student_of(teacher_checkpoint, student_checkpoint, settings)
+    if settings.serve:
+        both = {"teacher": teacher_checkpoint, "student": student_checkpoint}
+        sides = {role: Classifier(saved, settings.classifier, own) for role, saved in both.items()}
+        return serve(settings.serve, sides, share_of(settings.unknown or "0.05"))
     names, old = student_checkpoint["class_names"], len(teacher_checkpoint["class_names"])
     images, captions = images_to_judge(settings, student_checkpoint)
     if not len(images.pixels):

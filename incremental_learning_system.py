@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lwm import attention, calibration, classifiers, closed_form, evaluation, models, sharpness, verdict
+from lwm import attention, calibration, classifiers, closed_form, estimate, evaluation, models, sharpness, verdict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     if method.asks_teacher:
         attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
     record = source.record(test, len(old))
-    described = describe_task(settings, new, settings.incremental_lr, record, again=again)
+    described = describe_task(settings, new, settings.incremental_lr, record, again=again, images=len(train.labels))
     checkpoint = student_of(teacher_checkpoint, described)
     sizes = [len(task["classes"]) for task in checkpoint["tasks"]]
     if run_folder.resumed is None and method.loss:
@@ -140,10 +140,12 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint["statistics"] = classifiers.to_checkpoint(statistics)
             checkpoint["classifiers"] = task.by_classifier(statistics)
         calibration.calibrate(student, checkpoint, statistics, held, batch_size, teacher_checkpoint)
+        described["answers"] = task.answers(checkpoint)
 
     if method.loss is None:
         log_row = evaluate(task.logits("student"))
         add_statistics()
+        described["seconds"] = round(task.seconds * len(train.labels), 1)
         with run_folder.writing():
             run_folder.save({**checkpoint, "model": student.state_dict(), "finished": True, "training": {}})
         distributed.leave()
@@ -165,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
                     training.log[-1] |= evaluate()
                     run_folder.write_log(training.log)
                 add_statistics()
+                described["seconds"] = round(training.seconds, 1)
                 training.save(finished=True)
         log_row = training.log[-1]
     if distributed.rank():  # of several processes the first one reports
@@ -202,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
             value = accuracies[f"{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} % right"
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
+    say(estimate.said(described["answers"]["kept"]))
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
     # A training takes new classes alone, and in one class a softmax has nothing to learn.
@@ -214,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")
     say(f"the student is in {run_folder.model}, the page in {run_folder.report}")
     judged = {f"test_{name}": value for name, value in accuracies.items()} | {"lost": comparison.metrics["lost"]}
-    answers = {"classifier": answering, "classifiers": saved["classifiers"]}
+    answers = {"classifier": answering, "classifiers": saved["classifiers"], "kept": described["answers"]["kept"]}
     progress.print_json(settings, {"model": str(run_folder.model), **judged, **answers})
 
 

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if (cells := models.cells(model, settings.image_size)) < models.FEWEST_CELLS:
         log.info(f"attention maps have {cells} x {cells} cells; a larger --image-size gives finer ones")
     model = hardware.to_device(model, device)
+    count = len(train.labels) if settings.epochs else 0
     mean, std = IMAGENET if settings.weights else channel_statistics(train.pixels)
     checkpoint = {
         "architecture": models.OWN if own else settings.model,
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         "mean": list(settings.mean or mean),
         "std": list(settings.std or std),
         "loss_form": settings.loss_form,
-        "tasks": [describe_task(settings, classes, settings.lr, record, first=True)],
+        "tasks": [describe_task(settings, classes, settings.lr, record, first=True, images=count)],
     }
     task, channels = checkpoint["tasks"][0], (checkpoint["mean"], checkpoint["std"])
     board = tensorboard.Board(settings, run_folder.folder, "teacher")
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         """The log's column of the network as it is now, which the task keeps too."""
         logits = evaluation.predict(model, test.pixels, *channels, settings.batch_size)
         task["group_accuracy"] = evaluation.group_accuracies(logits, test.labels, [len(classes)])
+        task["answers"] = evaluation.answers("head", logits, test.labels, [len(classes)])
         return {"test_accuracy": task["group_accuracy"][0]}
 
     if settings.epochs:
@@ -139,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                         model, statistics, features, test.labels, len(classes)
                     )
                 calibration.calibrate(model, checkpoint, statistics, held, settings.batch_size)
+                task["seconds"] = round(training.seconds, 1)
                 training.save(finished=True)
     else:
         evaluate()

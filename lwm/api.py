@@ -92,7 +92,7 @@ class Classifier:
         settings = dict.fromkeys(TASK_SETTINGS) | {"dataset": "folder", "data_dir": str(folder), "epochs": 0}
         settings |= {"method": "closed-form", "loss_form": form, "batch_size": batch_size}
         settings |= {"calibration": CALIBRATION, "hold_back": 0.0}
-        described = describe_task(SimpleNamespace(**settings), new, None, source.record(test))
+        described = describe_task(SimpleNamespace(**settings), new, None, source.record(test), images=len(train.labels))
         saved = whole(student_of(before, described))
         saved |= {
             "statistics": to_checkpoint(task.seen),
@@ -101,6 +101,7 @@ class Classifier:
             "training": {},
         }
         calibrate(network, saved, task.seen, held, batch_size, before)
+        described |= {"answers": task.answers(saved), "seconds": round(task.seconds * len(train.labels), 1)}
         return Classifier(saved, self._asked, self._build)
 
     def predict(self, pictures: Sequence[Picture], unknown: float | None = None) -> list[Answer]:

@@ -61,6 +61,14 @@ class ClassStatistics(NamedTuple):
         """Whether images of every class were seen."""
         return not self.derived.any()
 
+    def only(self, positions: Sequence[int]) -> ClassStatistics:
+        """Those of some classes, in this order; of a scatter that all share, their images' part."""
+        chosen = list(positions)
+        rest = ClassStatistics(*(part if len(part) < len(self.counts) else part[chosen] for part in self))
+        if self.means.shape[1] > WIDEST:
+            rest = rest._replace(scatters=self.scatters * rest.counts.sum() / self.counts.sum())
+        return rest
+
     def with_images(self, more: ClassStatistics, positions: Tensor) -> ClassStatistics:
         """With images of class ``positions[i]`` int64 (k,), measured as class i of ``more``; from N on it is a new one.
 

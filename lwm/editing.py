@@ -103,14 +103,10 @@ def _with_outputs(checkpoint: dict[str, Any], kept: list[int], instead: dict[str
         again = dict.fromkeys(instead.get(name, name) for name in task["again"])
         lists = {"classes": [n for n in task["classes"] if n in names], "again": [n for n in again if n]}
         if any(lists.values()):
-            tasks.append(task | lists | {"group_accuracy": []})
+            tasks.append(task | lists | {"group_accuracy": [], "answers": {}})
     statistics = from_checkpoint(checkpoint)
     if statistics is not None:
-        counts, wide = statistics.counts, statistics.means.shape[1] > WIDEST
-        rest = ClassStatistics(*(part if len(part) < len(counts) else part[kept] for part in statistics))
-        if wide:  # all classes have one scatter, which is for so many images
-            rest = rest._replace(scatters=rest.scatters * rest.counts.sum() / counts.sum())
-        checkpoint = checkpoint | {"statistics": to_checkpoint(rest)}
+        checkpoint = checkpoint | {"statistics": to_checkpoint(statistics.only(kept))}
     model = {k: v[kept] if k in ("fc.weight", "fc.bias") else v for k, v in checkpoint["model"].items()}
     return checkpoint | {"class_names": names, "tasks": tasks, "model": model, "classifiers": {}, "training": {}}
 

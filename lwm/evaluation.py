@@ -217,6 +217,18 @@ def by_classifier(
     }
 
 
+def answers(
+    classifier: str, logits: Tensor, labels: Tensor, sizes: Sequence[int], kept: float | None = None
+) -> dict[str, Any]:
+    """What a checkpoint keeps of how well a task's model answers, by its ``classifier``, in percent of test images.
+
+    Of all classes ("accuracy") and of each task's ("groups"); "kept" is that of estimate.py.
+    """
+    groups = group_accuracies(logits, labels, sizes)
+    accuracy = accuracies(logits, labels, sizes[0])["accuracy"]
+    return {"classifier": classifier, "accuracy": accuracy, "groups": groups, "kept": kept}
+
+
 def linear_logits(layer: Linear, features: Tensor) -> Tensor:
     """float32 (n, N) of features float64 (n, C)."""
     weight, bias = layer

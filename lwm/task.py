@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwm import classifiers, closed_form, evaluation, verdict
+from lwm import classifiers, closed_form, estimate, evaluation, verdict
 from lwm.classifiers import ClassStatistics, Linear
 from lwm.images.batches import Images
 from lwm.images.datasets import Source
@@ -79,6 +79,7 @@ class Task:
         self.rows = classifiers.linear_layer("head", None, teacher)
         self.seconds = 0.0  # that the network took for a training image
         self._known = classifiers.from_checkpoint(teacher_checkpoint)
+        self._before = _answering(teacher_checkpoint)
         self._taken: dict[tuple[str, str], Tensor] = {}
 
     def features(self, of: str, images: str) -> Tensor:
@@ -158,3 +159,20 @@ class Task:
             untrained = evaluation.linear_logits(self.head(), self.features("teacher", "test"))
             accuracies[verdict.UNTRAINED] = evaluation.accuracies(untrained, labels, self.old)
         return accuracies
+
+    def answers(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Of evaluation.answers, for the student's ``checkpoint`` as it has become."""
+        now, name = classifiers.from_checkpoint(checkpoint), _answering(checkpoint)
+        layer = classifiers.linear_layer(name, now, self.networks["student"])
+        logits = evaluation.linear_logits(layer, self.features("student", "test"))
+        sizes, kept = [len(task["classes"]) for task in checkpoint["tasks"]], None
+        if now:
+            before = self.rows
+            if self._before != "head":
+                before = classifiers.linear_layer(self._before, self.known, self.networks["teacher"])
+            kept = estimate.kept(before, layer, self.known, now, self.moves)
+        return evaluation.answers(name, logits, self.images["test"].labels, sizes, kept)
+
+
+def _answering(checkpoint: dict[str, Any]) -> str:
+    return classifiers.choose("auto", checkpoint) if checkpoint["statistics"] else "head"

@@ -155,6 +155,11 @@ class Training:
                 raise error[1]
             distributed.leave()
 
+    @property
+    def seconds(self) -> float:
+        """That all epochs took, of earlier runs too."""
+        return sum(len(self.images.labels) / row["images_per_second"] for row in self.log)
+
     def epochs(self) -> Iterator[Row]:
         """Train the epochs that are left; of each its row of the log, to which the caller may add."""
         self.started, self.done_here, self.is_forecast, done = time.perf_counter(), 0, False, len(self.log)

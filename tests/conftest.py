@@ -115,6 +115,7 @@ def task_of(names: Sequence[str], **changes: Any) -> dict[str, Any]:
     values = {"dataset": "digits", "data_dir": "data", "hold_back": 0.0, "epochs": 1, "group_accuracy": [50.0]}
     judged = {"dataset": "digits", "data_dir": "data", "split": "test"}
     values |= {"pretrained": False, "batch_size": 8, "judged": judged, "apart": [], "again": []}
+    values |= {"images": 8, "seconds": 1.0, "answers": {}}
     return {"classes": list(names), "method": "lwm"} | values | changes
 
 
@@ -179,6 +180,27 @@ def run(whole: Path) -> Callable[..., int]:
         return incremental.main(["--teacher", str(first(whole)), *RUN, "--output-dir", str(folder), *flags])
 
     return start
+
+
+# A browser ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = shutil.which("chromedriver")
+    if not driver or not shutil.which("chromium"):
+        pytest.skip("there is no chromium with its driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *quiet):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
 
 
 # A small archive in CIFAR's format --------------------------------------------------------------------------------

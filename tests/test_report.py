@@ -4,7 +4,6 @@ import html.parser
 import itertools
 import json
 import re
-import shutil
 import types
 from pathlib import Path
 
@@ -196,24 +195,6 @@ while (walker.nextNode()) {
 }
 return broken
 """
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = shutil.which("chromedriver")
-    if not driver or not shutil.which("chromium"):
-        pytest.skip("there is no chromium with its driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *quiet):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 def test_it_opens_without_an_error_or_a_request_and_filters_by_class(made, browser):

@@ -95,19 +95,31 @@ def _coloured(grey: np.ndarray, strength: np.ndarray) -> np.ndarray:
     return np.round(255 * cover * colours + (1 - cover) * grey[..., None]).astype(np.uint8)
 
 
+def covered(whole: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A photograph uint8 (3, H, W) with the map (h, w) over its middle square, as uint8 (H, W, 3)."""
+    picture = whole.transpose(1, 2, 0).copy()
+    top, left, side = _middle(*picture.shape[:2])
+    square = picture[top : top + side, left : left + side]
+    square[:] = overlay(square.transpose(2, 0, 1), heat, float(heat.max()))
+    return picture
+
+
+def _middle(height: int, width: int) -> tuple[int, int, int]:
+    """Top, left and side of the middle square."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side
+
+
 def photograph(whole: np.ndarray, heat: np.ndarray, label: str, path: Path) -> None:
     """A photograph uint8 (3, H, W) with the map (h, w) of its middle square, which is marked, and a colour bar.
 
     One pixel of the file is one of the photograph; a small one is enlarged by a whole number.
     """
     times = max(1, SMALLEST // max(whole.shape[1:]))
-    picture = whole.repeat(times, axis=1).repeat(times, axis=2).transpose(1, 2, 0).copy()
+    picture = covered(whole.repeat(times, axis=1).repeat(times, axis=2), heat)
     height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = picture[top : top + side, left : left + side]
+    top, left, side = _middle(height, width)
     peak = float(heat.max())
-    square[:] = overlay(square.transpose(2, 0, 1), heat, peak)
     with fonts_for([label], path):
         dpi, wide, tall = 100, width + 110, max(height, SMALLEST)
         figure = plt.figure(figsize=(wide / dpi, tall / dpi))
@@ -153,6 +165,22 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     write(figure, path)
+
+
+def accuracy_over_tasks(runs: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]], path: Any) -> None:
+    """A line for each run: after each task the accuracy of all classes, and of the first task's."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    with fonts_for((name for name, *_ in runs), path):
+        for (name, *lines), marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
+            for axis, values in zip(axes, lines, strict=True):
+                numbers = [np.nan if value is None else value for value in values]
+                axis.plot(range(len(numbers)), numbers, marker=marker, label=name)
+        for axis, title in zip(axes, ("all classes", "classes of the first task"), strict=True):
+            axis.set(title=title, xlabel="task", ylim=(0, 102))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("right, %")
+        axes[1].legend(fontsize="small")
+        write(figure, path)
 
 
 def confusion(counts: np.ndarray, class_names: Sequence[str], path: Path | io.BytesIO) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lwm import verdict
+from lwm import estimate, verdict
 from lwm.evaluation import LONGER, Comparison, Side, View, accuracies, class_accuracies, confusion
 from lwm.images.batches import Images
 from lwm.probabilities import likeliest
@@ -28,7 +28,7 @@ from lwm.runtime.files import write_atomically
 CONFUSED = 12  # rows of what is confused most
 DRAWN = 100  # classes of which a confusion matrix can still be read
 # Of a task's settings: shown elsewhere, or somebody's own paths.
-HIDDEN = ("classes", "again", "group_accuracy", "data_dir", "judged", "apart")
+HIDDEN = ("classes", "again", "group_accuracy", "answers", "data_dir", "judged", "apart")
 
 
 def of_teacher(path: Path, images: Images, side: Side, views: dict[int, list[View]]) -> None:
@@ -45,6 +45,7 @@ def of_teacher(path: Path, images: Images, side: Side, views: dict[int, list[Vie
         verdict=verdict.of_teacher(student["accuracy"], counts.tolist(), names),
         identity=identity(images, side),
         teacher=None,
+        estimated="",
         student=student,
         classes=_classes(side.checkpoint, counts.sum(1).tolist(), [], of_classes, [], []),
         cards=_cards(images, [side], views, {}),
@@ -61,6 +62,7 @@ def of_student(path: Path, images: Images, comparison: Comparison) -> None:
         moved = f"moved by {distance:.2f}, {overlap:.0f} % of the strongest fifth in common"
         notes[int(index)] = "one of the two maps of the true class is zero" if distance.isnan() else moved
     of_classes, attention = metrics["classes"], metrics["attention"].values()
+    answers = student["tasks"][-1]["answers"]  # none if classes were edited since
     columns = of_classes["images"], of_classes["teacher"], of_classes["student"], *attention
     _write(
         path,
@@ -72,6 +74,7 @@ def of_student(path: Path, images: Images, comparison: Comparison) -> None:
         identity=identity(images, *comparison.sides),
         teacher=metrics["teacher"] | {"classifier": teacher.get("classifier", "head")},
         student=metrics["student"],
+        estimated=estimate.said(answers["kept"]) if answers else "",
         classes=_classes(student, *columns),
         cards=_cards(images, comparison.sides, comparison.views, notes),
         old=old,
@@ -102,7 +105,7 @@ def _cards(
         maps = []
         for role, shown, heat in own:
             peak = float(heat.max())
-            picture = _uri(plots.encode(plots.overlay(pixels, heat.numpy(), peak)))
+            picture = uri(plots.encode(plots.overlay(pixels, heat.numpy(), peak)))
             strength = 100 * peak / largest if peak else None
             maps.append({"role": role, "image": picture, "of": names[shown], "strength": strength})
         answers = []
@@ -111,7 +114,7 @@ def _cards(
                 continue
             answer, probability = likeliest(side.logits[index].numpy(), names)[0]
             answers.append((side.role, answer, 100 * probability, answer == names[label]))
-        card = {"label": label, "name": names[label], "image": _uri(plots.encode(pixels.transpose(1, 2, 0)))}
+        card = {"label": label, "name": names[label], "image": uri(plots.encode(pixels.transpose(1, 2, 0)))}
         cards.append(card | {"maps": maps, "answers": answers, "note": notes.get(index, "")})
     return cards
 
@@ -144,7 +147,22 @@ def _confused(counts: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, 
     return [(names[true], names[answer], counts[true, answer], totals[true]) for true, answer in wrong[:CONFUSED]]
 
 
-def _uri(picture: bytes) -> str:
+def environment() -> jinja2.Environment:
+    """Of the templates beside this module; a text of a stranger is escaped in them."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"source_hash": _hash, "listed": listed}
+    templates.globals |= {"between": _between, "longer": LONGER}
+    return templates
+
+
+def uri(picture: bytes) -> str:
+    """A picture in an HTML page."""
     kind = "png" if picture.startswith(b"\x89PNG") else "svg+xml" if b"<svg" in picture[:400] else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
@@ -159,26 +177,21 @@ def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content
     first = list(range(len(rows)))
     if len(rows) > verdict.NOTABLE:
         first = verdict.notable(*([row[side] for row in rows] for side in ("teacher", "student")))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"source_hash": _hash, "listed": listed}
-    environment.globals |= {"between": _between, "longer": LONGER}
     drawn = counts.any() and len(names) <= DRAWN
-    page = environment.get_template("report.html.jinja").render(
-        **content,
-        checkpoint=checkpoint,
-        images=counts.sum(1),
-        answering=checkpoint.get("classifier", "head"),
-        several=content["teacher"] is not None,
-        first=[rows[label] for label in first],
-        curves=_uri(plots.svg(plots.curves, training["log"], "This task")) if "log" in training else None,
-        confusion=_uri(plots.svg(plots.confusion, counts, names)) if drawn else None,
-        confused=_confused(counts, names),
-        settings={name: value for name, value in checkpoint["tasks"][-1].items() if name not in HIDDEN},
+    page = (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            **content,
+            checkpoint=checkpoint,
+            images=counts.sum(1),
+            answering=checkpoint.get("classifier", "head"),
+            several=content["teacher"] is not None,
+            first=[rows[label] for label in first],
+            curves=uri(plots.svg(plots.curves, training["log"], "This task")) if "log" in training else None,
+            confusion=uri(plots.svg(plots.confusion, counts, names)) if drawn else None,
+            confused=_confused(counts, names),
+            settings={name: value for name, value in checkpoint["tasks"][-1].items() if name not in HIDDEN},
+        )
     )
     write_atomically(path, page.encode())

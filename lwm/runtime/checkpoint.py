@@ -5,8 +5,9 @@ architecture, stem, image_size, mean, std, loss_form     how to build the networ
                      code whoever loads it names (models/own.py)
 class_names          in the order of the outputs, which is the order in which they were taught
 tasks                one dict a task: its classes, "again": old ones of which it had more images, where the images were,
-                     method, settings, accuracies; "judged": the data set, folder and split that judged it; "apart":
-                     hashes of test images that it set apart
+                     method, settings, accuracies of the head; "judged": the data set, folder and split that judged it;
+                     "apart": hashes of test images that it set apart; "images", "seconds": what it was trained on, and
+                     for how long; "answers": how well the task's model answers (evaluation.answers)
 model                the network's state_dict
 statistics           counts, means, scatters and shrinkages of the classes' features (classifiers.py); may be empty
 classifiers          for each classifier its accuracies on the test images; may be empty
@@ -44,7 +45,7 @@ from lwm.runtime.files import write_atomically
 from lwm.runtime.setting_types import UNPRINTABLE
 
 FORMAT = "learning-without-memorizing checkpoint"
-VERSION = 6
+VERSION = 7
 OPTIONAL = ("statistics", "classifiers", "temperatures", "unknown", "held_back")  # may be empty
 AT_A_TIME = 64  # images that a network judges where no run says how many fit
 MOST_STEPS = 10**8  # of the optimiser; no number of its state is larger
@@ -191,6 +192,11 @@ JUDGED = {
     **dict.fromkeys(("dataset", "data_dir"), str),
     "split": lambda value: value in ("test", "val", "apart", "held back"),
 }
+ANSWERS = {
+    "classifier": str,
+    **dict.fromkeys(("accuracy", "kept"), PERCENT),
+    "groups": [PERCENT],
+}
 TASK = {
     "classes": [lambda name: type(name) is str and name and not UNPRINTABLE.search(name)],
     "again": [str],
@@ -202,6 +208,9 @@ TASK = {
     "batch_size": _optional(_number(1, 10**9, int)),
     "pretrained": bool,
     "group_accuracy": [PERCENT],
+    "images": _number(0, 10**9, int),
+    "seconds": _number(0, 1e12),
+    "answers": lambda value: value == {} or _check(value, ANSWERS, "answers"),
 }
 # Besides, of the task that a run may go on with.
 SETTINGS = ["loss_form", "beta", "gamma", "temperature", "batch_norm", "warm_up", "momentum", "weight_decay", "flip"]
@@ -283,7 +292,7 @@ def _check_whole(checkpoint: Any) -> None:
     for number, task in enumerate(tasks):
         known = [name for earlier in tasks[:number] for name in earlier["classes"]]
         _require({*task["again"]} <= {*known}, "more images are of a class that was not known")
-        others = (value for key, value in task.items() if type(value) is not list and key != "judged")
+        others = (value for key, value in task.items() if type(value) is not list and key not in ("judged", "answers"))
         _require(all(map(_scalar, others)), "a setting of a task is not valid")
         _require(len(task["group_accuracy"]) <= len(tasks), "group_accuracy has more groups than there are tasks")
     _check_weights(checkpoint)

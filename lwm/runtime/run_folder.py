@@ -37,11 +37,12 @@ def describe_task(
     record: dict[str, Any] | None,
     first: bool = False,
     again: Sequence[str] = (),
+    images: int = 0,
 ) -> dict[str, Any]:
     """What the checkpoint says of a task: its classes, where their images were, how it was trained, and what judged it.
 
-    ``again`` are old classes of which there were more images. ``record`` is that of the source; None for a network that
-    was taken as it is, of whose images nothing is known.
+    ``again`` are old classes of which there were more images; ``images`` is the number of all. ``record`` is that of
+    the source; None for a network that was taken as it is, of whose images nothing is known.
     """
     place = {"dataset": settings.dataset, "data_dir": str(Path(settings.data_dir).resolve())}
     values = {name: None if first and name in OF_STUDENTS else getattr(settings, name) for name in TASK_SETTINGS}
@@ -57,7 +58,10 @@ def describe_task(
         "learning_rate": learning_rate,
         "pretrained": first and bool(settings.weights),
         "epochs": settings.epochs,
+        "images": images,
+        "seconds": 0.0,
         "group_accuracy": [],
+        "answers": {},
     }
 
 

@@ -116,9 +116,9 @@ def file(help: str, default: str = "") -> Any:
     return field(default=default, metadata={"help": help, "file": check_path})
 
 
-def part(help: str) -> Any:
-    """The name of a part of such a file, or None."""
-    return field(default=None, metadata={"help": help, "file": check_text})
+def part(help: str, alone: str | None = None) -> Any:
+    """The name of a part of such a file, or None; ``alone`` is meant by the flag without a value."""
+    return field(default=None, metadata={"help": help, "file": check_text, "alone": alone})
 
 
 def switch(help: str) -> Any:

@@ -85,6 +85,7 @@ class Settings:
     checkpoint: str = setting_types.file("any checkpoint of this project")
     images: str = setting_types.file("a folder of your own images to judge, flat or with a subfolder for each class")
     unknown: str = setting_types.file("answer unknown if less like any class than this share of their images: 0.05")
+    serve: str | None = setting_types.part("a page to drop pictures on, at this port or host:port (8000)", "8000")
     image: str = setting_types.file("the image to explain")
     class_name: str | None = setting_types.part("the class to explain (default: the network's answer)")
     layer: str | None = setting_types.part("the layer to look at (default: the last feature map)")
@@ -126,7 +127,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {  # script: constants that it reads,
     "demo": (
         "dataset data_dir cache_dir skip_bad_images device classifier quiet json output_dir",
         "teacher student",
-        "images unknown",
+        "images unknown serve",
     ),
     "gradcam": ("classifier", "checkpoint image", "class_name layer output"),
 }
@@ -240,7 +241,8 @@ def _parser(script: str, page: ModuleType, own_choices: dict[str, tuple[str, ...
         f"{script}.py", description=_DESCRIPTIONS[script], allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for name in required + optional:
-        parser.add_argument(_flag(name), help=FILES[name]["help"], required=name in required)
+        optional_value = {"nargs": "?", "const": alone} if (alone := FILES[name].get("alone")) else {}
+        parser.add_argument(_flag(name), help=FILES[name]["help"], required=name in required, **optional_value)
     for name, metadata in CONSTANTS.items():
         default = getattr(page, name.upper(), None)
         if default is None:

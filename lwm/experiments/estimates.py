@@ -1,0 +1,102 @@
+"""How good is the estimate of what a student keeps of its old classes (lwm/estimate.py)? Against the truth.
+
+    python3 -m lwm.experiments.estimates digits
+    python3 -m lwm.experiments.estimates photos84 --images 60 --flags="--image-size 48"
+
+Teachers of five classes learn three more and then two, by each of three methods: ``digits``, or the folders
+train/<class>/ and test/<class>/ of another data set, with so many ``--images`` of each class. The truth is the
+accuracy on the old classes' test images; the estimate is the teacher's accuracy times what is kept. The constants of
+estimate.py were chosen on the first split (0), and the table has the others. results/estimates/ gets a row a student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from lwm import classifiers, estimate
+from lwm.experiments import cells, tables
+from lwm.experiments.own_images import IMAGES, OLD, SPLITS, classes_of, linked
+from lwm.runtime import hardware
+from lwm.runtime.checkpoint import load, restore_model
+from lwm.runtime.errors import one_line_errors
+from lwm.runtime.settings import OneLineParser
+
+TASKS = (3, 2)  # classes of each, after the teacher's
+METHODS = ("closed-form", "lwm", "finetune")
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("data", type=Path, help="digits, or a folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each class of a folder (default: 60)")
+    parser.add_argument("--flags", default="", help="further flags of the teacher's script")
+    parser.add_argument("--work-dir", default=Path("runs/estimates"), type=Path)
+    options = parser.parse_args(argv)
+    path, digits = tables.ROOT / "results" / "estimates" / "accuracy.csv", str(options.data) == "digits"
+    for split, shift in enumerate(SPLITS):
+        work = (options.work_dir / options.data.name / str(split)).resolve()
+        if digits:
+            classes, data = [str((shift + index) % 10) for index in range(10)], ["--dataset", "digits"]
+        else:
+            classes = [*itertools.chain(*classes_of(options.data, shift))][: OLD + sum(TASKS)]
+            photos = linked(options.data, classes, work / "photos", options.images)
+            data = ["--dataset", "folder", "--data-dir", str(photos)]
+        flags = [*data, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
+        first = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
+        for method in METHODS:
+            teacher, known = first, OLD
+            for task, count in enumerate(TASKS, 1):
+                new, known = classes[known : known + count], known + count
+                flags = ["--teacher", str(teacher), "--method", method, "--new-classes", ",".join(new), *data]
+                student = cells.run_script("incremental_learning_system.py", work / method / str(task), flags, 1)
+                key = {"protocol": "estimates", "method": f"{options.data.name} {method}", "seed": split, "task": task}
+                tables.write_rows(path, [{**key, **row_of(teacher, student), **hardware.machine(1)}])
+                teacher = student
+    tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
+
+
+def row_of(teacher: Path, student: Path) -> dict[str, float | str]:
+    """Accuracies on the old classes in percent, and what the estimate is made of."""
+    before, after = load(teacher), load(student)
+    known, now = classifiers.from_checkpoint(before), classifiers.from_checkpoint(after)
+    assert known and now  # of networks that were trained here
+    names = [classifiers.choose("auto", each) for each in (before, after)]
+    layers = [
+        classifiers.linear_layer(name, statistics, restore_model(each))
+        for name, statistics, each in zip(names, (known, now), (before, after), strict=True)
+    ]
+    moved = bool(after["tasks"][-1]["epochs"])
+    return {
+        "classifier": names[1],
+        "teacher": before["classifiers"][names[0]]["accuracy"],
+        "old": after["classifiers"][names[1]]["accuracy_old"],
+        "ratio": round(estimate.ratio(layers[0], layers[1], known, now, moved), 4),
+        "unexplained": round(estimate.unexplained(known, now), 4) if moved else 0.0,
+        "kept": estimate.kept(layers[0], layers[1], known, now, moved),
+    }
+
+
+def table_of(rows: pd.DataFrame) -> str:
+    """For each data set and method the mean truth, and how far the estimates are off where there are any."""
+    rows = rows[rows["seed"].astype(int) > 0]
+    values = rows[["teacher", "old", "kept"]].apply(pd.to_numeric)
+    rows = rows.assign(old=values["old"], error=(values["teacher"] * values["kept"] / 100 - values["old"]).abs())
+    lines = []
+    for name, own in [*rows.groupby("method", sort=True), ("all", rows)]:
+        error = own["error"].dropna()
+        off = {"mean error, points": f"{error.mean():.1f}", "largest": f"{error.max():.1f}"} if len(error) else {}
+        shown = {"students": name, "number": len(own), "old classes, %": f"{own['old'].mean():.1f}"}
+        lines.append(shown | {"estimated": len(error)} | {"mean error, points": "-", "largest": "-"} | off)
+    return tables.markdown(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
