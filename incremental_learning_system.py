@@ -3,8 +3,8 @@
     python3 incremental_learning_system.py --teacher runs/first/teacher_model.pth
 
 The teacher may be the student of an earlier task. Architecture, class names, normalisation and image size come from
-its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out. In closed form
-NEW_CLASSES may name old classes too: these get more images.
+its checkpoint. The old classes' training images are sealed: the data layer refuses to hand them out. NEW_CLASSES may
+name old classes too if METHOD is set: these get more images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lwm import attention, calibration, classifiers, closed_form, estimate, eval
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
 from lwm.images.judging import find_test_images
-from lwm.losses import METHODS, loss_form
+from lwm.losses import METHODS, distil, loss_form, of_named
 from lwm.reporting import plots, report, tensorboard
 from lwm.runtime import distributed, hardware, progress, recommended
 from lwm.runtime.checkpoint import AT_A_TIME, fingerprint, load, restore_model
@@ -47,10 +47,10 @@ def main(argv: list[str] | None = None) -> None:
             settings = dataclasses.replace(settings, new_classes=new_classes(source, old))
     named, cache = list(settings.new_classes), Path(settings.cache_dir)
     new, again = ([name for name in named if (name in old) is known] for known in (False, True))
-    if again and (settings.method is None or METHODS[settings.method].loss):
+    if again and settings.method is None:  # the same command twice is not to count its images twice
         raise InputError(
             f"{settings.where('new_classes')}: the teacher already knows {again[0]!r}; take it out, or give it more "
-            "images with --method closed-form, which trains nothing"
+            "images with --method closed-form or lwm"
         )
     size, channels = teacher_checkpoint["image_size"], (teacher_checkpoint["mean"], teacher_checkpoint["std"])
     with settings.naming("data_dir"):
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     source.seal([name for name in old if name not in again])
     with settings.naming("new_classes"):
         source.require_classes(named)
+        if len(again) == len(old) and method.asks_teacher:
+            raise InputError("every class of the teacher is named, so that none is left to distil; take closed-form")
     taught = teacher_checkpoint["tasks"]
     test = find_test_images(taught, size, settings.skip_bad_images, cache, here, source=source, new=new)
     train, held = source.train(named, old + new), source.held_back(named, old + new)
@@ -105,14 +107,15 @@ def main(argv: list[str] | None = None) -> None:
         models.widen_head(student, len(new))
         if settings.loss_form == "binary":
             models.start_at_prior(student, first=len(old))
-        if begins_closed:
-            models.set_last_rows(student, *task.new_rows())
+        if begins_closed and new:
+            models.set_last_rows(student, *(rows[len(again) :] for rows in task.new_rows()))
     if not method.trains_backbone:
         models.freeze_backbone(student)
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
     if method.loss and settings.incremental_lr is None:
-        rate = sharpness.stable_rate(student, teacher, train, channels, len(old), settings)
+        kept = of_named(distil, task.again, len(old), len(old) + len(new))
+        rate = sharpness.stable_rate(student, teacher, train, channels, len(old), settings, kept)
         settings = dataclasses.replace(settings, incremental_lr=rate)
     if method.asks_teacher:
         attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))
@@ -151,8 +154,9 @@ def main(argv: list[str] | None = None) -> None:
         distributed.leave()
     else:
         asked, teacher_hash = teacher if method.asks_teacher else None, fingerprint(teacher_checkpoint)
+        loss = of_named(method.loss, task.again, len(old), len(old) + len(new))
         with Training(
-            run_folder, checkpoint, student, train, method.loss, settings, asked, len(old), teacher_hash
+            run_folder, checkpoint, student, train, loss, settings, asked, len(old), teacher_hash
         ) as training:
             for row in training.epochs():
                 if training.is_due(row):
@@ -212,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     if method.loss is None and not again and (len(new) > 1 or settings.loss_form == "binary"):
         minutes = recommended.minutes(settings, len(train.labels), pretrained, task.seconds)
         log.info(f"LwM trains on from here, in about {minutes:.0f} minutes: {lwm_command(settings)}")
-    if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(new))):
+    if method.loss and (failure := verdict.what_failed(saved["training"]["log"], len(named))):
         log.warning(failure)
     if log_row.get("zero_maps", 0) > 0.5:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")

@@ -196,19 +196,19 @@ def compensate(statistics: ClassStatistics, drift: DriftMap, unexplained: float)
 
 
 def update(statistics: ClassStatistics | None, old: Tensor, new: Tensor, labels: Tensor) -> ClassStatistics:
-    """``statistics`` of the old classes, if there are any, compensated, and those of the new classes behind them.
+    """``statistics`` of the old classes, if there are any, compensated, and with the images of this task.
 
-    ``old`` and ``new`` (n, C) are the new images' features in the old and the new network, labels int64 (n,) their
+    ``old`` and ``new`` (n, C) are their features in the old and the new network, labels int64 (n,) their classes'
     positions in the output.
     """
-    first, last = int(labels.min()), int(labels.max())
-    added = measure(new, labels - first, last - first + 1)
+    present, positions = labels.unique(return_inverse=True)
+    added = measure(new, positions, len(present))
     if statistics is None:
         return added
     drift = fit_drift(old, new)
     within = float(added.scatters.sum(0).trace() / added.counts.sum())
     unexplained = float(drift.residual.trace()) / max(within, 1e-12)
-    return compensate(statistics, drift, min(1.0, unexplained)).with_images(added, torch.arange(first, last + 1))
+    return compensate(statistics, drift, min(1.0, unexplained)).with_images(added, present)
 
 
 # The classifiers --------------------------------------------------------------------------------------------------

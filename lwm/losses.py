@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -126,6 +127,29 @@ def compared_maps(student: Output, teacher: Output, old: int) -> tuple[Tensor, T
         return ours, differentiated_map(teacher.logits, teacher.features, classes)
     ours = closed_form_map(student.features, student.head, classes)
     return ours, closed_form_map(teacher.features, teacher.head, classes).detach()
+
+
+def of_named(loss: Callable[..., Terms], again: Tensor, old: int, outputs: int) -> Callable[..., Terms]:
+    """A method's loss on images of new classes and of the old ones ``again`` int64 (k,), of ``outputs`` in all.
+
+    For the loss these old classes are new too, so that it gets all outputs in another order: first those of which there
+    are no images, which are distilled.
+    """
+    if not len(again):
+        return loss
+    rest = torch.tensor([label for label in range(old) if label not in again])
+    order = torch.cat([rest, again, torch.arange(old, outputs)])
+    rank = order.argsort()
+
+    def reordered(output: Output, order: Tensor) -> Output:
+        order = order.to(output.logits.device)
+        return output._replace(logits=output.logits[:, order], head=None if output.head is None else output.head[order])
+
+    def loss_of_named(student: Output, teacher: Output | None, labels: Tensor, old: int, settings: Any) -> Terms:
+        asked = None if teacher is None else reordered(teacher, rest)
+        return loss(reordered(student, order), asked, rank.to(labels.device)[labels], len(rest), settings)
+
+    return loss_of_named
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lwm.images.batches import Images, to_input
-from lwm.losses import distil
+from lwm.losses import Terms, distil
 from lwm.models import Network
 from lwm.runtime.errors import log
 
@@ -27,12 +27,19 @@ IMAGES = 16
 
 
 def stable_rate(
-    student: Network, teacher: Network, images: Images, channels: tuple[Any, Any], old: int, settings: Any
+    student: Network,
+    teacher: Network,
+    images: Images,
+    channels: tuple[Any, Any],
+    old: int,
+    settings: Any,
+    loss: Callable[..., Terms] = distil,
 ) -> float:
     """The learning rate at which a student that begins as its ``teacher`` stays near it: ``SAFE`` / lambda.
 
     Measured on ``IMAGES`` of the new classes' ``images``, normalised by ``channels`` (mean, std); takes as long as nine
-    steps. ``settings`` has loss_form, beta and temperature. At most ``MOST``, as without distillation.
+    steps. ``loss`` has the term "distillation", and ``settings`` has loss_form, beta and temperature. At most ``MOST``,
+    as without distillation.
     """
     device = next(student.parameters()).device
     index = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0))[:IMAGES]
@@ -43,7 +50,7 @@ def stable_rate(
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
 
     def distillation() -> Tensor:
-        return settings.beta * distil(student(inputs), asked, labels, old, settings)["distillation"]
+        return settings.beta * loss(student(inputs), asked, labels, old, settings)["distillation"]
 
     curvature = largest_curvature(distillation, parameters)
     rate = float(f"{min(MOST, SAFE / max(curvature, 1e-9)):.1g}")

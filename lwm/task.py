@@ -166,11 +166,11 @@ class Task:
         layer = classifiers.linear_layer(name, now, self.networks["student"])
         logits = evaluation.linear_logits(layer, self.features("student", "test"))
         sizes, kept = [len(task["classes"]) for task in checkpoint["tasks"]], None
-        if now:
+        if now and not self.moves:
             before = self.rows
             if self._before != "head":
                 before = classifiers.linear_layer(self._before, self.known, self.networks["teacher"])
-            kept = estimate.kept(before, layer, self.known, now, self.moves)
+            kept = estimate.kept(before, layer, now.only(range(self.old)))
         return evaluation.answers(name, logits, self.images["test"].labels, sizes, kept)
 
 

@@ -37,12 +37,15 @@ def train_one_epoch(
     settings: Any,
     optimizer: torch.optim.Optimizer,
     schedule: Any,
+    named: Tensor | None = None,
 ) -> None:
     """A step of the optimiser for each of ``batches``: normalised images (B, 3, H, W), labels (B,), a weight.
 
-    The weight multiplies the gradient; ``batches.record`` gets the loss terms, and in percent "correct" and, with a
-    teacher, "agreement": the images of which both networks think of the same old class first.
+    The weight multiplies the gradient; ``batches.record`` gets the loss terms, and in percent "correct", among the
+    classes ``named`` int64 (k,) that have images (None: the new ones), and, with a teacher, "agreement": the images of
+    which both networks think of the same class of the others first.
     """
+    rest = torch.tensor([label for label in range(old) if named is None or label not in named])
     for images, labels, weight in batches:
         # The heads, and so all maps and losses, are in the precision of the weights.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -54,10 +57,12 @@ def train_one_epoch(
         (weight * terms["total"]).backward()
         optimizer.step()
         schedule.step()
-        correct = 100 * (output.logits[:, old:].argmax(1) == labels - old).float().mean()  # among the new classes
+        own = torch.arange(old, output.logits.shape[1]) if named is None else named
+        own, others = own.to(labels.device), rest.to(labels.device)
+        correct = 100 * (own[output.logits[:, own].argmax(1)] == labels).float().mean()
         measured = terms | {"correct": correct}
         if asked is not None:
-            alike = output.logits[:, :old].argmax(1) == asked.logits[:, :old].argmax(1)
+            alike = output.logits[:, others].argmax(1) == asked.logits[:, others].argmax(1)
             measured["agreement"] = 100 * alike.float().mean()
         batches.record(measured)
 
@@ -175,6 +180,7 @@ class Training:
                 self.settings,
                 self.optimizer,
                 self.schedule,
+                self.images.labels.unique(),
             )
             row, self.batches = self.batches.row(number), None
             self.log.append(row)

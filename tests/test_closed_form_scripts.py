@@ -166,9 +166,31 @@ def test_more_images_of_known_classes_and_a_new_one_are_as_all_images_at_once(ph
     assert demo.main(shown) == 0
     assert demo.main([*shown[:3], str(two), *shown[4:]]) == 2  # no student of itself
     data = ["--dataset", "folder", "--data-dir", str(parts[1]), "--output-dir", str(tmp_path / "no")]
-    for asked in ([], ["--method", "lwm"]):  # the same command twice is not to count its images twice
-        assert incremental.main(["--teacher", str(two), *data, "--new-classes", "a", *asked]) == 2
-        assert "closed-form" in capsys.readouterr().err.splitlines()[-1]
+    # The same command twice is not to count its images twice.
+    assert incremental.main(["--teacher", str(two), *data, "--new-classes", "a"]) == 2
+    assert "closed-form" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", ["lwm", "finetune", "frozen"])
+def test_a_training_takes_more_images_of_known_classes_too(method, own, photos, tmp_path, capsys):
+    """With a rate of nearly nothing every row is in its place, and answers as in the teacher."""
+    closed = step(own, photos, "d,e", tmp_path / "1")
+    rate = ["--method", method, "--epochs", "1", "--incremental-lr", "1e-12", "--batch-norm", "frozen"]
+    more = checkpoint.load(step(closed, photos, "f,b,d", tmp_path / "2", *rate))
+    before = checkpoint.load(closed)
+    assert (more["class_names"], more["tasks"][-1]["again"]) == (list("abcdef"), ["b", "d"])
+    torch.testing.assert_close(more["model"]["fc.weight"][:5], before["model"]["fc.weight"], rtol=1e-4, atol=1e-5)
+    assert more["statistics"]["derived"].tolist() == [1, 0, 1, 0, 0, 0]
+    assert more["statistics"]["counts"][3] == 2 * before["statistics"]["counts"][3]
+    # Known classes alone: they are the last of the loss, but not of the network.
+    alone = checkpoint.load(step(closed, photos, "b,d", tmp_path / "3", *rate))
+    assert alone["class_names"] == list("abcde")
+    torch.testing.assert_close(alone["model"]["fc.weight"], before["model"]["fc.weight"], rtol=1e-4, atol=1e-5)
+    if method == "lwm":
+        flags = ["--teacher", str(own), "--dataset", "folder", "--data-dir", str(photos), "--new-classes", "a,b,c"]
+        capsys.readouterr()
+        assert incremental.main([*flags, "--method", "lwm", "--output-dir", str(tmp_path / "4")]) == 2
+        assert "every class" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_more_images_change_their_own_class_alone_in_a_network_that_was_taken(own, photos, tmp_path):

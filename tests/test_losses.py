@@ -20,6 +20,7 @@ from lwm.losses import (
     distillation_sigmoid,
     distillation_softmax,
     lwm,
+    of_named,
 )
 
 OLD = 3  # classes of ``case``
@@ -201,3 +202,26 @@ def test_a_control_compares_what_it_says(name):
         else:
             assert whole.abs().max() > 1e-6
             torch.testing.assert_close(gradients[route], whole)
+
+
+@pytest.mark.parametrize("form", ["binary", "softmax"])
+def test_known_classes_with_images_are_classified_and_the_others_distilled(form):
+    """Of five old classes two have images, beside two new ones: each term has a gradient at its own logits alone."""
+    again, settings = torch.tensor([1, 3]), loss_settings(loss_form=form)
+    torch.manual_seed(0)
+    features = torch.randn(6, 4, 2, 2)
+    head, teachers = torch.randn(7, 4, requires_grad=True), torch.randn(5, 4)
+    pooled = features.mean((2, 3))
+    logits = pooled @ head.T
+    student, teacher = Output(logits, features, head, pooled), Output(pooled @ teachers.T, features, teachers, pooled)
+    labels = torch.tensor([1, 3, 5, 6, 1, 5])
+    terms = of_named(lwm, again, 5, 7)(student, teacher, labels, 5, settings)
+    for name, own in (("classification", [1, 3, 5, 6]), ("distillation", [0, 2, 4]), ("attention", [0, 2, 4])):
+        (gradient,) = torch.autograd.grad(terms[name], head, retain_graph=True)
+        touched = gradient.abs().sum(1) > 0
+        assert {*touched.nonzero().flatten().tolist()} <= {*own} and touched.any(), name
+    expected = {1: 0, 3: 1, 5: 2, 6: 3}
+    positions = torch.tensor([expected[int(label)] for label in labels])
+    classification = classification_loss(logits[:, [1, 3, 5, 6]], positions, 0, form)
+    torch.testing.assert_close(terms["classification"], classification)
+    assert of_named(lwm, again[:0], 5, 7) is lwm
