@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from lwm import closed_form
 from lwm.attention import last_map
@@ -28,7 +30,7 @@ from lwm.task import Task, new_classes, student_of
 
 CALIBRATION = 0.1  # of a new class's images, as in config.py
 
-Picture = str | Path | np.ndarray  # a file, or uint8 (H, W, 3)
+Picture = str | Path | np.ndarray | Image.Image | Tensor  # a file, uint8 (H, W, 3), Pillow's, or uint8 (3, H, W)
 
 
 class Answer(NamedTuple):
@@ -38,7 +40,8 @@ class Answer(NamedTuple):
 
 
 class Classifier:
-    """A network with what answers for it; a picture is a file, or an array uint8 (H, W, 3).
+    """A network with what answers for it; a picture is a file, an array uint8 (H, W, 3), Pillow's, or a tensor uint8
+    (3, H, W).
 
     classifier = Classifier.load("runs/first/student_model.pth")
     print(classifier.predict(["cat.png"], unknown=0.05))
@@ -144,4 +147,8 @@ class Classifier:
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         size = self.checkpoint["image_size"]
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert("RGB"))
+        elif isinstance(picture, Tensor):
+            picture = picture.cpu().numpy().transpose(1, 2, 0) if picture.dim() == 3 else picture.cpu().numpy()
         return fitted(picture, size) if isinstance(picture, np.ndarray) else decode_image(picture, size)

@@ -26,7 +26,9 @@ def test_it_answers_for_files_and_arrays_as_predict_py_does(tmp_path, student, c
     assert predict.main(["--checkpoint", student, "--json", *map(str, files)]) == 0
     expected = [row["classes"][0] for row in json.loads(capsys.readouterr().out)]
     classifier = Classifier.load(student)
-    for pictures in (files, [np.asarray(Image.open(file)) for file in files]):
+    arrays = [np.asarray(Image.open(file)) for file in files]
+    tensors = [torch.from_numpy(array.transpose(2, 0, 1).copy()) for array in arrays]
+    for pictures in (files, arrays, tensors, list(map(Image.open, files))):
         answers = classifier.predict(pictures)
         assert [answer.label for answer in answers] == [row["name"] for row in expected]
         assert [answer.probability for answer in answers] == pytest.approx(
@@ -61,7 +63,8 @@ def test_a_class_is_explained_by_its_map(student):
 def test_what_it_cannot_use_is_refused_in_a_line(tmp_path, student):
     classifier = Classifier.load(student)
     assert "nobody" in refused(classifier.explain, picture(1), "nobody")
-    assert "float64" in refused(classifier.predict, [np.zeros((8, 8, 3))])
+    for odd in (np.zeros((8, 8, 3)), torch.zeros(3, 8, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)):
+        assert "float64" in refused(classifier.predict, [odd])
     assert "absent.png" in refused(classifier.predict, [tmp_path / "absent.png"])
     assert "oracle" in refused(Classifier.load, student, "oracle")
 

@@ -4,6 +4,7 @@ Training is made short and has small images; make, pip, torchrun and the tools o
 than run, and of reproduce.py the command line is read.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -16,8 +17,10 @@ from conftest import image_folder, write_images
 
 import config
 import demo
+import edit_classes
 import export
 import gradcam
+import history
 import incremental_learning_system
 import predict
 import reproduce
@@ -31,7 +34,16 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SCRIPTS = {
     f"{module.__name__}.py": module.main
-    for module in (train_teacher_model, incremental_learning_system, demo, gradcam, export, predict)
+    for module in (
+        train_teacher_model,
+        incremental_learning_system,
+        demo,
+        gradcam,
+        export,
+        predict,
+        edit_classes,
+        history,
+    )
 }
 
 
@@ -94,6 +106,17 @@ def test_every_code_block_can_be_executed(page, folder, monkeypatch):
         for line in block.replace("\\\n", " ").splitlines():
             if command := line.split("  #")[0].strip():
                 run(command)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.ipynb")), ids=lambda path: path.name)
+def test_every_cell_of_a_notebook_can_be_executed(page, folder):
+    names: dict = {}
+    for cell in json.loads(page.read_text())["cells"]:
+        lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+        exec("\n".join(line for line in lines if not line.startswith("!")), names)
+        for line in lines:
+            if line.startswith("!"):
+                run(line[1:])
 
 
 def test_every_command_of_reproduce_in_a_text_is_one():
