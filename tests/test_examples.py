@@ -4,6 +4,7 @@ Training is made short and has small images; make, pip, torchrun and the tools o
 than run, and of reproduce.py the command line is read.
 """
 
+import glob
 import json
 import re
 import shlex
@@ -26,6 +27,7 @@ import predict
 import reproduce
 import train_teacher_model
 from lwm import losses
+from lwm.reporting import serve
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -63,6 +65,7 @@ def run(command: str) -> None:
     program, *words = shlex.split(command)
     if program == "torchrun":
         program, words = "python3", words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     script, flags = words[0] if words else "", words[1:]
     if program == "make":
         assert not script or re.search(rf"^{script}:", (ROOT / "Makefile").read_text(), re.M)
@@ -91,6 +94,7 @@ def shortened(script: str, flags: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_code_block_can_be_executed(page, folder, monkeypatch):
+    monkeypatch.setattr(serve.Server, "serve_forever", lambda self: None)
     text = page.read_text()
     blocks = BLOCK.findall(text)
     assert text.count("```") == 2 * len(blocks)
