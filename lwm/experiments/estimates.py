@@ -12,21 +12,20 @@ nothing is said, and the table shows why. results/estimates/ gets a row a studen
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from lwm import classifiers, estimate
-from lwm.experiments import cells, tables
-from lwm.experiments.own_images import IMAGES, OLD, SPLITS, classes_of, linked
+from lwm.experiments import tables
+from lwm.experiments.against_frozen import students
+from lwm.experiments.own_images import IMAGES, SPLITS
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load, restore_model
 from lwm.runtime.errors import one_line_errors
 from lwm.runtime.settings import OneLineParser
 
-TASKS = (3, 2)  # classes of each, after the teacher's
 METHODS = ("closed-form", "lwm", "finetune")
 
 
@@ -40,26 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="further flags of the teacher's script")
     parser.add_argument("--work-dir", default=Path("runs/estimates"), type=Path)
     options = parser.parse_args(argv)
-    path, digits = tables.ROOT / "results" / "estimates" / "accuracy.csv", str(options.data) == "digits"
-    for split, shift in enumerate(SPLITS):
-        work = (options.work_dir / options.data.name / str(split)).resolve()
-        if digits:
-            classes, data = [str((shift + index) % 10) for index in range(10)], ["--dataset", "digits"]
-        else:
-            classes = [*itertools.chain(*classes_of(options.data, shift))][: OLD + sum(TASKS)]
-            photos = linked(options.data, classes, work / "photos", options.images)
-            data = ["--dataset", "folder", "--data-dir", str(photos)]
-        flags = [*data, *options.flags.split(), "--old-classes", ",".join(classes[:OLD])]
-        first = cells.run_script("train_teacher_model.py", work / "teacher", flags, threads=1)
-        for method in METHODS:
-            teacher, known = first, OLD
-            for task, count in enumerate(TASKS, 1):
-                new, known = classes[known : known + count], known + count
-                flags = ["--teacher", str(teacher), "--method", method, "--new-classes", ",".join(new), *data]
-                student = cells.run_script("incremental_learning_system.py", work / method / str(task), flags, 1)
-                key = {"protocol": "estimates", "method": f"{options.data.name} {method}", "seed": split, "task": task}
-                tables.write_rows(path, [{**key, **row_of(teacher, student), **hardware.machine(1)}])
-                teacher = student
+    path, how = tables.ROOT / "results" / "estimates" / "accuracy.csv", (options.images, options.flags, METHODS)
+    for split in range(len(SPLITS)):
+        for method, task, teacher, student in students(options.data, split, *how, options.work_dir / options.data.name):
+            key = {"protocol": "estimates", "method": f"{options.data.name} {method}", "seed": split, "task": task}
+            tables.write_rows(path, [{**key, **row_of(teacher, student), **hardware.machine(1)}])
     tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
 
 
