@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = [found for run in options.runs if (found := model_of(Path(run)))]
     if not paths:
         raise InputError(f"{options.runs[0]}: there is no {' nor '.join(MODELS)}; name a run's folder, or a checkpoint")
-    runs = [history.Run(str(path), load(path)["tasks"]) for path in paths]
+    runs = [history.Run(str(path.parent if path.name in MODELS else path), load(path)["tasks"]) for path in paths]
     make_folder(output.parent)
     history.write_page(output, runs)
     print(json.dumps(history.rows(runs), indent=1) if options.json else history.table(runs))

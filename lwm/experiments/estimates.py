@@ -1,7 +1,7 @@
 """How good is the estimate of what a student keeps of its old classes (lwm/estimate.py)? Against the truth.
 
     python3 -m lwm.experiments.estimates digits
-    python3 -m lwm.experiments.estimates photos84 --images 60 --flags="--image-size 48"
+    python3 -m lwm.experiments.estimates photos84 --methods closed-form --flags="--image-size 48"
 
 Teachers of five classes learn three more and then two, by each of three methods: ``digits``, or the folders
 train/<class>/ and test/<class>/ of another data set, with so many ``--images`` of each class. The truth is the
@@ -36,10 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("data", type=Path, help="digits, or a folder with train/<class>/ and test/<class>/")
     parser.add_argument("--images", type=int, default=IMAGES, help="of each class of a folder (default: 60)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
     parser.add_argument("--flags", default="", help="further flags of the teacher's script")
     parser.add_argument("--work-dir", default=Path("runs/estimates"), type=Path)
     options = parser.parse_args(argv)
-    path, how = tables.ROOT / "results" / "estimates" / "accuracy.csv", (options.images, options.flags, METHODS)
+    path, how = (
+        tables.ROOT / "results" / "estimates" / "accuracy.csv",
+        (options.images, options.flags, options.methods.split(",")),
+    )
     for split in range(len(SPLITS)):
         for method, task, teacher, student in students(options.data, split, *how, options.work_dir / options.data.name):
             key = {"protocol": "estimates", "method": f"{options.data.name} {method}", "seed": split, "task": task}

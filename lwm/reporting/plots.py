@@ -169,7 +169,7 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
 
 def accuracy_over_tasks(runs: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]], path: Any) -> None:
     """A line for each run: after each task the accuracy of all classes, and of the first task's."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     with fonts_for((name for name, *_ in runs), path):
         for (name, *lines), marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             for axis, values in zip(axes, lines, strict=True):
@@ -179,7 +179,7 @@ def accuracy_over_tasks(runs: Sequence[tuple[str, Sequence[float | None], Sequen
             axis.set(title=title, xlabel="task", ylim=(0, 102))
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].set_ylabel("right, %")
-        axes[1].legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
         write(figure, path)
 
 
