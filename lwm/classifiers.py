@@ -254,10 +254,15 @@ def aligned(statistics: ClassStatistics, shrinkage: float = 0.0, seed: int = 0) 
     return plain, bias.detach() - plain @ centre
 
 
-def draw(statistics: ClassStatistics, seed: int = 0, shrinkage: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Features of each class from its Gaussian (n, C), as many of each, class by class, and their labels int64 (n,)."""
+def draw(
+    statistics: ClassStatistics, seed: int = 0, shrinkage: float = 0.0, most: int = MOST_DRAWN
+) -> tuple[Tensor, Tensor]:
+    """Features of each class from its Gaussian (n, C), as many of each, class by class, and their labels int64 (n,).
+
+    There are ``DRAWN`` of a class, and ``most`` of all, but two of each.
+    """
     means = statistics.means
-    count = max(2, min(DRAWN, MOST_DRAWN // len(means)))
+    count = max(2, min(DRAWN, most // len(means)))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(means), count, means.shape[1], generator=generator, dtype=means.dtype)
     drawn = means.unsqueeze(1) + noise @ _root(covariances(statistics), shrinkage).mT

@@ -40,12 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="further flags of the teacher's script")
     parser.add_argument("--work-dir", default=Path("runs/estimates"), type=Path)
     options = parser.parse_args(argv)
-    path, how = (
-        tables.ROOT / "results" / "estimates" / "accuracy.csv",
-        (options.images, options.flags, options.methods.split(",")),
-    )
+    path = tables.ROOT / "results" / "estimates" / "accuracy.csv"
+    how = options.images, options.flags, options.methods.split(","), options.work_dir / options.data.name
     for split in range(len(SPLITS)):
-        for method, task, teacher, student in students(options.data, split, *how, options.work_dir / options.data.name):
+        for method, task, teacher, student in students(options.data, split, *how):
             key = {"protocol": "estimates", "method": f"{options.data.name} {method}", "seed": split, "task": task}
             tables.write_rows(path, [{**key, **row_of(teacher, student), **hardware.machine(1)}])
     tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
@@ -63,13 +61,14 @@ def row_of(teacher: Path, student: Path) -> dict[str, float | str]:
     ]
     of_old = now.only(range(len(known.counts)))
     trained = bool(after["tasks"][-1]["epochs"])
-    share = estimate.right(layers[1], of_old) / estimate.right(layers[0], known if trained else of_old)
+    drawn = [classifiers.draw(each, estimate.SEED) for each in (known if trained else of_old, of_old)]
+    teachers_share, students_share = (estimate.right(layer, *each) for layer, each in zip(layers, drawn, strict=True))
     teacher_accuracy = before["classifiers"][names[0]]["accuracy"]
     return {
         "classifier": names[1],
         "teacher": teacher_accuracy,
         "old": after["classifiers"][names[1]]["accuracy_old"],
-        "estimate": round(min(1.0, share) * teacher_accuracy, 4),
+        "estimate": round(min(1.0, students_share / teachers_share) * teacher_accuracy, 4),
     }
 
 
