@@ -1,7 +1,11 @@
-"""How much of what its teacher knows of the old classes a student keeps: an estimate without an old image.
+"""How much of what its teacher knows of the old classes a student in closed form keeps, without an old image.
 
 Features are drawn from the old classes' Gaussians, and teacher and student answer them, the student with its new
 classes too. The ratio of right answers is the estimate: what Gaussians make too easy or too hard they make so for both.
+
+The Gaussians of images that a network was trained on are too narrow, so that too few would be taken for a new class. But
+where the head is LDA over all classes, errors are alike in both directions. So new images that are held back in turn
+show how many are taken for an old class, and as many old ones are taken for a new class. The lower estimate counts.
 
 Nothing is said of a student whose backbone was trained. Its Gaussians are moved by drift compensation, and if that
 misses where old images have gone, features drawn of them do not show it: docs/life.md has by how much.
@@ -9,12 +13,14 @@ misses where old images have gone, features drawn of them do not show it: docs/l
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lwm.classifiers import ClassStatistics, Linear, draw
+from lwm.classifiers import ClassStatistics, Linear, draw, lda, measure
 
 SEED = 2  # of the drawn features; others calibrate and train ``aligned``
 MOST = 5000  # of them
+FOLDS = 5
 
 
 def kept(before: Linear, after: Linear, statistics: ClassStatistics) -> float:
@@ -25,6 +31,27 @@ def kept(before: Linear, after: Linear, statistics: ClassStatistics) -> float:
     features, labels = draw(statistics, SEED, most=MOST)
     teachers = right(before, features, labels)
     return min(100.0, 100 * right(after, features, labels) / teachers) if teachers else 100.0
+
+
+def taken(known: ClassStatistics, features: Tensor, labels: Tensor) -> float:
+    """The share of old images that LDA takes for a new class, as it takes new ones for old, of old ``known`` classes.
+
+    ``features`` (n, C) are those of new images, labels int64 (n,) from 0 to K - 1. Each is held back once, and counts
+    if it is told apart among the new classes alone. Between two classes errors are as many in both directions.
+    """
+    old, new, lost = len(known.counts), int(labels.max()) + 1, 0
+    fold = torch.full_like(labels, FOLDS)  # the only image of a class is never held back
+    for label in range(new):
+        own = (labels == label).nonzero().flatten()
+        if len(own) > 1:
+            fold[own] = torch.arange(len(own)) % FOLDS
+    for number in range(FOLDS):
+        held, positions = fold == number, old + torch.arange(new)
+        weight, bias = lda(known.with_images(measure(features[~held], labels[~held], new), positions))
+        logits = features[held] @ weight.T + bias
+        told = logits[:, old:].argmax(1) == labels[held]
+        lost += int((told & (logits.argmax(1) < old)).sum())
+    return lost / len(labels) * new / old
 
 
 def right(layer: Linear, features: Tensor, labels: Tensor) -> float:

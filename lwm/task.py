@@ -80,6 +80,9 @@ class Task:
         self.seconds = 0.0  # that the network took for a training image
         self._known = classifiers.from_checkpoint(teacher_checkpoint)
         self._before = _answering(teacher_checkpoint)
+        measured = teacher_checkpoint["tasks"][-1]["answers"].get("accuracy")
+        measured = measured or teacher_checkpoint["held_back"].get(self._before)
+        self.teachers_accuracy = (measured or 100.0) / 100
         self._taken: dict[tuple[str, str], Tensor] = {}
 
     def features(self, of: str, images: str) -> Tensor:
@@ -171,6 +174,9 @@ class Task:
             if self._before != "head":
                 before = classifiers.linear_layer(self._before, self.known, self.networks["teacher"])
             kept = estimate.kept(before, layer, now.only(range(self.old)))
+            if self.becomes_lda and not len(self.again):
+                lost = estimate.taken(self.known, self.features("teacher", "train"), self.labels)
+                kept = min(kept, max(0.0, 100 - 100 * lost / self.teachers_accuracy))
         return evaluation.answers(name, logits, self.images["test"].labels, sizes, kept)
 
 

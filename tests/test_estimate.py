@@ -49,6 +49,25 @@ def test_a_covariance_that_classes_share_is_taken_as_it_is():
     assert estimate.kept(before, after, statistics) == pytest.approx(expected, abs=5)
 
 
+def test_as_many_old_images_are_taken_for_new_as_new_ones_for_old():
+    """Two classes 2 deviations apart, one of them old: Phi(-1) of each are on the other's side."""
+    generator = torch.Generator().manual_seed(3)
+    old, new = (torch.randn(20_000, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    old[:, 1] += 50  # another old class lies far away
+    second = torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+    new[:, 0] += 2
+    labels = torch.arange(2).repeat_interleave(20_000)
+    known = classifiers.measure(torch.cat([second, old]), labels, 2)
+    share = 0.5 * math.erfc(1 / math.sqrt(2))
+    lost = estimate.taken(known, new, torch.zeros(20_000, dtype=torch.int64))
+    assert lost == pytest.approx(share / 2, rel=0.05)  # of the two old classes one loses
+    weight, bias = classifiers.lda(known.with_images(classifiers.measure(new, labels[:20_000], 1), torch.tensor([2])))
+    answers = (torch.cat([second, old]) @ weight.T + bias).argmax(1)
+    assert lost == pytest.approx(float((answers == 2).double().mean()), rel=0.05)
+    single = estimate.taken(known, new[:1], torch.zeros(1, dtype=torch.int64))
+    assert single == 0
+
+
 def test_a_run_says_it_and_the_checkpoint_keeps_it(whole, tmp_path, capsys):
     flags = ["--teacher", str(whole / "first" / "teacher_model.pth"), "--output-dir", str(tmp_path)]
     assert incremental.main([*flags, "--method", "closed-form", "--json"]) == 0

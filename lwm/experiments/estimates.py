@@ -59,16 +59,16 @@ def row_of(teacher: Path, student: Path) -> dict[str, float | str]:
         classifiers.linear_layer(name, statistics, restore_model(each))
         for name, statistics, each in zip(names, (known, now), (before, after), strict=True)
     ]
-    of_old = now.only(range(len(known.counts)))
-    trained = bool(after["tasks"][-1]["epochs"])
-    drawn = [classifiers.draw(each, estimate.SEED) for each in (known if trained else of_old, of_old)]
-    teachers_share, students_share = (estimate.right(layer, *each) for layer, each in zip(layers, drawn, strict=True))
-    teacher_accuracy = before["classifiers"][names[0]]["accuracy"]
+    teacher_accuracy, kept = before["classifiers"][names[0]]["accuracy"], after["tasks"][-1]["answers"]["kept"]
+    if after["tasks"][-1]["epochs"]:  # what would be said: the ratio of right answers on features drawn
+        drawn = [classifiers.draw(each, estimate.SEED) for each in (known, now.only(range(len(known.counts))))]
+        right = [estimate.right(layer, *each) for layer, each in zip(layers, drawn, strict=True)]
+        kept = min(100.0, 100 * right[1] / right[0])
     return {
         "classifier": names[1],
         "teacher": teacher_accuracy,
         "old": after["classifiers"][names[1]]["accuracy_old"],
-        "estimate": round(min(1.0, students_share / teachers_share) * teacher_accuracy, 4),
+        "estimate": round(kept * teacher_accuracy / 100, 4),
     }
 
 
