@@ -6,6 +6,8 @@ import concurrent.futures
 import http.client
 import io
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +72,17 @@ def test_a_large_photograph_is_answered_and_what_is_none_is_refused_in_a_line(po
         found, content = ask(port, "POST", "/answer", body)
         assert found == status and culprit in json.loads(content)["error"]
     assert ask(port, "POST", "/answer", b"", **{"Content-Length": str(serve.LARGEST + 1)})[0] == 413
-    assert ask(port, "POST", "/answer", b"", **{"Content-Length": "x"})[0] == 411
+    assert ask(port, "POST", "/answer", b"", **{"Content-Length": "\xb2"})[0] == 411
+
+
+def test_a_visitor_who_leaves_is_no_fault(port, capfd):
+    for _ in range(3):
+        left = socket.create_connection(("127.0.0.1", port))
+        left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset on close
+        left.sendall(b"POST /answer HTTP/1.0\r\nContent-Length: 1000\r\n\r\nhalf")
+        left.close()
+    assert ask(port, "POST", "/answer", as_png(picture(1)))[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/../../../../etc/passwd", "/%2e%2e/config.py", "/config.py", "//etc/passwd", "/?x"])

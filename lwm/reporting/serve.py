@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def serve(address: str, sides: Mapping[str, Answering], unknown: float | None) -
     be had.
     """
     host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--serve is {address!r}: a port is needed, or host:port, as in --serve {LOOPBACK}:{PORT}")
     try:
         server = Server((host or LOOPBACK, int(port)), sides, unknown)
@@ -73,6 +74,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Without the name of the host, for which the standard library asks the network."""
         super(http.server.HTTPServer, self).server_bind()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A visitor who leaves is no fault."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def answer(self, picture: bytes) -> dict[str, Any]:
         """What the page shows of a picture. Raises InputError for what is none."""
@@ -110,7 +116,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.path != "/answer":
             self.refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer")
-        elif not length.isdigit():
+        elif not length.isdecimal():
             self.refuse(HTTPStatus.LENGTH_REQUIRED, "the picture is to be the body, with its length")
         elif int(length) > LARGEST:
             self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {LARGEST // 10**6} MB")
