@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
             value = accuracies[f"{name}_{group}"]
             shown = "no images" if value is None else f"{value:.1f} % right"
             say(f"{group} classes{hint.format(group)}: {shown} ({answering})")
-    say(estimate.said(described["answers"]["kept"]))
+    kept = saved["tasks"][-1]["answers"]["kept"]
+    say(estimate.said(kept))
     if saved["classifiers"]:
         say(evaluation.classifier_table(saved["classifiers"], answering))
     # A training takes new classes alone, and in one class a softmax has nothing to learn.
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         log.warning(f"{100 * log_row['zero_maps']:.0f} % of the attention maps were all zero: L_AD said little here")
     say(f"the student is in {run_folder.model}, the page in {run_folder.report}")
     judged = {f"test_{name}": value for name, value in accuracies.items()} | {"lost": comparison.metrics["lost"]}
-    answers = {"classifier": answering, "classifiers": saved["classifiers"], "kept": described["answers"]["kept"]}
+    answers = {"classifier": answering, "classifiers": saved["classifiers"], "kept": kept}
     progress.print_json(settings, {"model": str(run_folder.model), **judged, **answers})
 
 

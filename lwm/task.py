@@ -47,6 +47,7 @@ def student_of(teacher_checkpoint: dict[str, Any], described: dict[str, Any]) ->
         "class_names": teacher_checkpoint["class_names"] + described["classes"],
         "loss_form": described["loss_form"],
         "tasks": [*teacher_checkpoint["tasks"], described],
+        "statistics": {},
     }
 
 

@@ -254,7 +254,8 @@ class Training:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         set_random_state(self.device, state["device_rng"])
-        self.checkpoint["tasks"][-1]["group_accuracy"] = resumed["tasks"][-1]["group_accuracy"]
+        for judged in ("group_accuracy", "answers"):
+            self.checkpoint["tasks"][-1][judged] = resumed["tasks"][-1][judged]
         if resumed["finished"]:
             more = self.planned - len(self.log)
             done = f"{len(self.log)} epochs are done, "

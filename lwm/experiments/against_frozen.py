@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from lwm.classifiers import choose
 from lwm.experiments import cells, tables
-from lwm.experiments.own_images import IMAGES, OLD, SPLITS, classes_of, linked
+from lwm.experiments.own_images import IMAGES, OLD, SPLITS
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load
 from lwm.runtime.errors import one_line_errors
 from lwm.runtime.settings import OneLineParser
 
-TASKS = (3, 2)  # classes of each, after the teacher's
 METHODS = ("lwm", "closed-form")
 
 
@@ -44,38 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     for split, images in itertools.product(range(len(SPLITS)), options.images):
         name, work = f"{options.data_dir.name}, {images} images", f"{options.data_dir.name}-{images}"
         how = images, options.flags, METHODS, options.work_dir / work
-        for method, task, _, student in students(options.data_dir, split, *how):
+        for method, task, _, student in cells.students(options.data_dir, split, *how):
             saved = load(student)
             accuracies = saved["classifiers"][choose("auto", saved)]
             key = {"protocol": "against-frozen", "method": f"{name} {method}", "seed": split, "task": task}
             row = {column: accuracies[column] for column in ("accuracy", "accuracy_old", "accuracy_new")}
             tables.write_rows(path, [{**key, **row, **hardware.machine(1)}])
     tables.publish({path.with_name("table.md"): table_of(tables.read_rows(path))})
-
-
-def students(
-    data_dir: Path, split: int, images: int, flags: str, methods: Sequence[str], work_dir: Path
-) -> Iterator[tuple[str, int, Path, Path]]:
-    """Method, task, teacher and student of each step of a split: five classes, then three, then two, on so many images.
-
-    ``data_dir`` is a folder, or "digits". What has been trained in ``work_dir`` is not trained again.
-    """
-    work, shift = (work_dir / str(split)).resolve(), SPLITS[split]
-    if str(data_dir) == "digits":
-        classes, data = [str((shift + index) % 10) for index in range(10)], ["--dataset", "digits"]
-    else:
-        classes = [*itertools.chain(*classes_of(data_dir, shift))][: OLD + sum(TASKS)]
-        data = ["--dataset", "folder", "--data-dir", str(linked(data_dir, classes, work / "photos", images))]
-    given = [*data, *flags.split(), "--old-classes", ",".join(classes[:OLD])]
-    first = cells.run_script("train_teacher_model.py", work / "teacher", given, threads=1)
-    for method in methods:
-        teacher, known = first, OLD
-        for task, count in enumerate(TASKS, 1):
-            new, known = classes[known : known + count], known + count
-            given = ["--teacher", str(teacher), "--method", method, "--new-classes", ",".join(new), *data]
-            student = cells.run_script("incremental_learning_system.py", work / method / str(task), given, threads=1)
-            yield method, task, teacher, student
-            teacher = student
 
 
 def table_of(rows: pd.DataFrame) -> str:
@@ -87,7 +60,7 @@ def table_of(rows: pd.DataFrame) -> str:
     for (data, task), own in sorted(accuracy.groupby(level=["data", "task"]), key=lambda pair: _images(pair[0])):
         values = {method: tables.mean_and_spread(own[method]) for method in METHODS}
         difference = tables.mean_and_spread(own["lwm"] - own["closed-form"])
-        classes = OLD + sum(TASKS[: int(task)])
+        classes = OLD + sum(cells.STEPS[: int(task)])
         lines.append({"images of a class": data, "classes": classes, **values, "difference": difference})
         lines[-1]["splits"] = len(own)
     return tables.markdown(lines)

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lwm import losses
 from lwm.classifiers import features_of
 from lwm.evaluation import forgetting
 from lwm.experiments import controls
+from lwm.experiments.own_images import OLD, SPLITS, classes_of, linked
 from lwm.experiments.protocols import REFERENCE, Protocol, class_order, groups_of, is_joint
 from lwm.experiments.tables import OURS, ROOT, beside, write_rows
 from lwm.images.datasets import Place, open_source
@@ -37,6 +39,7 @@ from lwm.runtime.errors import InputError, Interrupted, RunError
 running: set[subprocess.Popen[str]] = set()
 SETTINGS = ("loss_form", "batch_norm", "learning_rate", "epochs", "precision")
 UNTRAINED = {name for name, method in losses.METHODS.items() if method.loss is None}
+STEPS = (3, 2)  # classes of each task of ``students``, after the teacher's
 LEAVES = {
     "train_teacher_model.py": "teacher_model.pth",
     "incremental_learning_system.py": "student_model.pth",
@@ -235,6 +238,31 @@ def run_script(script: str, folder: Path, flags: list[str], threads: int, after:
         (folder / "seconds").write_text(str(time.perf_counter() - started))
         done.write_text(history)
     return made
+
+
+def students(
+    data_dir: Path, split: int, images: int, flags: str, methods: Sequence[str], work_dir: Path
+) -> Iterator[tuple[str, int, Path, Path]]:
+    """Method, task, teacher and student of each step of a split: five classes, then three, then two, on so many images.
+
+    ``data_dir`` is a folder, or "digits". What has been trained in ``work_dir`` is not trained again.
+    """
+    work, shift = (work_dir / str(split)).resolve(), SPLITS[split]
+    if str(data_dir) == "digits":
+        classes, data = [str((shift + index) % 10) for index in range(10)], ["--dataset", "digits"]
+    else:
+        classes = [*itertools.chain(*classes_of(data_dir, shift))][: OLD + sum(STEPS)]
+        data = ["--dataset", "folder", "--data-dir", str(linked(data_dir, classes, work / "photos", images))]
+    given = [*data, *flags.split(), "--old-classes", ",".join(classes[:OLD])]
+    first = run_script("train_teacher_model.py", work / "teacher", given, threads=1)
+    for method in methods:
+        teacher, known = first, OLD
+        for task, count in enumerate(STEPS, 1):
+            new, known = classes[known : known + count], known + count
+            given = ["--teacher", str(teacher), "--method", method, "--new-classes", ",".join(new), *data]
+            student = run_script("incremental_learning_system.py", work / method / str(task), given, threads=1)
+            yield method, task, teacher, student
+            teacher = student
 
 
 def first_form(flags: str) -> str:

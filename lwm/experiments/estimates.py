@@ -19,7 +19,7 @@ import pandas as pd
 
 from lwm import classifiers, estimate
 from lwm.experiments import tables
-from lwm.experiments.against_frozen import students
+from lwm.experiments.cells import students
 from lwm.experiments.own_images import IMAGES, SPLITS
 from lwm.runtime import hardware
 from lwm.runtime.checkpoint import load, restore_model
