@@ -6,7 +6,18 @@ import pytest
 from PIL import Image
 
 import reproduce
-from lwm.experiments import against_frozen, calibration, favour, figures, gamma, own_images, real_steps, tables
+from lwm.experiments import (
+    against_frozen,
+    calibration,
+    estimates,
+    favour,
+    figures,
+    gamma,
+    long_life,
+    own_images,
+    real_steps,
+    tables,
+)
 from lwm.experiments.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +26,8 @@ STUDIES = {
     "calibration": calibration,
     "closed-form": favour,
     "against-frozen": against_frozen,
+    "estimates": estimates,
+    "long-life": long_life,
 }
 FOLDERS = sorted({path.parent for name in ("accuracy", "ablation") for path in ROOT.glob(f"results/*/{name}.csv")})
 

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 tables.write_rows(path, [{**key, **row, **hardware.machine(1)}])
     rows = tables.read_rows(path)
     tables.publish({path.with_name("table.md"): table_of(rows)})
-    draw(rows, path.with_name("life.png"))
+    draw(rows, path)
 
 
 def measured(flags: list[str]) -> tuple[float, float]:
@@ -104,8 +104,8 @@ def table_of(rows: pd.DataFrame) -> str:
     return tables.markdown(lines)
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A panel for each measure, over the tasks."""
+def draw(rows: pd.DataFrame, table: Path) -> None:
+    """A panel for each measure, over the tasks; beside the ``table`` that the rows are from."""
     figure, grid = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
     for axes, (column, label) in zip(grid, PANELS.items(), strict=True):
         several = rows[rows["task"] > 1]["method"].unique()
@@ -115,7 +115,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         axes.set(xlabel="task", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    write(figure, path)
+    write(figure, table.with_name("life.png"), tables.fingerprint(table))
 
 
 if __name__ == "__main__":
