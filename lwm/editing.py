@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, to_checkpoint
@@ -114,7 +115,9 @@ def _with_outputs(checkpoint: dict[str, Any], kept: list[int], instead: dict[str
 def _positions(checkpoint: dict[str, Any], names: list[str]) -> list[int]:
     known = checkpoint["class_names"]
     if missing := [name for name in names if name not in known]:
-        raise InputError(f"there is no class {missing[0]!r}; the classes are {listed(known)}")
+        near = difflib.get_close_matches(missing[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the classes are {listed(known)}"
+        raise InputError(f"there is no class {missing[0]!r}; {hint}")
     return sorted({known.index(name) for name in names})
 
 
