@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     with settings.naming("freeze"):
         models.freeze(student, settings.freeze)
     if method.loss and settings.incremental_lr is None:
-        kept = of_named(distil, task.again, len(old), len(old) + len(new))
-        rate = sharpness.stable_rate(student, teacher, train, channels, len(old), settings, kept)
+        distilling = of_named(distil, task.again, len(old), len(old) + len(new))
+        rate = sharpness.stable_rate(student, teacher, train, channels, len(old), settings, distilling)
         settings = dataclasses.replace(settings, incremental_lr=rate)
     if method.asks_teacher:
         attention.require_closed_form(teacher, to_input(train.pixels[: min(8, batch_size)], *channels))

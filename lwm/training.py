@@ -45,7 +45,9 @@ def train_one_epoch(
     classes ``named`` int64 (k,) that have images (None: the new ones), and, with a teacher, "agreement": the images of
     which both networks think of the same class of the others first.
     """
-    rest = torch.tensor([label for label in range(old) if named is None or label not in named])
+    device = next(student.parameters()).device
+    own = None if named is None else named.to(device)
+    others = torch.tensor([label for label in range(old) if named is None or label not in named], device=device)
     for images, labels, weight in batches:
         # The heads, and so all maps and losses, are in the precision of the weights.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -57,8 +59,7 @@ def train_one_epoch(
         (weight * terms["total"]).backward()
         optimizer.step()
         schedule.step()
-        own = torch.arange(old, output.logits.shape[1]) if named is None else named
-        own, others = own.to(labels.device), rest.to(labels.device)
+        own = torch.arange(old, output.logits.shape[1], device=device) if own is None else own
         correct = 100 * (own[output.logits[:, own].argmax(1)] == labels).float().mean()
         measured = terms | {"correct": correct}
         if asked is not None:

@@ -178,20 +178,17 @@ def _write(path: Path, checkpoint: dict[str, Any], counts: np.ndarray, **content
     if len(rows) > verdict.NOTABLE:
         first = verdict.notable(*([row[side] for row in rows] for side in ("teacher", "student")))
     drawn = counts.any() and len(names) <= DRAWN
-    page = (
-        environment()
-        .get_template("report.html.jinja")
-        .render(
-            **content,
-            checkpoint=checkpoint,
-            images=counts.sum(1),
-            answering=checkpoint.get("classifier", "head"),
-            several=content["teacher"] is not None,
-            first=[rows[label] for label in first],
-            curves=uri(plots.svg(plots.curves, training["log"], "This task")) if "log" in training else None,
-            confusion=uri(plots.svg(plots.confusion, counts, names)) if drawn else None,
-            confused=_confused(counts, names),
-            settings={name: value for name, value in checkpoint["tasks"][-1].items() if name not in HIDDEN},
-        )
+    template = environment().get_template("report.html.jinja")
+    page = template.render(
+        **content,
+        checkpoint=checkpoint,
+        images=counts.sum(1),
+        answering=checkpoint.get("classifier", "head"),
+        several=content["teacher"] is not None,
+        first=[rows[label] for label in first],
+        curves=uri(plots.svg(plots.curves, training["log"], "This task")) if "log" in training else None,
+        confusion=uri(plots.svg(plots.confusion, counts, names)) if drawn else None,
+        confused=_confused(counts, names),
+        settings={name: value for name, value in checkpoint["tasks"][-1].items() if name not in HIDDEN},
     )
     write_atomically(path, page.encode())
