@@ -106,13 +106,13 @@ def table_of(rows: pd.DataFrame) -> str:
 
 def draw(rows: pd.DataFrame, table: Path) -> None:
     """A panel for each measure, over the tasks; beside the ``table`` that the rows are from."""
-    figure, grid = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
+    figure, grid = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 3.2), layout="constrained")
     for axes, (column, label) in zip(grid, PANELS.items(), strict=True):
         several = rows[rows["task"] > 1]["method"].unique()
         for name, style in zip(several, STYLES, strict=False):
             own = rows[rows["method"] == name].sort_values("task")
             axes.plot(own["task"], own[column], style, markersize=4, label=name)
-        axes.set(xlabel="task", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="task", ylabel=label, ylim=(0, 1.05 * axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     write(figure, table.with_name("life.png"), tables.fingerprint(table))
