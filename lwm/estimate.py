@@ -5,8 +5,8 @@ classes too. The ratio of right answers is the estimate: what Gaussians make too
 
 The Gaussians of images that a network was trained on are too narrow, so that too few would be taken for a new class.
 But where the head is LDA over all classes, errors are alike in both directions. So new images that are held back in
-turn show how many are taken for an old class, and as many old ones are taken for a new class. The lower of the two
-estimates counts.
+turn show how many are taken for an old class, and as many old ones are taken for a new class, those that the teacher
+gets right like the others. The lower of the two estimates counts.
 
 Nothing is said of a student whose backbone was trained. Its Gaussians are moved by drift compensation, and if that
 misses where old images have gone, features drawn of them do not show it: docs/life.md has by how much.

@@ -81,9 +81,6 @@ class Task:
         self.seconds = 0.0  # that the network took for a training image
         self._known = classifiers.from_checkpoint(teacher_checkpoint)
         self._before = _answering(teacher_checkpoint)
-        measured = teacher_checkpoint["tasks"][-1]["answers"].get("accuracy")
-        measured = measured or teacher_checkpoint["held_back"].get(self._before)
-        self.teachers_accuracy = (measured or 100.0) / 100
         self._taken: dict[tuple[str, str], Tensor] = {}
 
     def features(self, of: str, images: str) -> Tensor:
@@ -176,8 +173,8 @@ class Task:
                 before = classifiers.linear_layer(self._before, self.known, self.networks["teacher"])
             kept = estimate.kept(before, layer, now.only(range(self.old)))
             if self.becomes_lda and not len(self.again):
-                lost = estimate.taken(self.known, self.features("teacher", "train"), self.labels)
-                kept = min(kept, max(0.0, 100 - 100 * lost / self.teachers_accuracy))
+                taken = estimate.taken(self.known, self.features("teacher", "train"), self.labels)
+                kept = min(kept, 100 * (1 - taken))
         return evaluation.answers(name, logits, self.images["test"].labels, sizes, kept)
 
 
