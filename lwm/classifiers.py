@@ -315,12 +315,13 @@ def names_for(classes: int) -> tuple[str, ...]:
     return NAMES if classes <= MOST_ALIGNED else tuple(name for name in NAMES if name != "aligned")
 
 
-def linear_layer(name: str, statistics: ClassStatistics | None, model: Network) -> Linear:
+def linear_layer(name: str, statistics: ClassStatistics | None, model: Network | None) -> Linear:
     """The classifier of ``NAMES``, in float64 on the CPU; ``model`` has the head, ``statistics`` make the others.
 
     Raises InputError if they do not.
     """
     if name == "head":
+        assert model is not None
         return model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
     assert statistics is not None  # without them there is the head alone
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, to_checkpoint
+from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, linear_layer, to_checkpoint
 from lwm.models import WIDEST
 from lwm.runtime.errors import InputError, listed
 
@@ -52,22 +52,27 @@ def merge(checkpoint: dict[str, Any], names: list[str], to: str) -> dict[str, An
             "first new class, or if the network is taken with --measure-old"
         )
     first, kept = positions[0], [p for p in range(len(checkpoint["class_names"])) if p not in positions[1:]]
-    model = dict(checkpoint["model"])
-    head = model["fc.weight"].double(), model["fc.bias"].double()
-    for key, row in zip(("fc.weight", "fc.bias"), merged_row(head, statistics, positions), strict=True):
-        model[key] = model[key].clone()
-        model[key][first] = row.to(model[key].dtype)
-    merged = to_checkpoint(merged_statistics(statistics, positions))
+    head = checkpoint["model"]["fc.weight"].double(), checkpoint["model"]["fc.bias"].double()
+    merged = merged_statistics(statistics, positions)
+    if _is_lda(head, statistics):
+        weight, bias = linear_layer("lda", merged.only(kept), None)
+    else:
+        weight, bias = (part.clone() for part in head)
+        weight[first], bias[first] = merged_row(head, statistics, positions)
+        weight, bias = weight[kept], bias[kept]
     former = checkpoint["class_names"][first]
-    checkpoint = _with_outputs(checkpoint | {"model": model, "statistics": merged}, kept, dict.fromkeys(names, former))
+    checkpoint = _with_outputs(checkpoint | {"statistics": to_checkpoint(merged)}, kept, dict.fromkeys(names, former))
+    kind = checkpoint["model"]["fc.weight"].dtype
+    checkpoint["model"] |= {"fc.weight": weight.to(kind), "fc.bias": bias.to(kind)}
+    checkpoint["unknown"] = {}  # the scores of images move with the rows
     return checkpoint if to == former else rename(checkpoint, former, to)
 
 
 def merged_row(head: Linear, statistics: ClassStatistics, positions: list[int]) -> Linear:
     """The row weight (C,) and bias () of one class in place of several, each of which counts alike.
 
-    The mean of their rows, and on the bias half of what that is short of each class's own row at the class's mean. If
-    the head is that of LDA, so is the row: of the mean of the means, with the covariance that all classes share.
+    The mean of their rows, and on the bias half of what that is short of each class's own row at the class's mean. Of a
+    head that is that of LDA it is LDA's row of the mean of the means, with the covariance as it was.
     """
     weight, bias = (part[positions] for part in head)
     logits = statistics.means[positions] @ weight.T + bias  # of each class's mean, by each row
@@ -76,40 +81,55 @@ def merged_row(head: Linear, statistics: ClassStatistics, positions: list[int]) 
 
 
 def merged_statistics(statistics: ClassStatistics, positions: list[int]) -> ClassStatistics:
-    """With the first class's place taken by all the images of all these classes; the others stay, to be left out."""
+    """With the first class's place taken by all images of these classes; the others stay, without images.
+
+    If some were measured and some derived, what was derived goes.
+    """
     counts, means, scatters, shrinkages, derived = (part.clone() for part in statistics)
-    first, own = positions[0], counts[positions]
-    share = own / own.sum()
-    means[first] = share @ statistics.means[positions]
-    apart = statistics.means[positions] - means[first]
+    first, used = positions[0], [p for p in positions if not derived[p]] or positions
+    own = counts[used]
+    share, gone = own / own.sum(), counts[positions].sum() - own.sum()
+    mean = share @ means[used]
+    apart = means[used] - mean
     between = (own.unsqueeze(1) * apart).T @ apart
     if means.shape[1] > WIDEST:
-        scatters[0] += between
+        scatters = scatters * (1 - gone / counts.sum()) + between
     else:
-        scatters[first] = scatters[positions].sum(0) + between
-    counts[first], shrinkages[first] = own.sum(), share @ shrinkages[positions]
-    derived[first] = derived[positions].max()
-    counts[positions[1:]] = 0
+        scatters[first] = scatters[used].sum(0) + between
+    means[first], shrinkages[first], derived[first] = mean, share @ shrinkages[used], derived[used].max()
+    counts[positions] = 0
+    counts[first] = own.sum()
     return ClassStatistics(counts, means, scatters, shrinkages, derived)
+
+
+def _is_lda(head: Linear, statistics: ClassStatistics) -> bool:
+    """Whether a head is that of LDA over these classes, up to what single precision loses."""
+    weight = linear_layer("lda", statistics, None)[0]
+    return statistics.measured and bool((weight - head[0]).norm() < 0.01 * weight.norm())
 
 
 def _with_outputs(checkpoint: dict[str, Any], kept: list[int], instead: dict[str, str | None]) -> dict[str, Any]:
     """The outputs ``kept`` alone; ``instead`` names what the others' images belong to now, None if to nothing.
 
-    Accuracies that were measured among other classes are left out.
+    What was measured of other outputs is left out: accuracies, and but for the head's the scores of familiar images.
     """
     names = [checkpoint["class_names"][position] for position in kept]
     tasks = []
     for task in checkpoint["tasks"]:
-        again = dict.fromkeys(instead.get(name, name) for name in task["again"])
-        lists = {"classes": [n for n in task["classes"] if n in names], "again": [n for n in again if n]}
-        if any(lists.values()):
+        classes = [name for name in task["classes"] if name in names]
+        images_of = dict.fromkeys(instead.get(name, name) for name in task["again"] + task["classes"])
+        again = [name for name in images_of if name and name not in classes]
+        if classes or again:
+            lists = {"classes": classes, "again": again}
             tasks.append(task | lists | {"group_accuracy": [], "answers": {}})
+    tasks[0]["pretrained"] = any(task["pretrained"] for task in checkpoint["tasks"])
     statistics = from_checkpoint(checkpoint)
     if statistics is not None:
         checkpoint = checkpoint | {"statistics": to_checkpoint(statistics.only(kept))}
     model = {k: v[kept] if k in ("fc.weight", "fc.bias") else v for k, v in checkpoint["model"].items()}
-    return checkpoint | {"class_names": names, "tasks": tasks, "model": model, "classifiers": {}, "training": {}}
+    unknown = {name: scores for name, scores in checkpoint["unknown"].items() if name == "head"}
+    edited = {"class_names": names, "tasks": tasks, "model": model, "classifiers": {}, "unknown": unknown}
+    return checkpoint | edited | {"training": {}}
 
 
 def _positions(checkpoint: dict[str, Any], names: list[str]) -> list[int]:

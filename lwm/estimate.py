@@ -64,5 +64,5 @@ def right(layer: Linear, features: Tensor, labels: Tensor) -> float:
 def said(kept: float | None) -> str:
     """The estimate in a line."""
     if kept is None:
-        return "How much of the old classes is kept is not known without images of them, once a backbone was trained."
+        return "How much of the old classes is kept is not known: without statistics, or once a backbone was trained."
     return f"Estimated without old images: {kept:.0f} % of what the teacher gets right of the old classes is kept."

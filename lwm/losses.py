@@ -137,7 +137,7 @@ def of_named(loss: Callable[..., Terms], again: Tensor, old: int, outputs: int) 
     """
     if not len(again):
         return loss
-    rest = torch.tensor([label for label in range(old) if label not in again])
+    rest = torch.tensor([label for label in range(old) if label not in again], dtype=torch.long)
     order = torch.cat([rest, again, torch.arange(old, outputs)])
     rank = order.argsort()
 

@@ -47,7 +47,8 @@ def train_one_epoch(
     """
     device = next(student.parameters()).device
     own = None if named is None else named.to(device)
-    others = torch.tensor([label for label in range(old) if named is None or label not in named], device=device)
+    rest = [label for label in range(old) if named is None or label not in named]
+    others = torch.tensor(rest, dtype=torch.long, device=device)
     for images, labels, weight in batches:
         # The heads, and so all maps and losses, are in the precision of the weights.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):

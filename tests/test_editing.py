@@ -49,23 +49,48 @@ def test_merged_statistics_are_those_of_all_images_under_one_name(channels):
 
 def test_the_merged_row_of_an_lda_is_the_lda_of_the_mean_of_the_means():
     """Among the classes that stay, with the covariance as it was."""
-    before = three(6)
-    statistics = classifiers.from_checkpoint(before)
+    statistics = classifiers.from_checkpoint(three(6))
     covariance = classifiers.shared_covariance(statistics)
     means = torch.stack([statistics.means[[0, 2]].mean(0), statistics.means[1]])
     weight = torch.linalg.solve(covariance, means.T).T
     bias = -(weight * means).sum(1) / 2
-    edited = editing.merge(before, ["c", "a"], "ac")["model"]
-    ours = edited["fc.weight"].double(), edited["fc.bias"].double()
-    for one, other in zip(ours, (weight, bias), strict=True):
-        torch.testing.assert_close(one[0] - one[1], other[0] - other[1], rtol=1e-3, atol=1e-3)
+    head = classifiers.lda(statistics)
+    row = editing.merged_row(head, statistics, [0, 2])
+    for ours, old, expected in zip(row, head, (weight, bias), strict=True):
+        torch.testing.assert_close(ours - old[1], expected[0] - expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [6, models.WIDEST + 1])
+def test_a_head_that_is_lda_stays_lda_and_another_keeps_its_other_rows(channels):
+    before = three(channels)
+    edited = editing.merge(before | {"unknown": {"head": [0.0], "lda": [0.0]}}, ["c", "a"], "ac")
+    expected = classifiers.lda(classifiers.from_checkpoint(edited))
+    for name, part in zip(("fc.weight", "fc.bias"), expected, strict=True):
+        torch.testing.assert_close(edited["model"][name].double(), part, rtol=1e-3, atol=1e-2)
+    assert edited["unknown"] == {}
+    trained = before | {"model": {name: 2 * part for name, part in before["model"].items()}}
+    edited = editing.merge(trained, ["c", "a"], "ac")
+    assert torch.equal(edited["model"]["fc.weight"][1], trained["model"]["fc.weight"][1])
+
+
+def test_what_was_derived_of_a_merged_class_gives_way_to_what_was_measured():
+    features, labels = features_of_three(models.WIDEST + 1)
+    before = three(models.WIDEST + 1)
+    before["statistics"]["derived"] = torch.tensor([1.0, 0.0, 0.0])
+    edited = editing.merge(before, ["a", "c"], "ac")["statistics"]
+    assert edited["counts"].tolist() == [7, 5] and edited["derived"].tolist() == [0, 0]
+    torch.testing.assert_close(edited["means"][0].double(), features[labels == 2].mean(0), rtol=1e-4, atol=1e-4)
+    of = before["statistics"]
+    covariance = of["scatters"] / of["counts"].sum()  # that all share is as it was
+    torch.testing.assert_close(edited["scatters"] / edited["counts"].sum(), covariance, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [6, models.WIDEST + 1])
 def test_what_is_removed_leaves_rows_and_statistics_of_the_others(channels):
     features, labels = features_of_three(channels)
     before = three(channels)
-    edited = editing.remove(before, ["b"])
+    edited = editing.remove(before | {"unknown": {"head": [0.0], "lda": [0.0]}}, ["b"])
+    assert edited["unknown"].keys() == {"head"}  # whose rows stay
     assert edited["class_names"] == ["a", "c"]
     assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["a"], []), (["c"], [])]
     for name in ("fc.weight", "fc.bias"):
@@ -87,6 +112,11 @@ def test_a_task_without_classes_goes_and_more_images_follow_their_class():
     assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["a", "bee"], []), ([], ["bee"])]
     edited = editing.remove(three(6), ["b", "c"])
     assert [task["classes"] for task in edited["tasks"]] == [["a"]]
+    edited = editing.merge(three(6), ["b", "c"], "bc")  # the second task's images are more of the merged class
+    assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["a", "bc"], []), ([], ["bc"])]
+    taken = three(6)
+    taken["tasks"][0]["pretrained"] = True
+    assert editing.remove(taken, ["a", "b"])["tasks"][0]["pretrained"]
     edited = editing.merge(three(6), ["a", "b"], "ab")
     assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["ab"], []), (["c"], ["ab"])]
 

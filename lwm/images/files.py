@@ -261,7 +261,10 @@ def fitted(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _within_largest(image: Image.Image) -> Image.Image:
-    return ImageOps.contain(image, (LARGEST, LARGEST)) if max(image.size) > LARGEST else image
+    if max(image.size) <= LARGEST:
+        return image
+    width, height = (max(1, round(side * LARGEST / max(image.size))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

@@ -32,7 +32,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     "task": number,
                     "classes": task["classes"],
                     "more_images_of": task["again"],
-                    "method": task["method"] if number or task["epochs"] else "taken as it is",
+                    "method": task["method"] if task["data_dir"] or task["epochs"] else "taken as it is",
                     "images": task["images"],
                     "seconds": task["seconds"],
                     "classifier": answers["classifier"],
