@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 from lwm import editing
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (options.rename or options.merge or options.remove):
         raise InputError("nothing to do: give --rename, --merge or --remove")
     source = Path(options.checkpoint)
-    output = Path(options.output) if options.output else source.with_stem(f"{source.stem}_edited")
+    output = Path(options.output) if options.output else source.parent / f"{source.stem}_edited{source.suffix}"
     require_folder("--output", output.parent)
     if output.exists() and (not options.overwrite or output.resolve() == source.resolve()):
         raise InputError(f"{output} exists; take another --output, or replace an earlier edit with --overwrite")
@@ -71,16 +72,18 @@ def halves(flag: str, edit: str, example: str) -> tuple[str, str]:
     """What stands before the last "=", and the new name after it. Raises InputError."""
     names, _, to = edit.rpartition("=")
     try:
-        (to,) = check_names([to.strip()])
-        check_names([names.strip()])
+        (to,), (names,) = check_names([to.strip()]), check_names([names.strip()])
+        if "," in to:
+            raise ValueError("a new name is to have no comma")
     except ValueError as error:
         raise InputError(f"{flag} is {edit!r}: {error}, as in {flag} {example}") from error
-    return names.strip(), to
+    return names, to
 
 
 def split(names: str, known: list[str]) -> list[str]:
     """Names with commas between them; a class's own name may have some."""
-    return [names.strip()] if names.strip() in known else [name.strip() for name in names.split(",")]
+    names = unicodedata.normalize("NFC", names.strip())
+    return [names] if names in known else [name.strip() for name in names.split(",")]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lwm.classifiers import answer_with, to_checkpoint
 from lwm.evaluation import predict
 from lwm.images.batches import to_input
 from lwm.images.datasets import Place, open_source
-from lwm.images.files import decode_image, fitted
+from lwm.images.files import decode_image, fitted, from_pillow
 from lwm.models import Build, Network, replace_head
 from lwm.probabilities import is_unknown, likeliest
 from lwm.runtime.checkpoint import batch_size_of, load, restore_model, save, whole
@@ -148,7 +148,9 @@ class Classifier:
     def _pixels(self, picture: Picture) -> np.ndarray:
         size = self.checkpoint["image_size"]
         if isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGB"))
-        elif isinstance(picture, Tensor):
-            picture = picture.cpu().numpy().transpose(1, 2, 0) if picture.dim() == 3 else picture.cpu().numpy()
+            return from_pillow(picture, size)
+        if isinstance(picture, Tensor):
+            if picture.dtype != torch.uint8 or picture.dim() != 3:
+                raise InputError(f"a tensor uint8 (3, H, W) is needed, not {picture.dtype} {tuple(picture.shape)}")
+            picture = picture.cpu().numpy().transpose(1, 2, 0)
         return fitted(picture, size) if isinstance(picture, np.ndarray) else decode_image(picture, size)

@@ -38,6 +38,20 @@ def test_it_answers_for_files_and_arrays_as_predict_py_does(tmp_path, student, c
     assert classifier.predict([]) == []
 
 
+def test_a_picture_of_pillow_is_answered_as_its_file(tmp_path, student):
+    generator = np.random.default_rng(0)
+    grey, alpha = generator.integers(0, 2**16, (12, 9), dtype=np.uint16), generator.integers(0, 256, (12, 9, 4))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(alpha.astype(np.uint8)).save(tmp_path / "alpha.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(picture(1, 12, 9)).save(tmp_path / "turned.jpg", exif=turned)
+    classifier = Classifier.load(student)
+    for file in tmp_path.iterdir():
+        expected = classifier.logits(classifier._pixels(file)[None])
+        np.testing.assert_array_equal(classifier.logits(classifier._pixels(Image.open(file))[None]), expected)
+
+
 def test_unknown_is_what_is_below_the_quantile_of_taught_classes(student):
     classifier, pictures = Classifier.load(student), [picture(seed) for seed in range(4)]
     refused(classifier.predict, pictures, 0.05)  # nothing was held back to judge it by

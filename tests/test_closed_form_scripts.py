@@ -186,7 +186,10 @@ def test_a_training_takes_more_images_of_known_classes_too(method, own, photos, 
     alone = checkpoint.load(step(closed, photos, "b,d", tmp_path / "3", *rate))
     assert alone["class_names"] == list("abcde")
     torch.testing.assert_close(alone["model"]["fc.weight"], before["model"]["fc.weight"], rtol=1e-4, atol=1e-5)
-    if method == "lwm":
+    flags = ["--teacher", str(own), "--dataset", "folder", "--data-dir", str(photos), "--new-classes", "a,b,c"]
+    if method != "lwm":
+        assert incremental.main([*flags, *rate, "--output-dir", str(tmp_path / "4")]) == 0
+    else:
         flags = ["--teacher", str(own), "--dataset", "folder", "--data-dir", str(photos), "--new-classes", "a,b,c"]
         capsys.readouterr()
         assert incremental.main([*flags, "--method", "lwm", "--output-dir", str(tmp_path / "4")]) == 2

@@ -34,6 +34,9 @@ def test_every_task_of_every_run_has_a_row(whole, tmp_path, capsys, monkeypatch)
 def test_what_is_not_known_is_left_empty_and_names_of_strangers_are_text(whole, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(whole / "student_model.pth", "student.pth")
+    shutil.copy(whole / "student_model.pth", r"_r$\foo$.pth")
+    assert history.main([r"_r$\foo$.pth"]) == 0  # which is no formula
+    capsys.readouterr()
     assert edit_classes.main(["student.pth", "--rename", "0=<script>", "--remove", "1"]) == 0
     assert history.main(["student_edited.pth", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out.partition("\n")[2])

@@ -92,6 +92,16 @@ def test_no_file_is_served(port, path):
         assert status == 404 and "error" in json.loads(content)
 
 
+def test_a_slow_visitor_keeps_nobody_waiting_and_a_long_picture_is_answered(port):
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(serve.AT_ONCE + 1)]
+    for visitor in slow:
+        visitor.sendall(b"POST /answer HTTP/1.0\r\nContent-Length: 1000\r\n\r\n")
+    assert ask(port, "POST", "/answer", as_png(np.zeros((2, 9000, 3), np.uint8)))[0] == 200
+    assert ask(port, "POST", "/answer", b"", **{"Content-Length": "9" * 5000})[0] == 411
+    for visitor in slow:
+        visitor.close()
+
+
 def test_a_hundred_requests_at_once_are_answered(port):
     body = as_png(picture(1))
     with concurrent.futures.ThreadPoolExecutor(100) as pool:

@@ -164,10 +164,16 @@ def _decode_with_pillow(path: str | Path, shrink: Callable[[Image.Image], Image.
         _check_work(path, opened)
         lower = _lower_bytes(path, opened.tile)
         _load(opened)
-        orientation = opened.getexif().get(ExifTags.Base.Orientation) if len(opened.info.get("exif", "")) < 2**20 else 1
-        # Turned when it is small: a second copy of a large photo would double the memory.
-        small = shrink(_to_rgb(opened, lower))
-        return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
+        return _upright(opened, lower, shrink)
+
+
+def _upright(
+    image: Image.Image, lower: Image.Image | None, shrink: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    orientation = image.getexif().get(ExifTags.Base.Orientation) if len(image.info.get("exif", "")) < 2**20 else 1
+    # Turned when it is small: a second copy of a large photo would double the memory.
+    small = shrink(_to_rgb(image, lower))
+    return small.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else small
 
 
 def _opened(path: str | Path) -> ImageFile.ImageFile:
@@ -255,9 +261,14 @@ def _check_work(path: str | Path, image: ImageFile.ImageFile) -> None:
 
 def fitted(pixels: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W, 3) as ``decode_image`` would give it from a file. Raises InputError for another array."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise InputError(f"an image as uint8 (H, W, 3) is needed, not {pixels.dtype} {pixels.shape}")
     return np.asarray(_fit(Image.fromarray(pixels), size)).transpose(2, 0, 1).copy()
+
+
+def from_pillow(image: Image.Image, size: int) -> np.ndarray:
+    """A picture of Pillow's as ``decode_image`` would give it from its file; its colours have 8 bits there already."""
+    return np.asarray(_upright(image, None, lambda whole: _fit(whole, size))).transpose(2, 0, 1).copy()
 
 
 def _within_largest(image: Image.Image) -> Image.Image:

@@ -170,16 +170,20 @@ def curves(log: Sequence[dict[str, Any]], title: str, path: Path | io.BytesIO) -
 def accuracy_over_tasks(runs: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]], path: Any) -> None:
     """A line for each run: after each task the accuracy of all classes, and of the first task's."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    drawn = {}
     with fonts_for((name for name, *_ in runs), path):
         for (name, *lines), marker in zip(runs, itertools.cycle("os^Dv"), strict=False):
             for axis, values in zip(axes, lines, strict=True):
                 numbers = [np.nan if value is None else value for value in values]
-                axis.plot(range(len(numbers)), numbers, marker=marker, label=name)
+                (line,) = axis.plot(range(len(numbers)), numbers, marker=marker)
+            drawn[name] = line
         for axis, title in zip(axes, ("all classes", "classes of the first task"), strict=True):
             axis.set(title=title, xlabel="task", ylim=(0, 102))
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0].set_ylabel("right, %")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+        legend = figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2, fontsize="small")
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # dollars in a name are no formula
         write(figure, path)
 
 

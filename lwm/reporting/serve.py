@@ -23,7 +23,7 @@ from lwm.runtime.errors import InputError, RunError, log
 
 LARGEST = 30 * 10**6  # bytes of a picture
 SHOWN = 800  # px of the longer side of a photograph with its map
-AT_ONCE = 4  # pictures in memory; the others wait
+AT_ONCE = 4  # pictures that are decoded; the others wait
 PATIENCE = 30  # seconds without a byte after which a visitor is given up
 LOOPBACK, PORT = "127.0.0.1", 8000
 
@@ -48,12 +48,13 @@ def serve(address: str, sides: Mapping[str, Answering], unknown: float | None) -
     be had.
     """
     host, _, port = address.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    if not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise InputError(f"--serve is {address!r}: a port is needed, or host:port, as in --serve {LOOPBACK}:{PORT}")
     try:
         server = Server((host or LOOPBACK, int(port)), sides, unknown)
-    except OSError as error:
-        raise InputError(f"--serve {address}: {error.strerror or error}; take another port") from error
+    except (OSError, TypeError, ValueError) as error:  # the last two of a host's odd name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--serve {address}: {reason}; take another address") from error
     with server:
         log.info(f"the page is http://{server.server_name}:{server.server_port}/ (Ctrl-C ends it)")
         server.serve_forever()
@@ -116,19 +117,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.path != "/answer":
             self.refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer")
-        elif not length.isdecimal():
+        elif not length.isdecimal() or len(length) > 12:
             self.refuse(HTTPStatus.LENGTH_REQUIRED, "the picture is to be the body, with its length")
         elif int(length) > LARGEST:
             self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {LARGEST // 10**6} MB")
         else:
-            with self.server.room:
-                picture = self.rfile.read(int(length))
-                try:
+            picture = self.rfile.read(int(length))  # a slow visitor keeps nobody else waiting
+            try:
+                with self.server.room:
                     reply = self.server.answer(picture)
-                except (InputError, RunError) as error:
-                    self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-                else:
-                    self.reply(HTTPStatus.OK, json.dumps(reply).encode(), "application/json")
+            except (InputError, RunError) as error:
+                self.refuse(HTTPStatus.BAD_REQUEST, str(error))
+            else:
+                self.reply(HTTPStatus.OK, json.dumps(reply).encode(), "application/json")
 
     def refuse(self, status: HTTPStatus, why: str) -> None:
         self.reply(status, json.dumps({"error": why}).encode(), "application/json")

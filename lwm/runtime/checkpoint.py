@@ -187,20 +187,25 @@ def _random_state(value: Any) -> bool:
     return isinstance(value, Tensor) and bool(torch.Generator().set_state(value))  # which raises if it is none
 
 
+def _printable(value: Any) -> bool:
+    return type(value) is str and not UNPRINTABLE.search(value)
+
+
 PERCENT = _optional(_number(0, 100))
 JUDGED = {
     **dict.fromkeys(("dataset", "data_dir"), str),
     "split": lambda value: value in ("test", "val", "apart", "held back"),
 }
 ANSWERS = {
-    "classifier": str,
+    "classifier": _printable,
     **dict.fromkeys(("accuracy", "kept"), PERCENT),
     "groups": [PERCENT],
 }
 TASK = {
     "classes": [lambda name: type(name) is str and name and not UNPRINTABLE.search(name)],
     "again": [str],
-    **dict.fromkeys(("dataset", "data_dir", "method"), str),
+    **dict.fromkeys(("dataset", "data_dir"), str),
+    "method": _printable,
     "judged": _optional(lambda value: _check(value, JUDGED, "judged")),
     "apart": [lambda value: type(value) is str and len(value) == 32],
     "hold_back": _number(0, 0.5),

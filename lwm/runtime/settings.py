@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -274,7 +275,7 @@ def lines_of(flag: str, path: str) -> list[str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no text in UTF-8"
         raise InputError(f"{flag} {path}: {reason}; a text file, a class name a line, is needed") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
 
 
 def _flag(name: str) -> str:
