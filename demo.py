@@ -47,15 +47,19 @@ def main(argv: list[str] | None = None) -> None:
         own = models.builder(settings.model)
     with settings.naming("teacher"):
         teacher_checkpoint = load(settings.teacher)
-        teacher = hardware.to_device(restore_model(teacher_checkpoint, own), device)
     with settings.naming("student"):
         student_checkpoint = load(settings.student)
-        student = hardware.to_device(restore_model(student_checkpoint, own), device)
     require_student_of(teacher_checkpoint, student_checkpoint, settings)
     if settings.serve:
-        both = {"teacher": teacher_checkpoint, "student": student_checkpoint}
-        sides = {role: Classifier(saved, settings.classifier, own) for role, saved in both.items()}
+        sides = {}
+        for role, saved in (("teacher", teacher_checkpoint), ("student", student_checkpoint)):
+            with settings.naming(role):
+                sides[role] = Classifier(saved, settings.classifier, own)
         return serve(settings.serve, sides, share_of(settings.unknown or "0.05"))
+    with settings.naming("teacher"):
+        teacher = hardware.to_device(restore_model(teacher_checkpoint, own), device)
+    with settings.naming("student"):
+        student = hardware.to_device(restore_model(student_checkpoint, own), device)
     names, old = student_checkpoint["class_names"], len(teacher_checkpoint["class_names"])
     images, captions = images_to_judge(settings, student_checkpoint)
     if not len(images.pixels):

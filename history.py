@@ -40,10 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     paths = [found for run in options.runs if (found := model_of(Path(run)))]
     if not paths:
         raise InputError(f"{options.runs[0]}: there is no {' nor '.join(MODELS)}; name a run's folder, or a checkpoint")
-    runs = [history.Run(str(path.parent if path.name in MODELS else path), load(path)["tasks"]) for path in paths]
+    names = [str(path.parent if path.name in MODELS else path) for path in paths]
+    rows = history.rows([history.Run(name, load(path)["tasks"]) for name, path in zip(names, paths, strict=True)])
     make_folder(output.parent)
-    history.write_page(output, runs)
-    print(json.dumps(history.rows(runs), indent=1) if options.json else history.table(runs))
+    history.write_page(output, rows)
+    print(json.dumps(rows, indent=1) if options.json else history.table(rows))
     log.info(f"the page is {output}")
 
 

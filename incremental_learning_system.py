@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     method = METHODS[settings.method]
     teachers_form = "binary" if teacher_checkpoint["loss_form"] == "binary" else "softmax"
     if method.loss is None:
-        teachers_form = "softmax" if len(again) == len(old) else closed_form.form_after(teacher_checkpoint)
+        teachers_form = closed_form.form_after(teacher_checkpoint, len(again))
     form = loss_form(settings, teachers_form)
     if method.loss and method.form is None and settings.loss_form is None:
         log.info(f"LOSS_FORM = {form} (the teacher's)")

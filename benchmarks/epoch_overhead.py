@@ -67,9 +67,9 @@ def bare_epoch(options, settings) -> float:
     student, teacher = student_and_teacher(options)
     teacher = models.fold_batch_norm(teacher)
     batches = Batches((*batch(options), 1.0) for _ in range(options.steps))
-    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    optimizer, named = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4), torch.arange(NEW) + OLD
     return seconds_of(
-        lambda: train_one_epoch(student, teacher, batches, losses.lwm, OLD, settings, optimizer, SCHEDULE)
+        lambda: train_one_epoch(student, teacher, batches, losses.lwm, OLD, settings, optimizer, SCHEDULE, named)
     )
 
 

@@ -124,7 +124,8 @@ def step_of(options, name: str) -> Callable[[], object]:
         if network is not None:
             network.compile()
     batches = Batches([(images, labels, 1.0)])
-    return lambda: train_one_epoch(student, teacher, batches, method.loss, OLD, settings, optimizer, SCHEDULE)
+    named = labels.unique()
+    return lambda: train_one_epoch(student, teacher, batches, method.loss, OLD, settings, optimizer, SCHEDULE, named)
 
 
 def autograd_loss(student, teacher, images: torch.Tensor) -> Callable:

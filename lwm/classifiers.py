@@ -143,6 +143,14 @@ def measure(features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
     return ClassStatistics(counts, means, scatters, shrinkages, torch.zeros_like(counts))
 
 
+def places(labels: Tensor) -> Tensor:
+    """Of each image the number of those of its class before it."""
+    places = torch.empty_like(labels)
+    for label in labels.unique():
+        places[labels == label] = torch.arange(int((labels == label).sum()))
+    return places
+
+
 # Drift compensation -----------------------------------------------------------------------------------------------
 
 
@@ -315,15 +323,19 @@ def names_for(classes: int) -> tuple[str, ...]:
     return NAMES if classes <= MOST_ALIGNED else tuple(name for name in NAMES if name != "aligned")
 
 
-def linear_layer(name: str, statistics: ClassStatistics | None, model: Network | None) -> Linear:
+def linear_layer(name: str, statistics: ClassStatistics | None, model: Network) -> Linear:
     """The classifier of ``NAMES``, in float64 on the CPU; ``model`` has the head, ``statistics`` make the others.
 
     Raises InputError if they do not.
     """
     if name == "head":
-        assert model is not None
         return model.fc.weight.detach().cpu().double(), model.fc.bias.detach().cpu().double()
     assert statistics is not None  # without them there is the head alone
+    return made(name, statistics)
+
+
+def made(name: str, statistics: ClassStatistics) -> Linear:
+    """One of ``CLASSIFIERS``. Raises InputError if the statistics make none."""
     try:
         layer = CLASSIFIERS[name](statistics)
     except torch.linalg.LinAlgError as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, measure, regular
+from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, measure, places, regular
 from lwm.models import WIDEST
 from lwm.runtime.errors import InputError
 
@@ -81,11 +81,14 @@ def derived_statistics(head: Linear, features: Tensor, labels: Tensor) -> ClassS
     return ClassStatistics(zeros + count, means, scatters, shrinkages=zeros, derived=zeros + 1)
 
 
-def becomes_lda(checkpoint: dict[str, Any]) -> bool:
+def becomes_lda(checkpoint: dict[str, Any], again: int = 0) -> bool:
     """Whether LDA over all classes takes the place of the teacher's own rows: images of every class were measured, and
     on those that were held back LDA was no worse. It always does if new rows cannot stand beside the teacher's: beside
-    those of sigmoid outputs, and of fewer than ``SURE`` classes.
+    those of sigmoid outputs, and of fewer than ``SURE`` classes. And it does if none of these stays, since there are
+    images of all old classes ``again``.
     """
+    if again == len(checkpoint["class_names"]):
+        return True
     statistics, held = from_checkpoint(checkpoint), checkpoint["held_back"]
     if statistics is None or not statistics.measured:
         return False
@@ -94,9 +97,9 @@ def becomes_lda(checkpoint: dict[str, Any]) -> bool:
     return held.get("lda", 0.0) >= held.get("head", 0.0)
 
 
-def form_after(checkpoint: dict[str, Any]) -> str:
+def form_after(checkpoint: dict[str, Any], again: int = 0) -> str:
     """Of the outputs that a student in closed form has: sigmoids stay if rows are only put beside them."""
-    return "binary" if checkpoint["loss_form"] == "binary" and not becomes_lda(checkpoint) else "softmax"
+    return "binary" if checkpoint["loss_form"] == "binary" and not becomes_lda(checkpoint, again) else "softmax"
 
 
 def with_measured(head: Linear, features: Tensor, labels: Tensor) -> ClassStatistics:
@@ -127,7 +130,7 @@ def _gaps(head: Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     """
     highest, steepness = _logits(head, features).max(1).values, _steepness(head)
     found, taken = torch.empty_like(highest), torch.empty_like(highest)
-    fold = _places(labels) % min(FOLDS, int(torch.bincount(labels).min()))
+    fold = places(labels) % min(FOLDS, int(torch.bincount(labels).min()))
     for number in fold.unique():
         held = fold == number
         gaussians = _gaussians(steepness, features[~held], labels[~held])
@@ -175,11 +178,3 @@ def _centre(means: Tensor, within: float) -> Tensor:
 
 def _logits(layer: Linear, features: Tensor) -> Tensor:
     return features @ layer[0].T + layer[1]
-
-
-def _places(labels: Tensor) -> Tensor:
-    """Of each image the number of those of its class before it."""
-    places = torch.empty_like(labels)
-    for label in labels.unique():
-        places[labels == label] = torch.arange(int((labels == label).sum()))
-    return places

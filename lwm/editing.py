@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, linear_layer, to_checkpoint
+from lwm.classifiers import ClassStatistics, Linear, from_checkpoint, made, to_checkpoint
 from lwm.models import WIDEST
 from lwm.runtime.errors import InputError, listed
 
@@ -55,7 +55,7 @@ def merge(checkpoint: dict[str, Any], names: list[str], to: str) -> dict[str, An
     head = checkpoint["model"]["fc.weight"].double(), checkpoint["model"]["fc.bias"].double()
     merged = merged_statistics(statistics, positions)
     if _is_lda(head, statistics):
-        weight, bias = linear_layer("lda", merged.only(kept), None)
+        weight, bias = made("lda", merged.only(kept))
     else:
         weight, bias = (part.clone() for part in head)
         weight[first], bias[first] = merged_row(head, statistics, positions)
@@ -104,7 +104,7 @@ def merged_statistics(statistics: ClassStatistics, positions: list[int]) -> Clas
 
 def _is_lda(head: Linear, statistics: ClassStatistics) -> bool:
     """Whether a head is that of LDA over these classes, up to what single precision loses."""
-    weight = linear_layer("lda", statistics, None)[0]
+    weight = made("lda", statistics)[0]
     return statistics.measured and bool((weight - head[0]).norm() < 0.01 * weight.norm())
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwm.classifiers import ClassStatistics, Linear, draw, lda, measure
+from lwm.classifiers import ClassStatistics, Linear, draw, lda, measure, places
 
 SEED = 2  # of the drawn features; others calibrate and train ``aligned``
 MOST = 5000  # of them
@@ -41,11 +41,8 @@ def taken(known: ClassStatistics, features: Tensor, labels: Tensor) -> float:
     if it is told apart among the new classes alone. Between two classes errors are as many in both directions.
     """
     old, new, lost = len(known.counts), int(labels.max()) + 1, 0
-    fold = torch.full_like(labels, FOLDS)  # the only image of a class is never held back
-    for label in range(new):
-        own = (labels == label).nonzero().flatten()
-        if len(own) > 1:
-            fold[own] = torch.arange(len(own)) % FOLDS
+    fold = places(labels) % FOLDS
+    fold[labels.bincount()[labels] == 1] = FOLDS  # the only image of a class is never held back
     for number in range(FOLDS):
         held, positions = fold == number, old + torch.arange(new)
         weight, bias = lda(known.with_images(measure(features[~held], labels[~held], new), positions))

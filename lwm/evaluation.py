@@ -224,9 +224,9 @@ def answers(
 
     Of all classes ("accuracy") and of each task's ("groups"); "kept" is that of estimate.py.
     """
-    groups = group_accuracies(logits, labels, sizes)
-    accuracy = accuracies(logits, labels, sizes[0])["accuracy"]
-    return {"classifier": classifier, "accuracy": accuracy, "groups": groups, "kept": kept}
+    right = _right(logits, labels, sizes)
+    groups = [_percent(each) for each in right]
+    return {"classifier": classifier, "accuracy": _percent(torch.cat(right)), "groups": groups, "kept": kept}
 
 
 def linear_logits(layer: Linear, features: Tensor) -> Tensor:

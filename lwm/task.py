@@ -76,7 +76,7 @@ class Task:
         self.old = len(teacher_checkpoint["class_names"])
         self.named, self.labels = train.labels.unique(return_inverse=True)
         self.again = self.named[self.named < self.old]  # old classes of which there are images
-        self.becomes_lda = closed_form.becomes_lda(teacher_checkpoint) or len(self.again) == self.old
+        self.becomes_lda = closed_form.becomes_lda(teacher_checkpoint, len(self.again))
         self.rows = classifiers.linear_layer("head", None, teacher)
         self.seconds = 0.0  # that the network took for a training image
         self._known = classifiers.from_checkpoint(teacher_checkpoint)

@@ -37,18 +37,17 @@ def train_one_epoch(
     settings: Any,
     optimizer: torch.optim.Optimizer,
     schedule: Any,
-    named: Tensor | None = None,
+    named: Tensor,
 ) -> None:
     """A step of the optimiser for each of ``batches``: normalised images (B, 3, H, W), labels (B,), a weight.
 
     The weight multiplies the gradient; ``batches.record`` gets the loss terms, and in percent "correct", among the
-    classes ``named`` int64 (k,) that have images (None: the new ones), and, with a teacher, "agreement": the images of
-    which both networks think of the same class of the others first.
+    classes ``named`` int64 (k,) that have images, and, with a teacher, "agreement": the images of which both networks
+    think of the same class of the others first.
     """
     device = next(student.parameters()).device
-    own = None if named is None else named.to(device)
-    rest = [label for label in range(old) if named is None or label not in named]
-    others = torch.tensor(rest, dtype=torch.long, device=device)
+    own = named.to(device)
+    others = torch.tensor([label for label in range(old) if label not in named], dtype=torch.long, device=device)
     for images, labels, weight in batches:
         # The heads, and so all maps and losses, are in the precision of the weights.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -60,7 +59,6 @@ def train_one_epoch(
         (weight * terms["total"]).backward()
         optimizer.step()
         schedule.step()
-        own = torch.arange(old, output.logits.shape[1], device=device) if own is None else own
         correct = 100 * (own[output.logits[:, own].argmax(1)] == labels).float().mean()
         measured = terms | {"correct": correct}
         if asked is not None:

@@ -190,7 +190,6 @@ def test_a_training_takes_more_images_of_known_classes_too(method, own, photos, 
     if method != "lwm":
         assert incremental.main([*flags, *rate, "--output-dir", str(tmp_path / "4")]) == 0
     else:
-        flags = ["--teacher", str(own), "--dataset", "folder", "--data-dir", str(photos), "--new-classes", "a,b,c"]
         capsys.readouterr()
         assert incremental.main([*flags, "--method", "lwm", "--output-dir", str(tmp_path / "4")]) == 2
         assert "every class" in capsys.readouterr().err.splitlines()[-1]

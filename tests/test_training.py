@@ -194,7 +194,7 @@ def one_step(teacher, student, inputs, loss, chosen):
     """The terms of a step on ``inputs``, whose gradient stays with the student."""
     labels, optimizer = OLD + torch.arange(len(inputs)) % NEW, torch.optim.SGD(student.parameters(), 0.0)
     batches, schedule = Batches([(inputs, labels, 1.0)]), types.SimpleNamespace(step=lambda: None)
-    training.train_one_epoch(student, teacher, batches, loss, OLD, chosen, optimizer, schedule)
+    training.train_one_epoch(student, teacher, batches, loss, OLD, chosen, optimizer, schedule, OLD + torch.arange(NEW))
     return labels, batches.terms
 
 

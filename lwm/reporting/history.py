@@ -62,28 +62,29 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(runs: Sequence[Run]) -> str:
-    """As text."""
-    lines = [list(COLUMNS), *map(cells, rows(runs))]
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The ``rows`` that were found, as text."""
+    lines = [list(COLUMNS), *map(cells, found)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def write_page(path: Path, runs: Sequence[Run]) -> None:
-    judged = any(row["accuracy"] is not None for row in rows(runs))
-    figure = report.uri(plots.svg(plots.accuracy_over_tasks, _lines(runs))) if judged else None
+def write_page(path: Path, found: Sequence[dict[str, Any]]) -> None:
+    judged = any(row["accuracy"] is not None for row in found)
+    figure = report.uri(plots.svg(plots.accuracy_over_tasks, _lines(found))) if judged else None
     template = report.environment().get_template("history.html.jinja")
-    page = template.render(columns=COLUMNS, rows=[cells(row) for row in rows(runs)], figure=figure)
-    write_atomically(path, page.encode())
+    write_atomically(path, template.render(columns=COLUMNS, rows=map(cells, found), figure=figure).encode())
 
 
-def _lines(runs: Sequence[Run]) -> list[tuple[str, list[float | None], list[float | None]]]:
+def _lines(found: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None], list[float | None]]]:
     """Of each run the accuracies over tasks, of all classes and of the first task's."""
-    lines = []
-    for run in runs:
-        each = rows([run])
-        first = [row["accuracy_by_task"][0] if row["accuracy_by_task"] else None for row in each]
-        lines.append((run.name, [row["accuracy"] for row in each], first))
+    lines: list[tuple[str, list[float | None], list[float | None]]] = []
+    for row in found:
+        if row["task"] == 0:
+            lines.append((row["run"], [], []))
+        _, every, first = lines[-1]
+        every.append(row["accuracy"])
+        first.append(row["accuracy_by_task"][0] if row["accuracy_by_task"] else None)
     return lines
 
 

@@ -25,7 +25,7 @@ LARGEST = 30 * 10**6  # bytes of a picture
 SHOWN = 800  # px of the longer side of a photograph with its map
 AT_ONCE = 4  # pictures that are decoded; the others wait
 PATIENCE = 30  # seconds without a byte after which a visitor is given up
-LOOPBACK, PORT = "127.0.0.1", 8000
+LOOPBACK = "127.0.0.1"
 
 
 class Answering(Protocol):
@@ -49,7 +49,7 @@ def serve(address: str, sides: Mapping[str, Answering], unknown: float | None) -
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or len(port) > 5 or int(port) > 65535:
-        raise InputError(f"--serve is {address!r}: a port is needed, or host:port, as in --serve {LOOPBACK}:{PORT}")
+        raise InputError(f"--serve is {address!r}: a port is needed, or host:port, as in --serve {LOOPBACK}:8000")
     try:
         server = Server((host or LOOPBACK, int(port)), sides, unknown)
     except (OSError, TypeError, ValueError) as error:  # the last two of a host's odd name
@@ -65,10 +65,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], sides: Mapping[str, Answering], unknown: float | None) -> None:
         self.sides, self.unknown = sides, unknown
+        *_, self.shown = sides.values()  # whose maps and classes are shown
         self.room, self.network = threading.BoundedSemaphore(AT_ONCE), threading.Lock()
-        names = list(sides.values())[-1].class_names
         template = report.environment().get_template("serve.html.jinja")
-        self.page = template.render(names=names, largest=LARGEST).encode()
+        self.page = template.render(names=self.shown.class_names, largest=LARGEST).encode()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -90,7 +90,7 @@ class Server(http.server.ThreadingHTTPServer):
                 whole = decode_whole(file.name)
                 with self.network:  # one at a time has all cores
                     answers = [self.answer_of(role, file.name) for role in self.sides]
-                    heat = list(self.sides.values())[-1].explain(file.name)
+                    heat = self.shown.explain(file.name)
             except InputError as error:
                 raise InputError(str(error).replace(file.name, "the picture")) from error
         shown = Image.fromarray(plots.covered(whole, heat))

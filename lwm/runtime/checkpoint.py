@@ -202,7 +202,7 @@ ANSWERS = {
     "groups": [PERCENT],
 }
 TASK = {
-    "classes": [lambda name: type(name) is str and name and not UNPRINTABLE.search(name)],
+    "classes": [lambda name: name and _printable(name)],
     "again": [str],
     **dict.fromkeys(("dataset", "data_dir"), str),
     "method": _printable,

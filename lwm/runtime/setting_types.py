@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import field
 from typing import Any
 
-UNPRINTABLE = re.compile(
-    r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-)  # control characters, ends of lines, halves of characters
+# Control characters, ends of lines, and halves of characters.
+UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def choice(help: str, *choices: str, open: bool = False) -> Any:
