@@ -27,7 +27,7 @@ from lwm.training import Training, train_one_epoch
 
 # Of a run, beside those of a loss.
 OF_A_RUN = {"batch_norm": "train", "momentum": 0.9, "weight_decay": 5e-4, "flip": True, "seed": 0, "save_interval": 10}
-OF_A_RUN |= {"save_interval_steps": 0, "balanced": False, "backbone_lr": None}
+OF_A_RUN |= {"save_interval_steps": 0, "balanced": False, "backbone_lr": None, "warm_up": 0.0}
 
 
 def main() -> None:

@@ -36,6 +36,10 @@ WRONG = [  # changes of a whole checkpoint, and what the line names
     ({"tasks": lambda tasks: [*tasks, {**tasks[0], "classes": []}]}, "class_names"),
     ({"tasks": [1]}, "tasks/0"),
     ({TASK + "again": ["a"]}, "more images"),  # of a class that the task itself brings
+    ({TASK + "method": "\x1b[2J"}, "method"),
+    ({TASK + "answers": {"accuracy": None, "kept": None, "groups": []}}, "answers"),
+    ({TASK + "answers": {"classifier": "\x1b[2J", "accuracy": None, "kept": None, "groups": []}}, "classifier"),
+    ({TASK + "answers": {"classifier": "head", "accuracy": 101.0, "kept": None, "groups": []}}, "accuracy"),
     ({TASK + "seed": torch.ones(2)}, "task"),
     ({TASK + "beta": ...}, "beta"),
     ({TASK + "hold_back": math.nan}, "hold_back"),

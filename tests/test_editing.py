@@ -114,6 +114,8 @@ def test_a_task_without_classes_goes_and_more_images_follow_their_class():
     assert [task["classes"] for task in edited["tasks"]] == [["a"]]
     edited = editing.merge(three(6), ["b", "c"], "bc")  # the second task's images are more of the merged class
     assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["a", "bc"], []), ([], ["bc"])]
+    edited = editing.merge(three(6), ["a", "c"], "ac")
+    assert [(task["classes"], task["again"]) for task in edited["tasks"]] == [(["ac", "b"], []), ([], ["b", "ac"])]
     taken = three(6)
     taken["tasks"][0]["pretrained"] = True
     assert editing.remove(taken, ["a", "b"])["tasks"][0]["pretrained"]

@@ -17,6 +17,9 @@ DOLLARS = ["US$ and A$", "a$_$"]  # the first would be set as mathematics, the s
 def test_dollars_in_a_name_are_no_formula(tmp_path):
     source = plots.svg(plots.confusion, np.eye(2), DOLLARS).decode()
     assert all(source.count(f">{name}<") == 2 for name in DOLLARS)
+    runs = [(name, [90.0, None], [90.0, 80.0]) for name in (*DOLLARS, "_under")]
+    source = plots.svg(plots.accuracy_over_tasks, runs).decode()
+    assert all(source.count(f">{name}<") == 1 for name, *_ in runs)
     captions = [(name, name, name) for name in DOLLARS]
     plots.side_by_side(np.zeros((2, 3, 8, 8), np.uint8), captions, np.ones((2, 2, 4, 4)), "title", tmp_path / "it.png")
 

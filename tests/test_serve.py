@@ -92,7 +92,8 @@ def test_no_file_is_served(port, path):
         assert status == 404 and "error" in json.loads(content)
 
 
-def test_a_slow_visitor_keeps_nobody_waiting_and_a_long_picture_is_answered(port):
+def test_a_slow_visitor_keeps_nobody_waiting_and_a_long_picture_is_answered(port, monkeypatch):
+    monkeypatch.setattr(serve.Handler, "timeout", None)  # they are never given up
     slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(serve.AT_ONCE + 1)]
     for visitor in slow:
         visitor.sendall(b"POST /answer HTTP/1.0\r\nContent-Length: 1000\r\n\r\n")
